@@ -24,6 +24,11 @@ class AdapterSlots(Protocol):
         """Let a slot, which no step under way uses, have what `pack` has made, or with None no adapter."""
         ...
 
+    @property
+    def is_used(self) -> bool:
+        """Whether any slot has something."""
+        ...
+
     def add(self, out: Tensor, x: Tensor, rows: AdapterRows) -> None:
         """out [T, N] += what the adapters of its rows make of x [T, K], in place."""
         ...

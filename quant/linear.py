@@ -76,6 +76,10 @@ class Linear:
         out = self._run(x, self._weight, self.out_dtype)
         if self.bias is not None:
             out.add_(self.bias)
+        return self.adapted(out, x, step)
+
+    def adapted(self, out: Tensor, x: Hidden, step: StepInputs | None) -> Tensor:
+        """out [T, N], of x [T, K], with what adapters add to it, in place."""
         if self.adapters is not None and step is not None and step.adapters is not None:
             assert isinstance(x, Tensor)  # no kernel before rounds it, on a CPU
             self.adapters.add(out, x, step.adapters)

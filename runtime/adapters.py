@@ -21,6 +21,7 @@ from octavo.runtime.scheduling.adapter_slots import Adapter, AdapterSlots
 
 if TYPE_CHECKING:
     from octavo.runtime.model.adapters import LoadedAdapter, ModelAdapters
+    from octavo.runtime.parallel.followers import Followers
     from octavo.runtime.scheduling.plan import StepPlan
     from octavo.runtime.scheduling.sequence import Sequence
 
@@ -56,12 +57,16 @@ class _Entry:
 class Adapters:
     """All adapters of one engine. Use from its loop only.
 
-    most_loaded: how many are kept in memory, those in slots among them.
+    most_loaded: how many are kept in memory, those in slots among them. followers: the engine's other ranks, which
+    read the same files; None: there are none.
     ready  a file descriptor: readable when `finished` has something to give
     """
 
-    def __init__(self, model: ModelAdapters, slots: AdapterSlots, most_loaded: int) -> None:
+    def __init__(
+        self, model: ModelAdapters, slots: AdapterSlots, most_loaded: int, followers: Followers | None = None
+    ) -> None:
         self._model = model
+        self._followers = followers
         self._slots = slots
         self._most_loaded = most_loaded
         self._entries: dict[str, _Entry] = {}
@@ -126,6 +131,7 @@ class Adapters:
                 entry.is_named = False
         if read.error:
             failed.append((entry.adapter, read.error))
+            self._tell_followers(entry, None)
         self._is_tidy = False
 
     def tidy(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
@@ -169,6 +175,7 @@ class Adapters:
         if not entry.is_reading:
             entry.is_reading = True
             self._num_reading += 1
+            self._tell_followers(entry, entry.directory)
             self._thread.submit(self._read_files, entry.directory, entry.adapter.digest)
 
     def _read_files(self, directory: Path, digest: str) -> None:
@@ -190,7 +197,12 @@ class Adapters:
             self._slots.put(adapter.slot, None)
         entry.loaded = None
         adapter.is_up = False
+        self._tell_followers(entry, None)
         return True
+
+    def _tell_followers(self, entry: _Entry, directory: Path | None) -> None:
+        if self._followers is not None:
+            self._followers.tell_adapter(entry.adapter.digest, directory)
 
     def _put(self, slot: int, adapter: Adapter | None) -> None:
         self._model.put(slot, None if adapter is None else self._entries[adapter.digest].loaded)

@@ -54,7 +54,7 @@ class Engine:
         self.grammars = Grammars(worker.model.vocab_size)
         self.adapters: Adapters | None = None
         if most_adapters and worker.model.adapters is not None:
-            self.adapters = Adapters(worker.model.adapters, self.scheduler.adapters, most_adapters)
+            self.adapters = Adapters(worker.model.adapters, self.scheduler.adapters, most_adapters, followers)
         sampler = Sampler(
             seed,
             worker.model.device,

@@ -188,7 +188,7 @@ class Launcher:
         self._addresses = addresses
         self._devices = devices or find_devices(config.device)
         check(config.parallel, self._devices, config.num_threads)
-        config.lora.check(config.parallel.num_ranks)
+        config.lora.check(is_apart=config.parallel.is_apart)
         if config.parallel.is_on_ray:
             check_ray_installed()
 

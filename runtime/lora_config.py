@@ -43,7 +43,7 @@ class LoraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         tuple[str, ...],
         Meta(
             description="the only modules that adapters may change, such as q_proj: others then need no memory",
-            extra={"metavar": "NAME", "default": "all linear layers but a mixture's experts"},
+            extra={"metavar": "NAME", "default": "all that adapters may change"},
         ),
     ] = ()
 
@@ -52,13 +52,14 @@ class LoraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """How many adapters are kept in memory; 0: none are served."""
         return (self.max_cpu_loras or self.max_loras) if self.enable_lora else 0
 
-    def check(self, num_ranks: int) -> None:
-        """Raise ValueError for options that contradict each other, or an engine of so many ranks."""
+    def check(self, *, is_apart: bool) -> None:
+        """Raise ValueError for options that contradict each other. is_apart: an engine may be on several machines."""
         if not self.enable_lora:
             return
-        if num_ranks > 1:
+        if is_apart:
             raise ValueError(
-                "--enable-lora with -tp or -pp: adapters are not divided over ranks; -dp N runs several engines"
+                "--enable-lora with --nnodes, or several ranks on Ray: all ranks of an engine read adapters on one "
+                "machine; -tp and -pp on it work"
             )
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ValueError(

@@ -226,7 +226,7 @@ def check_limits(config: EngineConfig) -> None:
             "--kv-events-config with --no-enable-prefix-caching: without a prefix cache there is nothing to tell; "
             "leave one of them out"
         )
-    config.lora.check(config.parallel.num_ranks)
+    config.lora.check(is_apart=config.parallel.is_apart)
     check_offload(config)
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ValueError(

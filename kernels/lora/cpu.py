@@ -269,6 +269,11 @@ class CpuSlots:
         self._adapters[slot] = adapter
         self._table[slot] = 0 if adapter is None else adapter.data.data_ptr()
 
+    @property
+    def is_used(self) -> bool:
+        """Whether any slot has something."""
+        return any(adapter is not None for adapter in self._adapters)
+
     def add(self, out: Tensor, x: Tensor, rows: AdapterRows) -> None:
         """out [T, N] += what the adapters of its rows make of x [T, K], in place."""
         assert rows.starts.shape[0] == self._num_slots + 1

@@ -86,7 +86,8 @@ class _Memory:
         joined = torch.zeros(self._size, dtype=torch.uint8)
         begin = 0
         for part in self._parts:
-            joined[begin : begin + part.nbytes] = part.view(-1).view(torch.uint8)
+            if part.nbytes:
+                joined[begin : begin + part.nbytes] = part.view(-1).view(torch.uint8)
             begin += _in_lines(part.nbytes)
         return joined
 

@@ -57,6 +57,11 @@ class ReferenceSlots:
         """Let a slot, which no step under way uses, have this adapter."""
         self._adapters[slot] = adapter
 
+    @property
+    def is_used(self) -> bool:
+        """Whether any slot has something."""
+        return any(adapter is not None for adapter in self._adapters)
+
     def add(self, out: Tensor, x: Tensor, rows: AdapterRows) -> None:
         """out [T, N] += what the adapters of its rows make of x [T, K], in place; computed in float32."""
         starts = rows.starts.tolist()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RunExpert = Callable[[int, Tensor], Tensor]  # (expert, x [n, H]) -> [n, H]
+RunExpert = Callable[[int, Tensor, Tensor], Tensor]  # (expert, x [n, H], tokens [n] int64) -> [n, H]
 
 
 def route(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def route(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tenso
 def grouped(
     x: Tensor, chosen: Tensor, weights: Tensor, num_local: int, run: RunExpert, first_expert: int = 0
 ) -> Tensor:
-    """out[t] = sum over j of weights[t, j] * run(chosen[t, j] - first_expert, x[t]), summed in float32 in j's order.
+    """out[t] = sum over j of weights[t, j] * run(chosen[t, j] - first_expert, x[t], t), summed in float32 in j's order.
 
     Experts first_expert .. first_expert + num_local - 1 are here. Pairs of a token and another expert are another
     rank's: they are dropped before any expert runs, and add nothing. Tokens are sorted by expert, so each expert that
@@ -45,8 +45,9 @@ def grouped(
     if num_pairs == 0:
         return torch.zeros_like(x)
     order = chosen.flatten().argsort(stable=True)[begin : begin + num_pairs]
-    groups = torch.split(x[order // top_k], own)
-    by_expert = torch.cat([run(e, rows) for e, rows in enumerate(groups) if rows.shape[0]])
+    tokens = order // top_k
+    groups = zip(torch.split(x[tokens], own), torch.split(tokens, own), strict=True)
+    by_expert = torch.cat([run(e, rows, some) for e, (rows, some) in enumerate(groups) if rows.shape[0]])
     shape = (num_tokens * top_k, by_expert.shape[1])
     results = by_expert.new_empty(shape) if num_pairs == chosen.numel() else by_expert.new_zeros(shape)
     results[order] = by_expert
@@ -61,7 +62,8 @@ def _of_one_token(
     kept = [j for j, expert in enumerate(local) if 0 <= expert < num_local]
     if not kept:
         return torch.zeros_like(x)
-    results = torch.cat([run(local[j], x) for j in kept])
+    token = chosen.new_zeros(1)
+    results = torch.cat([run(local[j], x, token) for j in kept])
     return _weighted_sum(results.unsqueeze(0), weights if len(kept) == len(local) else weights[:, kept])
 
 

@@ -40,14 +40,15 @@ _NO_MATTER = (
 )  # fmt: skip
 _READ = (
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora",
 )  # fmt: skip
 # Initializations that take what they put into A and B out of the base's own weights.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)\."
-    r"(?:(?P<low>lora_A|lora_B)\.weight|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?:base_layer\.)?(?P<bias>bias))"
+    r"(?:(?P<low>lora_A|lora_B)\.weight|(?P<table>lora_embedding_A|lora_embedding_B)|base_layer\.(?P<own>weight)"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?:base_layer\.)?(?P<bias>bias))"
 )
 
 
@@ -56,6 +57,7 @@ class LoraConfig:
     """What adapter_config.json says. `where` names the file.
 
     target_modules  names, or endings of names behind a dot; a regex; "all-linear"
+    target_parameters  names, or endings, of parameters that are no linear layer's: a mixture's experts in one tensor
     layers          None: all of them
     """
 
@@ -66,23 +68,28 @@ class LoraConfig:
     use_dora: bool = False
     bias: Bias = "none"
     target_modules: tuple[str, ...] | str = ()
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str = ()
     layers: frozenset[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def selects(self, module: str) -> bool:
-        """Whether PEFT puts an adapter beside this linear layer, which is not the head."""
+        """Whether PEFT puts an adapter beside this linear layer, or embedding."""
         if _is_among(module, self.exclude_modules, f"{self.where}: exclude_modules"):
             return False
         if self.target_modules == ALL_LINEAR:
-            return True
+            return module.rpartition(".")[2] not in ("lm_head", "embed_tokens")
         if not _is_among(module, self.target_modules, f"{self.where}: target_modules"):
             return False
         if self.layers is None or isinstance(self.target_modules, str) or module in self.target_modules:
             return True
         layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
         return layer is not None and int(layer[1]) in self.layers
+
+    def selects_parameter(self, name: str) -> bool:
+        """Whether PEFT puts an adapter beside this parameter."""
+        return any(name == one or name.endswith(f".{one}") for one in self.target_parameters)
 
     def rank(self, module: str) -> int:
         """The rank of a module's A and B."""
@@ -122,7 +129,7 @@ class AdapterFiles:
     """An adapter's directory, read as far as to check it: tensors are read when they are asked for.
 
     modules  of each module, by its name in transformers' model: its tensors by what they are: lora_A, lora_B,
-             lora_magnitude_vector, bias
+             lora_embedding_A, lora_embedding_B, lora_magnitude_vector, bias, and weight, a copy of the base's own
     """
 
     directory: Path
@@ -157,7 +164,7 @@ def open_adapter(directory: Path) -> AdapterFiles:
         match = _KEY.fullmatch(name)
         if match is None:
             raise AdapterError(f"{path}: {_unknown(name)}")
-        kind = match["low"] or match["magnitude"] or match["bias"]
+        kind = match["low"] or match["table"] or match["own"] or match["magnitude"] or match["bias"]
         if kind in modules[match["module"]]:
             raise AdapterError(f"{path}: {printable(name, 200)} is there twice, under two names")
         if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -172,8 +179,6 @@ def open_adapter(directory: Path) -> AdapterFiles:
 
 def _unknown(name: str) -> str:
     said = printable(name, 200)
-    if "lora_embedding_" in name:
-        return f"{said}: adapters of embeddings are not served"
     if "lora_B.bias" in name:
         return f"{said}: a bias of lora_B (lora_bias) is not served"
     if ".modules_to_save" in name or name.endswith(("embed_tokens.weight", "lm_head.weight")):
@@ -205,7 +210,10 @@ def read_config(directory: Path) -> LoraConfig:
     if bias not in get_args(Bias):
         raise AdapterError(f"{where}: bias is {shown(bias)}; {', '.join(get_args(Bias))} are known")
     targets = _names(values, "target_modules", where)
-    if not targets:
+    parameters = _names(values, "target_parameters", where)
+    if isinstance(parameters, str):
+        raise AdapterError(f"{where}: target_parameters is {shown(parameters)}; it must be a list of names")
+    if not targets and not parameters:
         raise AdapterError(f"{where}: target_modules names nothing")
     return LoraConfig(
         where,
@@ -215,6 +223,7 @@ def read_config(directory: Path) -> LoraConfig:
         use_dora=_truth(values, "use_dora", where),
         bias=bias,
         target_modules=targets,
+        target_parameters=parameters,
         exclude_modules=_names(values, "exclude_modules", where),
         layers=_layers(values.get("layers_to_transform"), where),
         rank_pattern={

@@ -90,7 +90,7 @@ class BlockRunner:
         with self._source.holding({name: weight, norm_name: tensor(norm_name)}):
             norm = self._builder.final_norm()
             head = self._builder.head(weight.to(self.device, self.dtype))
-        return lambda hidden: head.forward(norm.norm(hidden))
+        return lambda hidden: head.forward(norm.norm(hidden), None)
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
         """Block `index` out of its tensors by their names in the checkpoint, all of them dense."""

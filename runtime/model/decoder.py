@@ -19,8 +19,11 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.sampling.best import Best
 from octavo.quant.linear import Linear
-from octavo.runtime.model.adapters import ModelAdapters
+from octavo.runtime.lora_config import LoraOptions
+from octavo.runtime.model.adapter_modules import ModelModules
+from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
 from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
@@ -87,7 +90,7 @@ class Decoder:
         self._layers = [layer.followed_by(norm) for layer, norm in zip(stack.layers, behind, strict=True)]
         self._head = stack.head
         self._is_last_stage = not isinstance(stack.head, HandedOn)
-        self.best = stack.head.best if isinstance(stack.head, RankHead) else None
+        self.best = self._best if isinstance(stack.head, RankHead) else None
         self.weight_bytes = distinct_bytes(self.tensors())
 
     @property
@@ -113,11 +116,14 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
-        return self.logits(self.hidden(step, caches, tap))
+        return self.logits(self.hidden(step, caches, tap), step)
 
     @torch.inference_mode()
     def entering(self, step: StepInputs) -> Tensor:
-        return self._embedding.forward(step.token_ids)
+        entering = self._embedding.forward(step.token_ids)
+        if self.adapters is not None and step.adapters is not None and isinstance(self._embedding, Embedding):
+            self.adapters.embedding.add(entering, step.token_ids, step.adapters)
+        return entering
 
     @torch.inference_mode()
     def hidden(
@@ -143,12 +149,30 @@ class Decoder:
         return hidden[step.logits_index] if some_rows and not cuts_early else hidden
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._head.forward(hidden)
+    def logits(self, hidden: Tensor, step: StepInputs | None = None) -> Tensor:
+        return self._head.forward(hidden, self._of_logits(step))
+
+    @torch.inference_mode()
+    def _best(self, hidden: Tensor, step: StepInputs | None) -> Best:
+        assert isinstance(self._head, RankHead)
+        return self._head.best(hidden, self._of_logits(step))
+
+    def _of_logits(self, step: StepInputs | None) -> StepInputs | None:
+        """The step as the head sees it, whose rows are those of logits; None where no adapter changes it."""
+        linear = self._head.linear
+        if step is None or step.adapters is None or linear is None or linear.adapters is None:
+            return None
+        return step.of_rows(step.logits_index) if linear.adapters.is_used else None
 
     def linears(self) -> list[dict[str, Linear]]:
         """The linear layers of each layer, by their names in it."""
         return [layer.linears() for layer in self._layers]
+
+    def serve_adapters(self, modules: ModelModules, options: LoraOptions) -> None:
+        """Have slots for adapters beside the linear layers here, the head and the embedding."""
+        embedding = self._embedding if isinstance(self._embedding, Embedding) else None
+        layers = tuple(modules.layers(self.linears(), self.first_layer))
+        self.adapters = ModelAdapters(modules, AdaptedParts(layers, self._head.linear, embedding), options, self.dtype)
 
     def tensors(self) -> Iterator[Tensor]:
         linears = [linear for layer in self._layers for linear in layer.linears().values()]

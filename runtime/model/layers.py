@@ -42,8 +42,9 @@ class Head:
     divisor: float
     soft_cap: float | None
 
-    def forward(self, hidden: Hidden) -> Tensor:
-        logits = self.linear.forward(hidden, None)
+    def forward(self, hidden: Hidden, step: StepInputs | None) -> Tensor:
+        """step: as of `Linear.forward`, with the rows of hidden."""
+        logits = self.linear.forward(hidden, step)
         if self.divisor != 1.0:
             logits = logits / self.divisor
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap

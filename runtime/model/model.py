@@ -104,13 +104,14 @@ class Model(Protocol):
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[num logits_index, vocab_size] float32 of what `hidden` returns."""
+    def logits(self, hidden: Tensor, step: StepInputs | None = None) -> Tensor:
+        """[num logits_index, vocab_size] float32 of what `hidden` has returned for a step; None: without adapters."""
         ...
 
     @property
-    def best(self) -> Callable[[Tensor], Best] | None:
-        """Of what `hidden` returns, the best of each row of `logits`; on ranks but the driver of their own columns.
+    def best(self) -> Callable[[Tensor, StepInputs | None], Best] | None:
+        """Of what `hidden` has returned for a step, the best of each row of `logits`; on ranks but the driver of their
+        own columns.
 
         None where `logits` costs no more.
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class MoeMlp(_Plain):
     def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         assert isinstance(x, Tensor)
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
-        routed = moe.grouped(x, chosen, weights, len(self.experts), self._run, self.first_expert)
+        run = self._run if step is None or step.adapters is None else partial(self._run_adapted, step)
+        routed = moe.grouped(x, chosen, weights, len(self.experts), run, self.first_expert)
         return add_shared(x, routed, self.shared, self.shared_gate, step)
 
     def linears(self) -> dict[str, Linear]:
@@ -92,8 +94,11 @@ class MoeMlp(_Plain):
         if self.shared is not None:
             yield "shared", self.shared
 
-    def _run(self, expert: int, x: Tensor) -> Tensor:
+    def _run(self, expert: int, x: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
         return self.experts[expert].forward(x, None)
+
+    def _run_adapted(self, step: StepInputs, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
+        return self.experts[expert].forward(x, step.of_rows(tokens))
 
 
 def add_shared(

@@ -45,6 +45,12 @@ _OWNERS = dict.fromkeys(names.owner for names in _NAMES)
 _SPELLINGS = dict.fromkeys((names.gate, names.up, names.down) for names in _NAMES)
 
 
+def expert_roles(name: str) -> str:
+    """Which of `gate`, `up` and `down` an expert's module is, in any spelling; the name where it is none of them."""
+    roles = {one: role for spelling in _SPELLINGS for one, role in zip(spelling, ("gate", "up", "down"), strict=True)}
+    return roles.get(name, name)
+
+
 def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
     """The names of a layer's experts in this checkpoint; the architecture's own if the checkpoint has no experts."""
     known = (ExpertNames(owner, *names) for owner, names in product(_OWNERS, _SPELLINGS))

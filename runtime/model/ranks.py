@@ -212,6 +212,7 @@ class RoundedTogether(Linear):
 
     def __init__(self, own: Linear, added: int, group: Group) -> None:
         super().__init__(own.scheme, own.parts, own.bias, own.out_dtype)
+        self.whole_bias = own.whole_bias
         self._added = added
         self._group = group
 
@@ -220,7 +221,8 @@ class RoundedTogether(Linear):
         largest = torch.zeros(self._group.size, len(x))
         largest[self._group.rank] = x.abs().amax(1)
         of_all = self._group.all_reduce(largest).amax(0).to(x.dtype)
-        return super().forward(torch.cat([x, of_all.unsqueeze(1).expand(-1, self._added)], 1), step)
+        out = super().forward(torch.cat([x, of_all.unsqueeze(1).expand(-1, self._added)], 1), None)
+        return self.adapted(out, x, step)
 
 
 def make_part(weights: list[Weight], biases: list[Tensor | None], target: Target, rank: Rank) -> Linear:
@@ -248,18 +250,18 @@ class RankHead:
         of_stage = rank.layout.ranks[: rank.group.size]
         self._widths = [stop - begin for begin, stop in (each.vocabulary for each in of_stage)]
 
-    def forward(self, hidden: Hidden) -> Tensor:
+    def forward(self, hidden: Hidden, step: StepInputs | None) -> Tensor:
         """[L, vocab] float32 on the driver; this rank's columns of it, filled up with zeros, on the others."""
-        own = self._own.forward(hidden)
+        own = self._own.forward(hidden, step)
         widest = F.pad(own, (0, max(self._widths) - own.shape[1])).contiguous()
         gathered = self._group.gather(widest)
         if gathered is None:
             return widest
         return torch.cat([part[:, :width] for part, width in zip(gathered, self._widths, strict=True)], dim=1)
 
-    def best(self, hidden: Hidden) -> Best:
+    def best(self, hidden: Hidden, step: StepInputs | None) -> Best:
         """The best of each row on the driver, of this rank's columns on the others: 8 bytes a row and rank."""
-        own = best_of(self._own.forward(hidden))
+        own = best_of(self._own.forward(hidden, step))
         own = Best(own.ids + self._first, own.logits)
         sent = torch.from_numpy(np.stack([own.ids.astype(np.int32).view(np.float32), own.logits]))
         gathered = self._group.gather(sent)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.shard import Range
 from octavo.runtime.model.names import head_name
@@ -71,7 +72,7 @@ class HandedOn:
         self._target = stage.target
         self._group = stage.group
 
-    def forward(self, hidden: Hidden) -> Tensor:
+    def forward(self, hidden: Hidden, step: StepInputs | None) -> Tensor:  # noqa: ARG002
         """Returns what was handed on, of all tokens of the step: here are no logits."""
         assert isinstance(hidden, Tensor)
         self._group.send(hidden, self._target)

@@ -24,7 +24,7 @@ from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import AT_LOAD, HEAD_INT8, SchemeError, scheme_at_load
 from octavo.quant.target import Target
 from octavo.runtime.config import Dtype, EngineConfig
-from octavo.runtime.model.adapters import adapters_of
+from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_transformers
 from octavo.runtime.model.device import Device
@@ -224,7 +224,7 @@ class DecoderBuilder:
             notes=self.notes,
         )
         if self.config.lora.enable_lora:
-            decoder.adapters = adapters_of(decoder.linears(), self.spec, self.source, self.config.lora, self.dtype)
+            decoder.serve_adapters(ModelModules(self.spec, self.source, self.own), self.config.lora)
         return decoder
 
     def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[DecoderLayer]:

@@ -197,6 +197,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return "ray" in (self.distributed_executor_backend, self.data_parallel_backend)
 
     @property
+    def is_apart(self) -> bool:
+        """Whether the ranks of an engine may be on several machines."""
+        return self.nnodes > 1 or (self.num_ranks > 1 and self.is_on_ray)
+
+    @property
     def local_engines(self) -> range:
         """The numbers of this machine's engines: a server has the first ones, or none where Ray has them."""
         if self.is_on_ray and not self.headless:

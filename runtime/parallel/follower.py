@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from octavo.runtime.launch import progress_path
+from octavo.runtime.parallel.adapter_orders import MOST_NUMBERS, FollowerAdapters, is_step
 from octavo.runtime.parallel.address import key_for
 from octavo.runtime.parallel.channel import FollowerChannel
 from octavo.runtime.parallel.follower_process import GONE, FollowerStart
@@ -111,7 +112,7 @@ def load(start: FollowerStart) -> tuple[Worker, int]:
     if not isinstance(group, Shared):
         group.limit = start.config.parallel.distributed_timeout_seconds
     worker = Worker(rank.model, rank.caches, rank.limits, *at_once(start.config, rank, clock))
-    return worker, largest_order(rank.limits)
+    return worker, max(largest_order(rank.limits), MOST_NUMBERS)
 
 
 def group_of(start: FollowerStart) -> Shared | Gloo:
@@ -135,10 +136,18 @@ def follow(worker: Worker, orders: Orders) -> None:
     """Compute step after step, until the driver is gone."""
     import torch
 
+    adapters = None if worker.model.adapters is None else FollowerAdapters(worker.model.adapters)
     with torch.inference_mode():
         while (order := orders.receive()) is not None:
+            if not is_step(order):
+                assert adapters is not None
+                adapters.take(order)
+                continue
             step = StepOrder(order)
-            worker.compute(worker.prepare(step), step.wants)
+            inputs = worker.prepare(step)
+            if adapters is not None:
+                adapters.place(step)
+            worker.compute(inputs, step.wants)
 
 
 if __name__ == "__main__":

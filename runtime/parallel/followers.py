@@ -11,15 +11,17 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.parallel.adapter_orders import MOST_NUMBERS, adapter_order
 from octavo.runtime.parallel.channel import DriverChannel
 from octavo.runtime.parallel.follower_process import GONE, FollowerProcess, FollowerStart, share_of_cores
 from octavo.runtime.parallel.lifeline import EndedError
-from octavo.runtime.parallel.order import StepOrder, largest_order
+from octavo.runtime.parallel.order import Int32s, StepOrder, largest_order
 from octavo.runtime.parallel.placement import cores_to_share, num_cores
 from octavo.runtime.parallel.remote_ranks import ranks_of_other_nodes
 from octavo.runtime.scheduling.plan import SchedulerConfig
@@ -51,6 +53,7 @@ class Followers:
         self._group: Shared | Gloo | None = None
         self._failure: str | None = None
         self._failing = threading.Lock()
+        self._telling = threading.Lock()  # steps begin in a thread, and adapters are read for those that wait
         self.ended, self._tell_end = os.pipe()  # readable when one has ended
         self._is_closed = False
         config = msgspec.structs.replace(config, num_threads=self.threads)
@@ -107,7 +110,7 @@ class Followers:
 
     def open(self, limits: SchedulerConfig) -> None:
         """Before the first order: the limits of all orders, which followers find by themselves."""
-        self._channel.open(largest_order(limits))
+        self._channel.open(max(largest_order(limits), MOST_NUMBERS))
         if self._remote is not None:
             self._remote.open()
 
@@ -123,9 +126,17 @@ class Followers:
 
     def send(self, order: StepOrder) -> None:
         """Tell all of them a step, whose tokens are all known. Raises EndedError if one has ended."""
-        if self._remote is not None:
-            self._remote.send(order.buffer)
-        self._channel.send(order.buffer)
+        self._tell(order.buffer)
+
+    def tell_adapter(self, digest: str, directory: Path | None) -> None:
+        """Have all of them read an adapter, or with None forget it; from any thread, as `send`."""
+        self._tell(adapter_order(digest, directory))
+
+    def _tell(self, order: Int32s) -> None:
+        with self._telling:
+            if self._remote is not None:
+                self._remote.send(order)
+            self._channel.send(order)
 
     def close(self, error: str = "") -> None:
         """End all of them, and wait for their end. error: why, where the engine may be started again. May be called

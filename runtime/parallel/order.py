@@ -21,7 +21,8 @@ WantedLogits = Literal["nothing", "best", "logits"]
 """What a step shall bring of the logits that sequences want: each row's largest and its token, or all of them."""
 
 _WANTS: tuple[WantedLogits, ...] = get_args(WantedLogits)
-_HEADER = ("number", "wants", "num_groups", "num_sequences", "num_tokens", "num_new_blocks")
+_HEADER = ("number", "wants", "num_groups", "num_sequences", "num_tokens", "num_new_blocks", "num_adapters")
+_DIGEST = 8  # numbers of an adapter's digest
 _COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts", "adapters")
 
 
@@ -41,11 +42,13 @@ class StepOrder:
     adapters          [S] 1 + the slot of its adapter; 0: it has none
     token_ids         [T]
     new_blocks        [G, B] the new entries of all sequences, in order
+    digests           [A, 9] the slot of each adapter of the step, and its digest
     """
 
     __slots__ = (
         "adapters",
         "buffer",
+        "digests",
         "ends",
         "first_logits",
         "first_new_blocks",
@@ -61,7 +64,7 @@ class StepOrder:
 
     def __init__(self, buffer: Int32s) -> None:
         self.buffer = buffer
-        self.number, wants, groups, sequences, tokens, blocks = buffer[: len(_HEADER)].tolist()
+        self.number, wants, groups, sequences, tokens, blocks, adapters = buffer[: len(_HEADER)].tolist()
         self.wants = _WANTS[wants]
         columns = buffer[len(_HEADER) :]
         parts = [columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))]
@@ -71,6 +74,12 @@ class StepOrder:
         self.token_ids = columns[begin : begin + tokens]
         begin += tokens
         self.new_blocks = columns[begin : begin + groups * blocks].reshape(groups, blocks)
+        begin += groups * blocks
+        self.digests = columns[begin : begin + adapters * (1 + _DIGEST)].reshape(adapters, 1 + _DIGEST)
+
+    def adapters_in_slots(self) -> list[tuple[int, str]]:
+        """The slot and the digest of each adapter that the step uses."""
+        return [(int(one[0]), one[1:].tobytes().hex()) for one in self.digests]
 
     def fill_tokens(self, last_tokens: Int32s) -> None:
         """Fill in the tokens that were being sampled when the order was made. last_tokens: the latest of each slot."""
@@ -84,8 +93,10 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
     growing = [it for it in scheduled if it.new_blocks[0]]
     num_groups = len(scheduled[0].new_blocks)
     num_new_blocks = sum(len(it.new_blocks[0]) for it in growing)
+    adapters = dict.fromkeys(it.sequence.adapter for it in scheduled if it.sequence.adapter is not None)
+    counts = (num_groups, len(scheduled), plan.num_tokens, num_new_blocks, len(adapters))
     numbers = chain(
-        (number, _WANTS.index(_wanted(scheduled)), num_groups, len(scheduled), plan.num_tokens, num_new_blocks),
+        (number, _WANTS.index(_wanted(scheduled)), *counts),
         [it.slot for it in scheduled],
         [it.start for it in scheduled],
         [it.end for it in scheduled],
@@ -96,6 +107,7 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
         [0 if it.sequence.adapter is None else 1 + it.sequence.adapter.slot for it in scheduled],
         chain.from_iterable([it.tokens for it in scheduled]),
         *(it.new_blocks[group] for group in range(num_groups) for it in growing),
+        *((adapter.slot, *np.frombuffer(bytes.fromhex(adapter.digest), np.int32)) for adapter in adapters),
     )
     return StepOrder(np.array(list(numbers), dtype=np.int32))
 
@@ -111,4 +123,5 @@ def largest_order(limits: SchedulerConfig) -> int:
     """How many numbers an order can have: a sequence may be given a whole cached prefix in one step."""
     blocks = -(-limits.max_model_len // limits.block_size)
     per_sequence = len(_COLUMNS) + len(limits.windows) * blocks
-    return len(_HEADER) + per_sequence * limits.max_num_seqs + limits.max_num_batched_tokens
+    adapters = limits.max_loras * (1 + _DIGEST)
+    return len(_HEADER) + per_sequence * limits.max_num_seqs + limits.max_num_batched_tokens + adapters

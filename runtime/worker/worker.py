@@ -52,7 +52,7 @@ class Worker:
     def compute(self, inputs: StepInputs, wants: WantedLogits) -> Tensor | Best:
         """What is wanted of the logits of a step on the CPU; more than that where this rank has all of them anyway."""
         if wants == "best" and self.model.best is not None:
-            return self.model.best(self._hidden(inputs))
+            return self.model.best(self._hidden(inputs), inputs)
         return self.forward(inputs)
 
     def forward(self, inputs: StepInputs) -> Tensor:
@@ -60,7 +60,7 @@ class Worker:
         if self.graphs is not None:
             return self.graphs.forward(inputs)
         if self.replays is not None:
-            return self.model.logits(self._hidden(inputs))
+            return self.model.logits(self._hidden(inputs), inputs)
         return self.model.forward(inputs.to(self.model.device), self.caches, self._tap)
 
     def _hidden(self, inputs: StepInputs) -> Tensor:

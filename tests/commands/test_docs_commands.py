@@ -26,8 +26,10 @@ from pathlib import Path
 import documented
 import pytest
 import torch
+import transformers
 from documented import ROOT, Command
 from octavo_server import PATIENCE, ended
+from peft_oracle import PeftOracle
 from safetensors.torch import load_file, save_file
 from terminal import CTRL_C, terminal
 
@@ -200,6 +202,9 @@ class Run:
         if word in self._named or (HUB_ID.fullmatch(word) and not (self._directory / word).exists()):
             return str(self._named.get(word, self._named["MODEL"]))
         path = self._directory / word
+        _, is_adapter, directory = word.partition("=")
+        if is_adapter and directory.startswith("adapters/"):
+            write_adapter(self._named["MODEL"], self._directory / directory)
         if word.endswith(".jsonl") and not word.startswith("out") and not path.exists():
             write_lines(path)
         if word.partition("@")[0] == "smollm2" and not path.exists():
@@ -207,6 +212,11 @@ class Run:
             checkpoint.unlink(missing_ok=True)
             checkpoint.symlink_to(self._named["MODEL"])
         return word
+
+
+def write_adapter(model: Path, directory: Path) -> None:
+    """A random one, by PEFT."""
+    PeftOracle(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), directory)
 
 
 def write_lines(path: Path) -> None:

@@ -39,7 +39,8 @@ def test_tokens_go_through_their_experts_and_back(num_tokens: int, normalize: bo
     x, router, experts = inputs(num_tokens)
     rows: list[int] = []
 
-    def run(expert: int, group: Tensor) -> Tensor:
+    def run(expert: int, group: Tensor, tokens: Tensor) -> Tensor:
+        assert torch.equal(group, x[tokens])
         rows.append(group.shape[0])
         return group @ experts[expert].t()
 
@@ -59,7 +60,7 @@ def test_a_token_gets_the_same_bits_in_any_batch() -> None:
     chosen, weights = moe.route(x, router, TOP_K, True)
 
     def block(rows: slice) -> Tensor:
-        def run(expert: int, group: Tensor) -> Tensor:
+        def run(expert: int, group: Tensor, _: Tensor) -> Tensor:
             return group * (expert + 1.5)
 
         return moe.grouped(x[rows], chosen[rows], weights[rows], NUM_EXPERTS, run)
@@ -78,7 +79,8 @@ def test_ranks_with_some_of_the_experts_add_up_to_all(num_tokens: int) -> None:
     ran: list[tuple[int, int]] = []
     for first, count in ((0, 2), (2, 2), (4, 1)):
 
-        def run(expert: int, group: Tensor, first: int = first) -> Tensor:
+        def run(expert: int, group: Tensor, tokens: Tensor, first: int = first) -> Tensor:
+            assert torch.equal(group, x[tokens])
             ran.extend((first + expert, index) for index in range(group.shape[0]))
             return group @ experts[first + expert].t()
 
@@ -102,8 +104,8 @@ def test_sums_that_others_are_added_to_stay_as_wide_as_the_experts_make_them(num
     """A rank's experts give float32 for bfloat16 tokens: a sum that was rounded before the ranks' sum loses 16 bits."""
     x, router, experts = inputs(num_tokens)
     chosen, weights = moe.route(x, router, TOP_K, False)
-    out = moe.grouped(x.bfloat16(), chosen, weights, NUM_EXPERTS, lambda e, rows: rows.float() @ experts[e].t())
-    expected = moe.grouped(x.bfloat16().float(), chosen, weights, NUM_EXPERTS, lambda e, rows: rows @ experts[e].t())
+    out = moe.grouped(x.bfloat16(), chosen, weights, NUM_EXPERTS, lambda e, rows, _: rows.float() @ experts[e].t())
+    expected = moe.grouped(x.bfloat16().float(), chosen, weights, NUM_EXPERTS, lambda e, rows, _: rows @ experts[e].t())
     assert torch.equal(out, expected)
 
 

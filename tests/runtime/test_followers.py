@@ -12,18 +12,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from forked_commands import fork_children
 from guessing import Guessing
 from hf_oracle import CASES, make_hf, save
+from peft_oracle import PeftOracle
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
 import octavo
+from octavo.quant.adapter_files import digest_of
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, Ready, TokenOutput
+from octavo.runtime.lora_config import LoraOptions
+from octavo.runtime.messages import AddRequest, LoadAdapter, Ready, TokenOutput
 from octavo.runtime.parallel.channel import NUM_SLOTS, ChannelEnds, DriverChannel, FollowerChannel
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.follower_process import share_of_cores
@@ -97,6 +101,44 @@ def random_requests(rng: random.Random) -> list[AddRequest]:
         )
         for i in range(12)
     ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages"), [(2, 1), *(pytest.param(ranks, 2, marks=pytest.mark.slow) for ranks in (1, 2))]
+)
+def test_every_rank_has_the_adapters_of_a_step(ranks: int, stages: int, start: Start, tmp_path: Path) -> None:
+    """Three over two slots, of which two are kept in memory; answers are PEFT's."""
+    base = make_hf(*CASES["qwen2"])
+    oracles = [PeftOracle(base, tmp_path / str(seed), seed=seed, r=2 + seed) for seed in range(3)]
+    lora = LoraOptions(enable_lora=True, max_loras=2)
+    engine, _, _ = start(
+        config(save(base, tmp_path / "base"), ranks, stages, lora=lora, num_blocks=40, max_model_len=60)
+    )
+    told = {}
+    messages = [LoadAdapter(digest_of(one.directory), str(one.directory), "x") for one in oracles]
+    for message in messages:
+        assert engine.load_adapter(message) is None
+    while len(told) < 3:
+        told |= {answer.digest: answer.error for answer in engine.take_adapters()[0]}
+        time.sleep(0.001)
+    assert not any(told.values())
+    prompt = [5, 6, 7]
+    requests = [
+        msgspec.structs.replace(make_request(str(i), prompt, max_tokens=5), adapter=messages[i % 3].digest)
+        for i in range(9)
+    ]
+    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        assert not engine.add(request)
+    while engine.scheduler.waiting or engine.has_work:
+        assert not engine.take_adapters()[1]
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    for i in range(9):
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(int(oracles[i % 3].logits(ids)[-1].argmax()))
+        assert tokens_of(outputs[str(i)]) == ids[3:]
 
 
 @pytest.mark.parametrize(("ranks", "stages"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hf_oracle import scattered_logits
 from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
+from octavo.quant.adapter_files import AdapterError, digest_of
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.weights import load_model
+from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.worker import kv_cache
 
@@ -32,6 +36,20 @@ def prefilled(group: Group, directory: Path, settings: dict[str, Any], lengths: 
     step = StepInputs.prefill(lengths, max(lengths), token_ids=token_ids, logits_index=range(sum(lengths)))
     logits = model.forward(step, caches, lambda _, residual: kept.append(residual.clone()))
     return logits, kept
+
+
+def adapted_logits(group: Group, base: Path, adapters: list[Path], parallel: ParallelConfig) -> list[Tensor] | str:
+    """Logits of three prompts, of which the second has no adapter; or what is said against one of the adapters."""
+    lora = LoraOptions(enable_lora=True, max_loras=2)
+    model = load_model(EngineConfig(model=str(base), dtype="float32", lora=lora, parallel=parallel), group=group)
+    assert model.adapters is not None
+    try:
+        for slot, directory in enumerate(adapters):
+            loaded = model.adapters.load(directory, digest_of(directory), is_checked=group.rank > 0)
+            model.adapters.put(slot, loaded)
+    except AdapterError as error:
+        return str(error)
+    return scattered_logits(model, prompts(), slots=[0, -1, 1])
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> float:

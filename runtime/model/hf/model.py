@@ -97,7 +97,7 @@ class HFModel:
     ) -> Tensor:
         raise self._no_hidden()
 
-    def logits(self, hidden: Tensor) -> Tensor:  # noqa: ARG002
+    def logits(self, hidden: Tensor, step: StepInputs | None = None) -> Tensor:  # noqa: ARG002
         raise self._no_hidden()
 
     def _no_hidden(self) -> HFModelError:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from hf_oracle import CASES, make_hf, save, scattered_logits
-from peft_oracle import ATTENTION, PeftOracle
+from peft_oracle import ATTENTION, EXPERTS, PeftOracle, assert_near, prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trimmed import whole
@@ -27,8 +27,6 @@ from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.worker import kv_cache
-
-LENGTHS = (29, 17, 23)
 
 # What of PEFT's config each case has, over the Llama with biases, whose linear layers are all of the usual names.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -66,10 +64,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"target_modules": r".*(self_attn\.[qkvo]_proj|shared_expert\.(gate|up|down)_proj)"},
 }
 
+# Experts, which transformers keep in one tensor for all: parameters to PEFT, and no linear layers.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "all experts and attention": ("mixtral", {"target_modules": list(ATTENTION), "target_parameters": EXPERTS}),
+    "down alone": ("mixtral", {"target_modules": [], "target_parameters": EXPERTS[1:]}),
+    "patterns": (
+        "qwen2_moe",
+        {
+            "target_modules": r".*shared_expert\.(gate|up|down)_proj",
+            "target_parameters": EXPERTS,
+            "rank_pattern": {"experts.down_proj": 3},
+            "alpha_pattern": {r"layers\.0\.mlp\.experts\.gate_up_proj": 5},
+            "use_rslora": True,
+        },
+    ),
+}
 
-def prompts(vocab: int = 96) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+# The head and the embedding: of a model where they are two, where they are one, and with factors beside them.
+ENDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    "both": ("llama", {"target_modules": ["lm_head", "embed_tokens"]}),
+    "both, tied, scaled": ("gemma2", {"target_modules": ["lm_head", "embed_tokens", "down_proj"], "use_rslora": True}),
+    "an embedding with a factor": ("granite", {"target_modules": ["embed_tokens"], "r": 20}),
+    "DoRA of a head": ("qwen3", {"target_modules": ["lm_head"], "use_dora": True}),
+}
 
 
 def load(directory: Path, dtype: str = "float32", **options: Any) -> Model:
@@ -80,12 +98,6 @@ def load(directory: Path, dtype: str = "float32", **options: Any) -> Model:
 def put(model: Model, slot: int, directory: Path) -> None:
     assert model.adapters is not None
     model.adapters.put(slot, model.adapters.load(directory, digest_of(directory)))
-
-
-def assert_near(ours: Tensor, theirs: Tensor) -> None:
-    """Within 1e-4 of the logits' size; test_decoder.py says what float32's rounding may do: three times as much."""
-    error = float((ours - theirs).abs().max())
-    assert error <= 1e-4 * float(theirs.abs().max()), error
 
 
 def check(base: Any, model: Model, tmp_path: Path, config: dict[str, Any]) -> None:
@@ -116,6 +128,77 @@ def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
 def test_logits_of_families_are_those_of_peft(name: str, tmp_path: Path) -> None:
     base = make_hf(*CASES[name])
     check(base, load(save(base, tmp_path / "base")), tmp_path, FAMILIES[name])
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    family, config = MIXTURES[name]
+    base = make_hf(*CASES[family])
+    check(base, load(save(base, tmp_path / "base")), tmp_path, config | {"lora_dropout": 0.0})
+
+
+def test_experts_one_by_one_are_the_same(tmp_path: Path) -> None:
+    """As transformers 4 had them, by the names of that time."""
+    base = make_hf(*CASES["mixtral"])
+    oracle = PeftOracle(base, tmp_path / "stacked", target_modules=[], target_parameters=EXPERTS, lora_dropout=0.0)
+    model = load(save(base, tmp_path / "base"))
+    put(model, 0, one_by_one(oracle.directory, tmp_path / "one by one", base.config.num_local_experts))
+    ids = prompts()
+    for ours, prompt in zip(scattered_logits(model, ids, slots=[0, 0, 0]), ids, strict=True):
+        assert_near(ours, oracle.logits(prompt))
+
+
+def one_by_one(source: Path, target: Path, experts: int) -> Path:
+    """The same adapter, a module for each expert."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(source / "adapter_model.safetensors").items():
+        layer, _, rest = name.partition(".mlp.experts.")
+        matrix = rest.removeprefix("base_layer.")
+        is_down = rest == matrix  # around gate_up_proj, which PEFT has adapted before
+        for expert in range(experts):
+            owner = f"{layer}.block_sparse_moe.experts.{expert}"
+            of_expert = (
+                tensor.view(experts, -1, tensor.shape[1])[expert]
+                if matrix == "lora_A.weight"
+                else tensor.view(len(tensor), -1, experts)[:, :, expert]
+            )
+            if is_down:
+                tensors[f"{owner}.w2.{matrix}"] = of_expert.contiguous()
+                continue
+            halves = (of_expert,) * 2 if matrix == "lora_A.weight" else of_expert.chunk(2)
+            tensors |= {f"{owner}.{w}.{matrix}": half.clone() for w, half in zip(("w1", "w3"), halves, strict=True)}
+    target.mkdir()
+    save_file(tensors, target / "adapter_model.safetensors")
+    config = json.loads((source / "adapter_config.json").read_text())
+    config |= {"target_parameters": None, "target_modules": ["w1", "w2", "w3"]}
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_heads_and_embeddings_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    """Saved with copies of the base's own tables, as PEFT does it where it is not told to leave them out."""
+    family, config = ENDS[name]
+    base = make_hf(*CASES[family])
+    check(base, load(save(base, tmp_path / "base")), tmp_path, config)
+
+
+def test_tables_beside_an_adapter_must_be_the_model_s_own(tmp_path: Path) -> None:
+    base = make_hf(*CASES["llama"])
+    model = load(save(base, tmp_path / "base"))
+    config = {"target_modules": ["lm_head", "embed_tokens"]}
+    directory = PeftOracle(base, tmp_path / "adapter", **config).directory
+    for name, own in (("lm_head", base.lm_head), ("model.embed_tokens", base.model.embed_tokens)):
+        other = own.weight.detach().clone()
+        other[3, 5] += 1
+        spoiled = tmp_path / name
+        spoil(directory, spoiled, {}, {f"base_model.model.{name}.base_layer.weight": other})
+        with pytest.raises(AdapterError, match=r"base_layer\.weight is not the model's own as far"):
+            put(model, 0, spoiled)
+    bare = PeftOracle(base, tmp_path / "bare", saving={"save_embedding_layers": False}, **config)
+    put(model, 1, bare.directory)
+    ids = prompts()
+    assert_near(scattered_logits(model, ids, slots=[1, -1, -1])[0], bare.logits(ids[0]))
 
 
 def test_merged_weights_give_the_same(tmp_path: Path) -> None:
@@ -227,8 +310,38 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "integers": ({}, {A: torch.zeros(4, 64, dtype=torch.int32)}, "float32, bfloat16 and float16 are read"),
     "another layer": ({}, {A.replace("layers.0", "layers.9"): torch.zeros(4, 64)}, "no such linear layer"),
     "an image's": ({}, {A.replace("model.layers", "vision_tower.layers"): torch.zeros(4, 64)}, "no such linear layer"),
-    "embeddings": ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 96)}, "of embeddings"),
-    "a head": ({}, {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}, "of the head and of embeddings"),
+    "half an embedding": (
+        {},
+        {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 96)},
+        "has lora_embedding_A alone",
+    ),
+    "half a head": ({}, {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}, "has lora_A alone"),
+    "a linear layer's as an embedding's": (
+        {},
+        {A.replace("lora_A.weight", "lora_embedding_A"): torch.zeros(4, 64)},
+        "is a linear layer",
+    ),
+    "an embedding's as a linear layer's": (
+        {},
+        {"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 64)},
+        "lora_A of an embedding is not served",
+    ),
+    "a base's weight": (
+        {},
+        {A.replace("lora_A.weight", "base_layer.weight"): torch.zeros(64, 64)},
+        "base_layer.weight is no tensor of a LoRA adapter",
+    ),
+    "experts": (
+        {},
+        {A.replace("self_attn.q_proj", "mlp.experts.1.down_proj"): torch.zeros(4, 64)},
+        "no such linear layer",
+    ),
+    "all experts": (
+        {"target_parameters": ["mlp.experts.down_proj"]},
+        {A.replace("self_attn.q_proj", "mlp.experts"): torch.zeros(4, 64)},
+        "no such linear layer",
+    ),
+    "parameters as a regex": ({"target_parameters": ".*experts"}, {}, "target_parameters is '.*experts'"),
     "a whole head": ({}, {"base_model.model.lm_head.weight": torch.zeros(96, 64)}, "modules_to_save"),
     "a bias of B": ({"lora_bias": True}, {}, "lora_bias is True, which is not served"),
     "an unknown tensor": ({}, {"x": torch.zeros(1)}, "x is no tensor of a LoRA adapter"),
@@ -282,14 +395,21 @@ def spoil(source: Path, target: Path, keys: dict[str, Any], tensors: dict[str, T
     save_file({k: v for k, v in content.items() if v is not None}, target / "adapter_model.safetensors")
 
 
-def test_experts_are_refused(tmp_path: Path) -> None:
+def test_experts_that_no_parameter_of_the_config_is_are_refused(tmp_path: Path) -> None:
     base = make_hf(*CASES["mixtral"])
     model = load(save(base, tmp_path / "base"))
-    adapter = PeftOracle(base, tmp_path / "adapter", target_modules=["q_proj"]).directory
-    expert = A.replace("self_attn.q_proj", "mlp.experts.1.down_proj")
-    spoil(adapter, tmp_path / "spoiled", {}, {expert: torch.zeros(4, 96)})
-    with pytest.raises(AdapterError, match="a mixture's experts are not served"):
-        put(model, 0, tmp_path / "spoiled")
+    config = {"target_modules": [], "target_parameters": EXPERTS, "lora_dropout": 0.0}
+    adapter = PeftOracle(base, tmp_path / "adapter", **config).directory
+    for keys, said in (
+        ({"target_parameters": EXPERTS[:1]}, "not among target_parameters"),
+        ({"target_parameters": [*EXPERTS, "mlp.gate"]}, "has nothing of mlp.gate, which target_parameters select"),
+        ({"r": 5}, r"lora_A is .* this model needs"),
+        ({"use_dora": True}, "use_dora of a mixture's experts"),
+    ):
+        shutil.rmtree(tmp_path / "spoiled", ignore_errors=True)
+        spoil(adapter, tmp_path / "spoiled", keys, {})
+        with pytest.raises(AdapterError, match=said):
+            put(model, 0, tmp_path / "spoiled")
 
 
 def test_pickles_are_never_opened(good: tuple[Model, Path], tmp_path: Path) -> None:

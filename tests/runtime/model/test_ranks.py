@@ -61,7 +61,7 @@ def bests(group: Group, directory: Path, hidden: Tensor) -> tuple[list[int], lis
 
     group.gather = counted  # type: ignore[method-assign]
     assert model.best is not None
-    best = model.best(hidden)
+    best = model.best(hidden, None)
     return best.ids.tolist(), best.logits.tolist(), sizes
 
 
