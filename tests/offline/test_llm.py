@@ -251,6 +251,7 @@ def test_many_prompts_come_back_in_their_order(llm: LLM, oracle: Oracle, monkeyp
     """In more groups than are open at a time."""
     monkeypatch.setattr(batch, "MOST_OPEN", 8)
     monkeypatch.setattr(batch, "OPEN_OF_SEQUENCES", 0)
+    monkeypatch.setattr(batch, "ORDERED", 12)
     words = ["a", "few", "words", "in", "another", "order", "each", "time"]
     prompts = [" ".join(words[number % 8 :] + words[: number % 5]) for number in range(30)]
     expected = [oracle.ids(prompt) for prompt in prompts]
@@ -336,6 +337,16 @@ def test_prefixes_are_cached_until_they_are_forgotten(llm: LLM) -> None:
     assert (cached, salted.num_cached_tokens) == ([0, 48], 0)
     assert llm.reset_prefix_cache()
     assert only(llm.generate(ids, params(max_tokens=1))).num_cached_tokens == 0
+
+
+def test_a_beginning_is_computed_once_though_the_cache_holds_few(forked: None, small: dict[str, Any]) -> None:  # noqa: ARG001
+    """Six documents, of which the cache holds three, and four questions about each that come in turns."""
+    documents = [[100 + number] * 192 for number in range(6)]
+    prompts = [[*document, 300 + question] for question in range(4) for document in documents]
+    with LLM(str(TINY), max_num_seqs=2, **small | {"num_gpu_blocks_override": 40}) as llm:
+        outputs = llm.generate(prompts, params(max_tokens=2), use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert sorted(output.num_cached_tokens or 0 for output in outputs) == [0] * 6 + [192] * 18
 
 
 def test_metrics_count_each_prompt(llm: LLM) -> None:

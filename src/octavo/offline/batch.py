@@ -9,20 +9,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from itertools import chain
 
 from octavo.inputs import Given
 from octavo.offline.answers import GrowingRequest, TokenTexts
 from octavo.offline.errors import python_errors
 from octavo.offline.model import OfflineModel
+from octavo.offline.order import in_order
 from octavo.offline.requests import Asked, Job, choices_of, tokenized, written
 from octavo.outputs import RequestOutput
 from octavo.server.prompts import Prompt
 
 GROUP = 64  # prompts
+ORDERED = 4096  # prompts that are put in order at a time; those of the next such row are tokenized meanwhile
 MOST_OPEN = 4096  # answers that are open at least, where so many are asked for; each takes some kilobytes
 OPEN_OF_SEQUENCES = 4  # of those that the engines compute at a time, how many times as many are open
 
 Ready = tuple[Job, Given, Prompt]
+
+
+def _token_ids(ready: Ready) -> list[int]:
+    return ready[2].token_ids
 
 
 class Batch:
@@ -54,13 +61,25 @@ class Batch:
         return [self._outputs[id(job)] for job in jobs]
 
     async def _tokenize(self, jobs: Sequence[Job], group: int, ready: asyncio.Queue[list[Ready] | None]) -> None:
-        """Make token ids of all prompts, group by group; None when that is done."""
+        """Make token ids of all prompts, and groups in the order in which they are computed; None when that is done."""
         with python_errors():
-            for begin in range(0, len(jobs), group):
-                some = jobs[begin : begin + group]
-                texts = [await written(job.given, self._model.model) for job in some]
-                ready.put_nowait(await asyncio.to_thread(self._prompts_of, some, texts))
+            for begin in range(0, len(jobs), ORDERED):
+                row = jobs[begin : begin + ORDERED]
+                parts = [row[first : first + group] for first in range(0, len(row), group)]
+                found = await asyncio.gather(*(self._tokenized(part) for part in parts))
+                prompts = in_order(list(chain.from_iterable(found)), _token_ids, self._most_tokens)
+                for first in range(0, len(prompts), group):
+                    ready.put_nowait(prompts[first : first + group])
         ready.put_nowait(None)
+
+    async def _tokenized(self, jobs: Sequence[Job]) -> list[Ready]:
+        texts = [await written(job.given, self._model.model) for job in jobs]
+        return await asyncio.to_thread(self._prompts_of, jobs, texts)
+
+    def _most_tokens(self, ready: Ready) -> int:
+        job, _, prompt = ready
+        model = self._model.model
+        return job.asked.wanted.limit(model.max_model_len - len(prompt.token_ids), model)
 
     def _prompts_of(self, jobs: Sequence[Job], texts: Sequence[tuple[Given, bool]]) -> list[Ready]:
         model = self._model.model
