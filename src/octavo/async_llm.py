@@ -14,13 +14,13 @@ import os
 import weakref
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from octavo.inputs import prompts_of
 from octavo.lora_request import LoRARequest, checked_adapters
 from octavo.offline.arguments import EngineArgs
 from octavo.offline.errors import python_errors
-from octavo.offline.refusals import checked_others, missing
+from octavo.offline.refusals import checked_others, checked_reset, missing
 from octavo.offline.start import start
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
@@ -106,10 +106,34 @@ class AsyncLLM:
         """The tokenizer, as transformers has it."""
         return await asyncio.to_thread(lambda: self._model.tokenizer)
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes that no running request uses."""
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes that no running request uses. What else vLLM has is refused."""
+        checked_reset(running=reset_running_requests, connector=reset_connector)
         self._model.fleet.reset_prefix_cache()
         return True
+
+    async def pause_generation(
+        self, *, mode: Literal["abort", "wait", "keep"] = "abort", clear_cache: bool = True
+    ) -> None:
+        """Let no answer begin, or go on, before `resume_generation`.
+
+        mode: answers that are under way end now, with the finish reason abort; or are waited for; or stand still.
+        clear_cache: forget cached prefixes, but those of answers that stand still.
+        """
+        if mode not in ("abort", "wait", "keep"):
+            raise ValueError(f"pause_generation: mode {mode!r} is none of abort, wait, keep")
+        await self.ready()
+        await self._model.fleet.pause(mode)
+        if clear_cache:
+            self._model.fleet.reset_prefix_cache()
+
+    async def resume_generation(self) -> None:
+        """Go on after `pause_generation`."""
+        self._model.fleet.resume()
+
+    async def is_paused(self) -> bool:
+        """Whether answers wait for `resume_generation`."""
+        return self._model.fleet.is_paused
 
     async def check_health(self) -> None:
         """Raises EngineError where it can't answer any more."""

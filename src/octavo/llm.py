@@ -24,7 +24,7 @@ from octavo.lora_request import Adapters, LoRARequest, checked_adapters
 from octavo.offline.arguments import EngineArgs
 from octavo.offline.errors import EngineError, python_errors
 from octavo.offline.loop_thread import LoopThread
-from octavo.offline.refusals import checked_others, missing
+from octavo.offline.refusals import checked_others, checked_reset, missing
 from octavo.offline.start import start
 from octavo.outputs import BeamSearchOutput, Metric, RequestOutput
 from octavo.sampling_params import BeamSearchParams, SamplingParams
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from octavo.offline.model import OfflineModel
     from octavo.offline.requests import Asked, Conversation, Job
 
+CHAT_OPTIONS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 Message = Mapping[str, Any]
 Progress = Callable[..., Any]
 
@@ -49,6 +50,7 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         self._model = start(model, options)
         self._numbers = itertools.count()
+        self._queued: list[Job] = []
         self._thread = LoopThread("octavo-llm")
         self._close = weakref.finalize(self, _end, self._model, self._thread, os.getpid())
         try:
@@ -81,9 +83,20 @@ class LLM:
         which nothing is answered, and EngineError.
         """
         checked_others("generate", others)
-        given = prompts_of(prompts)
-        adapters = checked_adapters(lora_request, len(given))
-        return self._answers(given, sampling_params, adapters, use_tqdm, priority)
+        return self._run(self._jobs(prompts_of(prompts), sampling_params, lora_request, priority), use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: Adapters = None,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: bool | Progress = True,  # noqa: ARG002  # vLLM's; nothing is waited for here
+        **others: Any,
+    ) -> list[str]:
+        """Keep prompts for `wait_for_completion`; returns their request ids. Arguments are those of `generate`."""
+        checked_others("enqueue", others)
+        return self._keep(self._jobs(prompts_of(prompts), sampling_params, lora_request, priority))
 
     def chat(
         self,
@@ -106,20 +119,41 @@ class LLM:
         are the answer's text, as it writes them.
         """
         checked_others("chat", others)
-        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "chat_template_kwargs": chat_template_kwargs,
         }
-        from octavo.offline.requests import conversation_of
+        conversations = self._conversations(messages, options, tools)
+        return self._run(self._jobs(conversations, sampling_params, lora_request, priority), use_tqdm)
 
-        model = self._model.model
-        with python_errors():
-            conversations = [conversation_of(one, options, tools, model) for one in many]  # type: ignore[arg-type]
-        adapters = checked_adapters(lora_request, len(conversations))
-        return self._answers(conversations, sampling_params, adapters, use_tqdm, priority)
+    def enqueue_chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Progress = True,  # noqa: ARG002  # vLLM's; nothing is waited for here
+        lora_request: Adapters = None,
+        priority: int | Sequence[int] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Keep conversations for `wait_for_completion`; returns their request ids. Arguments are those of `chat`."""
+        own = {name: options.pop(name) for name in CHAT_OPTIONS if name in options}
+        checked_others("enqueue_chat", options)
+        conversations = self._conversations(messages, own, tools)
+        return self._keep(self._jobs(conversations, sampling_params, lora_request, priority))
+
+    def wait_for_completion(
+        self, output_type: Any = RequestOutput, *, use_tqdm: bool | Progress = True
+    ) -> list[RequestOutput]:
+        """The answers to all that was enqueued, in that order, as `generate` gives them."""
+        kinds = (output_type,) if isinstance(output_type, type) else output_type or (RequestOutput,)
+        if RequestOutput not in kinds:
+            raise ValueError(f"wait_for_completion: output_type {output_type!r}: there is RequestOutput alone")
+        jobs = self._queued
+        self._queued = []
+        return self._run(jobs, use_tqdm)
 
     def beam_search(
         self,
@@ -155,8 +189,9 @@ class LLM:
         """The tokenizer, as transformers has it."""
         return self._model.tokenizer
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes that no running request uses."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes that no running request uses. What else vLLM has is refused."""
+        checked_reset(running=reset_running_requests, connector=reset_connector)
         self._thread.call(_soon(self._model.fleet.reset_prefix_cache))
         return True
 
@@ -185,24 +220,39 @@ class LLM:
     def _next_id(self) -> str:
         return str(next(self._numbers))
 
-    def _answers(
+    def _conversations(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        options: Mapping[str, Any],
+        tools: list[dict[str, Any]] | None,
+    ) -> list[Conversation]:
+        from octavo.offline.requests import conversation_of
+
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        model = self._model.model
+        with python_errors():
+            return [conversation_of(one, options, tools, model) for one in many]  # type: ignore[arg-type]
+
+    def _jobs(
         self,
         given: Sequence[Given | Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        adapters: Sequence[LoRARequest | None],
-        use_tqdm: bool | Progress,
+        lora_request: Adapters,
         priority: int | Sequence[int] | None,
-    ) -> list[RequestOutput]:
+    ) -> list[Job]:
         from octavo.offline.requests import Job
 
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        asked = self._asked(params, adapters)
-        priorities = _for_each(priority or 0, len(given), "priority")
-        jobs = [
+        asked = self._asked(params, checked_adapters(lora_request, len(given)))
+        priorities = _for_each(0 if priority is None else priority, len(given), "priority")
+        return [
             Job(self._next_id(), one, how.own(one, number))
             for one, how, number in zip(given, asked, priorities, strict=True)
         ]
-        return self._run(jobs, use_tqdm)
+
+    def _keep(self, jobs: list[Job]) -> list[str]:
+        self._queued += jobs
+        return [job.request_id for job in jobs]
 
     def _asked(
         self, params: SamplingParams | Sequence[SamplingParams], adapters: Sequence[LoRARequest | None]

@@ -47,10 +47,28 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestStateStats:
+    """When things happened to a request, in seconds since the epoch: vLLM's names. Of n answers, the first one's.
+
+    queued_ts is arrival_time: who arrives is queued. first_token_latency: seconds from there to the first token.
+    """
+
+    num_generation_tokens: int
+    num_preemptions: int
+    arrival_time: float
+    queued_ts: float
+    scheduled_ts: float
+    first_token_ts: float
+    last_token_ts: float
+    first_token_latency: float
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """The answers to one prompt. prompt: its text, where it was given as one, or as messages.
 
-    num_cached_tokens: of the prompt, those that the prefix cache had; None until the first token has come.
+    num_cached_tokens: of the prompt, those that the prefix cache had; None until the first token has come. metrics: of
+    an answer that has ended.
     """
 
     request_id: str
@@ -59,7 +77,7 @@ class RequestOutput:
     prompt_logprobs: PromptLogprobs | None
     outputs: list[CompletionOutput]
     finished: bool
-    metrics: None = None
+    metrics: RequestStateStats | None = None
     lora_request: LoRARequest | None = None
     encoder_prompt: None = None
     encoder_prompt_token_ids: None = None

@@ -168,6 +168,45 @@ def test_an_aborted_answer_says_so(small: dict[str, Any]) -> None:
     run(test())
 
 
+def test_what_stands_still_goes_on_as_if_it_had_not(small: dict[str, Any], oracle: Oracle) -> None:
+    async def test() -> None:
+        async with AsyncLLM(str(TINY), **small) as llm:
+            found: list[RequestOutput] = []
+            begun = asyncio.Event()
+
+            async def read_on() -> None:
+                async for output in llm.generate(PROMPT, asked(RequestOutputKind.CUMULATIVE, max_tokens=300), "a"):
+                    found.append(output)
+                    if len(found) == 3:
+                        begun.set()
+
+            reading = asyncio.create_task(read_on())
+            await begun.wait()
+            assert not await llm.is_paused()
+            await llm.pause_generation(mode="keep")
+            assert await llm.is_paused()
+            other = asyncio.create_task(read(llm, asked(RequestOutputKind.FINAL_ONLY)))
+            await asyncio.sleep(0.3)  # what had been under way has come
+            count = len(found)
+            await asyncio.sleep(0.3)
+            assert (len(found), other.done(), found[-1].finished) == (count, False, False)
+            await llm.resume_generation()
+            await reading
+            assert found[-1].outputs[0].token_ids == oracle.greedy(oracle.ids(PROMPT), 300)
+            assert (await other)[0].finished
+
+            ended = asyncio.create_task(read(llm, asked(RequestOutputKind.CUMULATIVE, max_tokens=400)))
+            await asyncio.sleep(0)
+            await llm.pause_generation()
+            assert await llm.is_paused()
+            await llm.resume_generation()
+            assert (await ended)[-1].outputs[0].finish_reason in ("abort", "length")
+            with pytest.raises(ValueError, match="mode 'stop' is none of"):
+                await llm.pause_generation(mode="stop")  # type: ignore[arg-type]
+
+    run(test())
+
+
 def test_what_is_wrong_is_said(small: dict[str, Any]) -> None:
     async def test() -> None:
         async with AsyncLLM(str(TINY), **small) as llm:
@@ -183,6 +222,8 @@ def test_what_is_wrong_is_said(small: dict[str, Any]) -> None:
             assert (await llm.get_default_sampling_params()).max_tokens == 16
             assert (await llm.get_tokenizer()).vocab_size == 1024
             assert await llm.reset_prefix_cache()
+            with pytest.raises(ValueError, match="reset_running_requests"):
+                await llm.reset_prefix_cache(reset_running_requests=True)
 
     run(test())
 

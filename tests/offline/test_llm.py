@@ -349,6 +349,35 @@ def test_a_beginning_is_computed_once_though_the_cache_holds_few(forked: None, s
     assert sorted(output.num_cached_tokens or 0 for output in outputs) == [0] * 6 + [192] * 18
 
 
+def test_what_is_kept_is_answered_when_it_is_waited_for(llm: LLM, oracle: Oracle) -> None:
+    asked = params(max_tokens=4)
+    ids = llm.enqueue(PROMPTS, asked, use_tqdm=False)
+    ids += llm.enqueue_chat(CHAT, asked, add_generation_prompt=True)
+    assert len(set(ids)) == len(PROMPTS) + 1
+    only(llm.generate("a", asked))  # is another call
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    assert [output.request_id for output in outputs] == ids
+    expected = [oracle.greedy(oracle.ids(prompt), 4) for prompt in PROMPTS]
+    assert [output.outputs[0].token_ids for output in outputs[:-1]] == expected
+    assert outputs[-1].outputs == only(llm.chat(CHAT, asked)).outputs
+    assert llm.wait_for_completion((RequestOutput,)) == []
+    with pytest.raises(ValueError, match="output_type"):
+        llm.wait_for_completion(str)
+    with pytest.raises(TypeError, match=r"enqueue_chat\(\) has no argument 'template'"):
+        llm.enqueue_chat(CHAT, asked, template="a")
+
+
+def test_each_answer_tells_when_it_was_made(llm: LLM) -> None:
+    before = time.time()
+    for output in llm.generate(PROMPTS, params(max_tokens=5)):
+        times = output.metrics
+        assert times is not None
+        assert times.num_generation_tokens == 5
+        assert before <= times.arrival_time == times.queued_ts <= times.scheduled_ts
+        assert times.scheduled_ts <= times.first_token_ts <= times.last_token_ts <= time.time()
+        assert times.first_token_latency == times.first_token_ts - times.arrival_time
+
+
 def test_metrics_count_each_prompt(llm: LLM) -> None:
     def found() -> dict[tuple[str, str], Any]:
         return {(metric.name, metric.labels.get("finished_reason", "")): metric for metric in llm.get_metrics()}

@@ -15,6 +15,7 @@ from octavo.outputs import (
     LogprobsOnePosition,
     PromptLogprobs,
     RequestOutput,
+    RequestStateStats,
 )
 from octavo.runtime.messages import Logprobs
 from octavo.sampling_params import BeamSearchParams, RequestOutputKind
@@ -74,8 +75,11 @@ class GrowingRequest:
 
     def whole(self) -> RequestOutput:
         """All so far, in the values that go on growing."""
-        self._output.finished = self.is_finished
-        return self._output
+        output = self._output
+        output.finished = self.is_finished
+        if output.finished and output.metrics is None:
+            output.metrics = _stats_of(self.choices[0])
+        return output
 
     def told(self, deltas: Sequence[CompletionOutput], kind: RequestOutputKind) -> RequestOutput:
         """What a stream of this kind tells of a step, in values of its own; deltas: what it brought."""
@@ -116,6 +120,20 @@ class GrowingRequest:
             if other not in found:
                 found[other] = Logprob(logprob, rank if is_ranked else None, None if texts is None else texts[other])
         return found
+
+
+def _stats_of(choice: Choice) -> RequestStateStats:
+    times = choice.timeline
+    return RequestStateStats(
+        num_generation_tokens=choice.num_tokens,
+        num_preemptions=times.num_preemptions,
+        arrival_time=times.arrival,
+        queued_ts=times.arrival,
+        scheduled_ts=times.scheduled,
+        first_token_ts=times.first,
+        last_token_ts=times.last,
+        first_token_latency=max(0.0, times.first - times.arrival),
+    )
 
 
 def _extend(output: CompletionOutput, later: CompletionOutput) -> None:

@@ -23,9 +23,18 @@ MISSING = {
     "wake_up": "an engine can't sleep yet: close() ends it, and a new LLM starts it anew",
     "collective_rpc": "no code of others runs in the engine",
     "apply_model": "no code of others runs in the engine",
-    "enqueue": "generate takes any number of prompts, and AsyncLLM more while it answers",
-    "wait_for_completion": "generate takes any number of prompts, and AsyncLLM more while it answers",
+    "renderer": "prompts are taken as text, token ids or messages",
 }
+
+
+def checked_reset(*, running: bool, connector: bool) -> None:
+    """Raise ValueError for what of vLLM's reset_prefix_cache octavo does not have."""
+    if running:
+        raise ValueError(
+            "reset_prefix_cache: reset_running_requests: what runs keeps its blocks; wait for it, or abort"
+        )
+    if connector:
+        raise ValueError("reset_prefix_cache: reset_connector: the cache lies in the engine alone; leave it out")
 
 
 def checked_others(method: str, others: Mapping[str, Any]) -> None:
