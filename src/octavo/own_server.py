@@ -1,7 +1,8 @@
 """A server for the time of one command or program: `octavo serve MODEL` on a free port of 127.0.0.1.
 
 It runs in a session of its own, so that Ctrl-C at the terminal, which stops an answer, does not reach it; the process
-that started it ends it. Its log goes to a temporary file, the end of which is shown if the server fails.
+that started it ends it, also by its own end, however that comes. Its log goes to a temporary file, the end of which is
+shown if the server fails.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class OwnServer:
         self.url = f"http://127.0.0.1:{port}"
         self.api_key = secrets.token_hex()  # other users of this machine must not use it
         self._log = log
-        command = [sys.executable, "-m", "octavo", "serve", *words, "--host", "127.0.0.1", "--port", str(port)]
+        command = [sys.executable, "-m", "octavo.commands.tied_server", *words]
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdin=subprocess.PIPE,  # the system closes it where this process can't do anything any more
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment, "OCTAVO_API_KEY": self.api_key},
@@ -87,6 +88,8 @@ class OwnServer:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 @contextmanager

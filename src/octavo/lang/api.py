@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack, overload
 
-from octavo.lang.backend import Backend, chosen
+from octavo.lang.backend import AnyBackend, chosen
 from octavo.lang.choices import ChoicesSamplingMethod, token_length_normalized
 from octavo.lang.ir import (
     CONSTRAINTS,
@@ -176,17 +176,17 @@ def video(path: str, num_frames: int) -> Expression:
     raise NotImplementedError(f"video({path!r}, {num_frames}): octavo's server takes text only; leave it out")
 
 
-def flush_cache(backend: Backend | None = None) -> None:
+def flush_cache(backend: AnyBackend | None = None) -> None:
     """Let the server forget all prefixes that no running request holds."""
     _endpoint(backend, "flush_cache").flush_cache()
 
 
-def get_server_info(backend: Backend | None = None) -> dict[str, Any]:
+def get_server_info(backend: AnyBackend | None = None) -> dict[str, Any]:
     """What the server says of itself."""
     return _endpoint(backend, "get_server_info").get_server_info()
 
 
-def _endpoint(backend: Backend | None, asked: str) -> RuntimeEndpoint:
+def _endpoint(backend: AnyBackend | None, asked: str) -> RuntimeEndpoint:
     found = chosen(backend)
     if not isinstance(found, RuntimeEndpoint):
         raise TypeError(f"{asked}: {type(found).__name__} is no RuntimeEndpoint, which alone has it")

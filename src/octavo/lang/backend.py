@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from octavo.lang.choices import ChoicesDecision, ChoicesSamplingMethod
 from octavo.lang.ir import Options
@@ -72,22 +72,35 @@ class Backend(ABC):
         return PLAIN.text(context.messages, context.role, context.text) if context.has_turns else context.text
 
 
+class Owner(Protocol):
+    """What has a backend: a Runtime."""
+
+    endpoint: Any
+
+
+AnyBackend = Backend | Owner
+
 _default: Backend | None = None
 
 
-def set_default_backend(backend: Backend | None) -> None:
+def set_default_backend(backend: AnyBackend | None) -> None:
     """Let programs that are given no backend run on this one."""
     global _default
-    if backend is not None and not isinstance(backend, Backend):
-        raise TypeError(f"a backend is needed, such as RuntimeEndpoint(url), and no {type(backend).__name__}")
-    _default = backend
+    _default = None if backend is None else _itself(backend)
 
 
-def chosen(backend: Backend | None) -> Backend:
+def chosen(backend: AnyBackend | None) -> Backend:
     """The backend, or the default one. Raises ValueError where there is none."""
-    found = backend or _default
+    found = _default if backend is None else _itself(backend)
     if found is None:
         raise ValueError("there is no backend: set_default_backend(RuntimeEndpoint(url)), or backend=... to run")
+    return found
+
+
+def _itself(backend: object) -> Backend:
+    found = getattr(backend, "endpoint", backend)
+    if not isinstance(found, Backend):
+        raise TypeError(f"a backend is needed, such as RuntimeEndpoint(url), and no {type(backend).__name__}")
     return found
 
 

@@ -39,6 +39,16 @@ def call(function: Callable[..., object], *arguments: Any) -> None:
     _thread().soon(function, *arguments)
 
 
+async def awaited(work: Coroutine[Any, Any, T]) -> T:
+    """The same in a coroutine of another loop. Whoever cancels it cancels the work."""
+    try:
+        thread = _thread()
+    except BaseException:
+        work.close()
+        raise
+    return await thread.start(work)
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Wait until the loop has done this work. Whoever interrupts the wait cancels the work."""
     try:

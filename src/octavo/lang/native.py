@@ -7,7 +7,7 @@ program's prompts are those of /v1/chat/completions. A server that doesn't needs
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.lang import loop
@@ -67,6 +67,14 @@ class RuntimeEndpoint(Backend):
     def cache_prefix(self, prefix: str) -> None:
         """Compute a text, so that prompts that begin with it find it in the cache."""
         loop.run(self._wire.ask("POST", "/generate", {"text": prefix, "sampling_params": {"max_new_tokens": 0}}))
+
+    def ask_native(self, body: Json) -> Any:
+        """What POST /generate answers to this. Raises BackendError."""
+        return loop.run(self._wire.ask("POST", "/generate", body))
+
+    async def stream_native(self, body: Json, on_event: Callable[[Any], None]) -> None:
+        """The same as a stream, in a coroutine of any loop; on_event is called by another thread."""
+        await loop.awaited(self._wire.stream("/generate", {**body, "stream": True}, on_event))
 
     async def generate(self, context: Context, options: Options, on_text: OnText | None) -> Generated:
         """Raises BackendError and ValueError."""

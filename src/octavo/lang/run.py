@@ -12,7 +12,7 @@ from functools import update_wrapper
 from itertools import islice
 from typing import Any
 
-from octavo.lang.backend import Backend, chosen
+from octavo.lang.backend import AnyBackend, Backend, chosen
 from octavo.lang.execution import Body, Execution
 from octavo.lang.ir import DEFAULTS, RUN_OPTIONS, Options, checked
 from octavo.lang.state import ProgramState
@@ -45,7 +45,7 @@ class SglFunction:
             raise TypeError(f"{self.func.__name__} has no parameter {unknown[0]!r} to bind; it has {self.arg_names}")
         return SglFunction(self.func, self.bound | given)
 
-    def run(self, *args: Any, stream: bool = False, backend: Backend | None = None, **given: Any) -> ProgramState:
+    def run(self, *args: Any, stream: bool = False, backend: AnyBackend | None = None, **given: Any) -> ProgramState:
         """Call the function, and return its state. Options of RunOptions hold for all generations that have none.
 
         The function's own exceptions are raised; what a server answers to a generation is an error of the state, which
@@ -67,7 +67,7 @@ class SglFunction:
         num_threads: int | str = "auto",
         progress_bar: bool = False,
         generator_style: bool = False,
-        backend: Backend | None = None,
+        backend: AnyBackend | None = None,
         **given: Any,
     ) -> Any:
         """Run the program for each of these arguments; their states in the same order, all of them done.

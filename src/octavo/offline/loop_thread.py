@@ -64,6 +64,10 @@ class LoopThread:
             call.wait(END_SECONDS)
             raise
 
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+        """The same for another event loop, from which this is called: a future of that one."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
     @property
     def is_current(self) -> bool:
         """Whether this is the thread."""
