@@ -17,6 +17,7 @@ from octavo_server import Server, num_in_flight, value, wait_until
 from tiny_oracle import Oracle
 
 import octavo.lang as sgl
+from octavo.lang.run import THREAD
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 COUNT = 12  # tokens
@@ -476,3 +477,33 @@ def test_an_interrupt_ends_a_program_and_stops_no_other(server: Server, oracle: 
     assert state["answer"] == greedy(oracle, few_shot_text("What is a tuple?"), stop="\n")
     with server.client() as client:
         wait_until(lambda: num_in_flight(client) == 0)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.01, 0.1])
+@pytest.mark.parametrize("options", [{}, {"num_threads": 2}], ids=["all", "two"])
+def test_an_interrupt_ends_a_batch(server: Server, options: dict[str, Any], delay: float) -> None:
+    """Also while its threads begin; those that wait for a program's text end too."""
+
+    @sgl.function
+    def waits(s: sgl.ProgramState, index: int) -> None:
+        s += f"Number {index}" + sgl.gen("it", max_tokens=400, ignore_eos=True)
+        s += s["it"]
+
+    main = threading.get_ident()
+    begins = threading.Event()
+
+    def interrupt() -> None:
+        begins.wait()
+        time.sleep(delay)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (it comes from here on)
+        begins.set()
+        waits.run_batch([{"index": index} for index in range(300)], **options)
+    interrupter.join()
+    with server.client() as client:
+        wait_until(lambda: num_in_flight(client) == 0)
+    wait_until(lambda: not any(thread.name == THREAD for thread in threading.enumerate()))
+    assert waits.run_batch([[index] for index in range(3)], max_new_tokens=1, **options)[2].error() is None

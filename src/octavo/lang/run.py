@@ -6,17 +6,20 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import update_wrapper
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any
 
+from octavo.lang import loop
 from octavo.lang.backend import AnyBackend, Backend, chosen
 from octavo.lang.execution import Body, Execution
 from octavo.lang.ir import DEFAULTS, RUN_OPTIONS, Options, checked
 from octavo.lang.state import ProgramState
+from octavo.offline.loop_thread import Bell
 
+THREAD = "octavo-body"  # of a batch
 AHEAD = 4  # programs that a batch's generator has begun, for each connection
 NOT_TRACED = "programs are run, not traced: run() it; what the prompts of a batch share is cached by itself"
 
@@ -55,7 +58,7 @@ class SglFunction:
         self._check_arguments(args, given)
         state = ProgramState(Execution(chosen(backend), options, Body(), is_streaming=stream))
         if stream:
-            threading.Thread(target=self._stream, args=(state, args, given), daemon=True).start()
+            start_thread(self._stream, state, args, given)
         else:
             self._call(state, args, given)
         return state
@@ -142,7 +145,11 @@ class SglFunction:
 
 
 class _Batch:
-    """One run_batch. limit: at most so many programs at a time, each of which keeps a thread till it is done."""
+    """One run_batch. limit: at most so many programs at a time, each of which keeps a thread till it is done.
+
+    Not concurrent.futures: Ctrl-C between the taking of one of its locks and the block that gives it back would leave
+    its threads waiting, and the interpreter at its end waiting for them. A SimpleQueue is put to in one step.
+    """
 
     def __init__(self, program: SglFunction, backend: Backend, options: Options, limit: int | None) -> None:
         self._program = program
@@ -157,33 +164,76 @@ class _Batch:
         if not items:
             return
         num_threads = min(len(items), self._limit or self._backend.max_connections)
-        window = len(items) if all_at_once else AHEAD * num_threads
-        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="octavo-body")
-        rest = iter(items)
-        begun: deque[Future[ProgramState]] = deque()
+        queue: SimpleQueue[_Place | None] = SimpleQueue()
+        places = (_Place(item) for item in items)
+        waiting: deque[_Place] = deque()
         try:
-            begun.extend(pool.submit(self._run, item) for item in islice(rest, window))
-            while begun:
-                state = begun.popleft().result()
+            for _ in range(num_threads):
+                start_thread(self._work, queue, name=THREAD)
+            for place in islice(places, len(items) if all_at_once else AHEAD * num_threads):
+                waiting.append(place)
+                queue.put(place)
+            while waiting:
+                state = waiting.popleft().state()
                 state.sync()
                 self._begun.discard(state)
-                begun.extend(pool.submit(self._run, item) for item in islice(rest, 1))
+                for place in islice(places, 1):
+                    waiting.append(place)
+                    queue.put(place)
                 yield state
         finally:
             self._is_over = True
-            pool.shutdown(wait=False, cancel_futures=True)
+            for _ in range(num_threads):
+                queue.put(None)
             for state in list(self._begun):
                 state._execution.body.cancel()
+
+    def _work(self, queue: SimpleQueue[_Place | None]) -> None:
+        """A thread: run programs as they come, until there is a None."""
+        while (place := queue.get()) is not None:
+            if self._is_over:  # nobody waits for it any more
+                continue
+            try:
+                place.fill(self._run(place.item))
+            except BaseException as error:
+                place.fill(error)
 
     def _run(self, item: dict[str, Any]) -> ProgramState:
         state = ProgramState(Execution(self._backend, self._options, Body(), is_streaming=False))
         self._begun.add(state)
-        if self._is_over:  # nobody waits for it any more
+        if self._is_over:  # it may have come too late to be cancelled
             return state
         self._program._call(state, (), item)
         if self._limit is not None:
             state.sync()
         return state
+
+
+class _Place:
+    """One item of a batch, and what has become of it."""
+
+    def __init__(self, item: dict[str, Any]) -> None:
+        self.item = item
+        self._is_filled = Bell()
+        self._outcome: ProgramState | BaseException | None = None
+
+    def fill(self, outcome: ProgramState | BaseException) -> None:
+        """Let whoever waits have it."""
+        self._outcome = outcome
+        self._is_filled.ring()
+
+    def state(self) -> ProgramState:
+        """Wait until the program's function has returned. Raises what it has raised."""
+        self._is_filled.wait()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+
+def start_thread(target: Callable[..., object], *args: Any, name: str | None = None) -> None:
+    """A thread that does not keep the interpreter from ending; the loop's thread starts it, which no Ctrl-C stops."""
+    loop.call(threading.Thread(target=target, args=args, name=name, daemon=True).start)
 
 
 def _with_progress(states: Iterator[ProgramState], total: int) -> Iterator[ProgramState]:
