@@ -47,7 +47,7 @@ def nothing(s: sgl.ProgramState) -> None:
         (lambda: sgl.separate_reasoning(sgl.gen("a")), ValueError, "model_type None is none of deepseek-r1"),
         (lambda: sgl.separate_reasoning(sgl.gen("a"), "gpt-oss"), ValueError, "model_type 'gpt-oss'"),
         (lambda: sgl.set_default_backend("http://x"), TypeError, "and no str"),
-        (lambda: sgl.function(nothing).trace(), NotImplementedError, "trace: "),
+        (lambda: sgl.function(nothing).trace(a=1), TypeError, "nothing has no parameter 'a'"),
         (lambda: sgl.function(nothing).run_batch([], temprature=1), TypeError, "no option 'temprature'"),
         (lambda: sgl.Runtime("m", port=1), ValueError, "port: Runtime chooses it"),
         (lambda: sgl.RuntimeEndpoint("http://x", verify="ca.pem"), ValueError, "SSL_CERT_FILE"),

@@ -313,7 +313,7 @@ def test_bound_arguments() -> None:
     bound = tips.bind(topic="cooking").bind(size=1)
     assert bound.run().text().startswith("Some tips for cooking.\n1.")
     assert [state["tip"] for state in bound.run_batch([{}, {}])] == [bound.run()["tip"]] * 2
-    with pytest.raises(TypeError, match="no parameter 'sise' to bind"):
+    with pytest.raises(TypeError, match="no parameter 'sise'"):
         tips.bind(sise=1)
 
 
@@ -447,6 +447,23 @@ def test_what_the_endpoint_tells(server: Server, backend: sgl.RuntimeEndpoint) -
     sgl.flush_cache()
     with httpx.Client(base_url=server.url) as client:
         assert client.get("/health").status_code == 200
+
+
+def test_the_text_that_all_prompts_begin_with_is_computed_before(server: Server, oracle: Oracle) -> None:
+    @sgl.function
+    def questions(s: sgl.ProgramState, examples: str, question: str) -> None:
+        s += examples
+        s += f"Q: {question}\nA:" + sgl.gen("it", max_tokens=1)
+
+    examples = "Q: What is a list?\nA: A sequence of objects\n" * 6
+    bound = questions.bind(examples=examples)
+    sgl.flush_cache()
+    assert bound.cache() == examples
+    meta = bound.run(question="Why?").get_meta_info("it")
+    block = 16
+    assert meta["cached_tokens"] >= len(oracle.ids(examples)) - block > 5 * block
+    with pytest.raises(TypeError, match="OpenAI is no RuntimeEndpoint"):
+        bound.cache(sgl.OpenAI("tiny", base_url=f"{server.url}/v1", api_key="none"))
 
 
 @sgl.function

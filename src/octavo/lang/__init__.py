@@ -51,6 +51,7 @@ from octavo.lang.openai import OpenAI
 from octavo.lang.run import SglFunction
 from octavo.lang.state import ProgramState, ProgramStateGroup
 from octavo.lang.templates import RoleTexts
+from octavo.lang.trace import Trace
 from octavo.lang.wire import BackendError
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "Runtime",
     "RuntimeEndpoint",
     "SglFunction",
+    "Trace",
     "assistant",
     "assistant_begin",
     "assistant_end",

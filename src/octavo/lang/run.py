@@ -16,12 +16,13 @@ from octavo.lang import loop
 from octavo.lang.backend import AnyBackend, Backend, chosen
 from octavo.lang.execution import Body, Execution
 from octavo.lang.ir import DEFAULTS, RUN_OPTIONS, Options, checked
+from octavo.lang.native import RuntimeEndpoint
 from octavo.lang.state import ProgramState
+from octavo.lang.trace import Argument, Trace, current, tracing
 from octavo.offline.loop_thread import Bell
 
 THREAD = "octavo-body"  # of a batch
 AHEAD = 4  # programs that a batch's generator has begun, for each connection
-NOT_TRACED = "programs are run, not traced: run() it; what the prompts of a batch share is cached by itself"
 
 
 class SglFunction:
@@ -43,9 +44,7 @@ class SglFunction:
 
     def bind(self, **given: Any) -> SglFunction:
         """The same program with these arguments."""
-        unknown = [name for name in given if name not in self.arg_names]
-        if unknown:
-            raise TypeError(f"{self.func.__name__} has no parameter {unknown[0]!r} to bind; it has {self.arg_names}")
+        self._check_names(given)
         return SglFunction(self.func, self.bound | given)
 
     def run(self, *args: Any, stream: bool = False, backend: AnyBackend | None = None, **given: Any) -> ProgramState:
@@ -56,6 +55,8 @@ class SglFunction:
         """
         options = {**DEFAULTS, **checked({name: given.pop(name) for name in RUN_OPTIONS & given.keys()}, "run")}
         self._check_arguments(args, given)
+        if current() is not None:
+            return self._traced(args, given)
         state = ProgramState(Execution(chosen(backend), options, Body(), is_streaming=stream))
         if stream:
             start_thread(self._stream, state, args, given)
@@ -79,6 +80,8 @@ class SglFunction:
         many programs at a time. generator_style: an iterator of the states, which begins programs as it is read.
         An exception of the function ends the batch; what a server answers is the error of one state.
         """
+        if current() is not None:
+            raise TypeError(f"run_batch of {self.func.__name__}: a program that is traced has no answers to count with")
         unknown = sorted(given.keys() - RUN_OPTIONS)
         if unknown:
             raise TypeError(f"run_batch has no option {unknown[0]!r}; it has {', '.join(sorted(RUN_OPTIONS))}")
@@ -91,17 +94,47 @@ class SglFunction:
         shown = _with_progress(states, len(items)) if progress_bar else states
         return shown if generator_style else list(shown)
 
-    def trace(self, **_: Any) -> None:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(f"trace: {NOT_TRACED}")
+    def trace(self, **given: Any) -> Trace:
+        """What the program says with these arguments, found without a model; the others stand there by their names.
 
-    def compile(self, **_: Any) -> None:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(f"compile: {NOT_TRACED}")
+        Raises TypeError for a function that looks into an argument that has no value, or into an answer.
+        """
+        self._check_names(given)
+        values = {**self._defaults(), **given, **self.bound}
+        with tracing() as found:
+            self.func(ProgramState(found), **{name: values.get(name, Argument(name)) for name in self.arg_names})
+        return found
 
-    def cache(self, **_: Any) -> None:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(f"cache: {NOT_TRACED}")
+    def compile(self, **given: Any) -> SglFunction:
+        """The same program, which can be traced: as it runs, there is nothing to compile. Raises TypeError."""
+        given.pop("backend", None)
+        self.trace(**given)
+        return self
+
+    def cache(self, backend: AnyBackend | None = None) -> str:
+        """Let a RuntimeEndpoint compute the text that all prompts of the program begin with; returns that.
+
+        No function that can be traced so far is needed: what it says up to there counts.
+        """
+        with tracing() as found, suppress(TypeError):
+            values = {**self._defaults(), **self.bound}
+            self.func(ProgramState(found), **{name: values.get(name, Argument(name)) for name in self.arg_names})
+        to = chosen(backend)
+        if not isinstance(to, RuntimeEndpoint):
+            raise TypeError(f"cache: {type(to).__name__} is no RuntimeEndpoint, which alone has it")
+        if found.prefix:
+            to.cache_prefix(found.prefix)
+        return found.prefix
+
+    def _defaults(self) -> dict[str, Any]:
+        """Of the function's parameters."""
+        parameters = self._signature.parameters.values()
+        return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        unknown = [name for name in given if name not in self.arg_names]
+        if unknown:
+            raise TypeError(f"{self.func.__name__} has no parameter {unknown[0]!r}; it has {self.arg_names}")
 
     def _arguments(self, item: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
         """One item of a batch, by the names of parameters. Raises TypeError."""
@@ -138,6 +171,13 @@ class SglFunction:
                 raise
         finally:
             execution.body.end()
+
+    def _traced(self, args: Sequence[Any], given: Mapping[str, Any]) -> ProgramState:
+        """As a program that is traced calls it."""
+        with tracing() as found:
+            state = ProgramState(found)
+            state.ret_value = self.func(state, *args, **{**given, **self.bound})
+        return state
 
     def _stream(self, state: ProgramState, args: Sequence[Any], given: Mapping[str, Any]) -> None:
         with suppress(Exception):  # it is the state's error, which whoever reads the text gets

@@ -9,6 +9,7 @@ from typing import Any
 
 from octavo.lang.execution import Execution, waker
 from octavo.lang.ir import Expression, RoleBegin, RoleEnd, ScopeBegin, ScopeEnd, parts_of
+from octavo.lang.trace import Trace
 from octavo.offline.loop_thread import Bell
 
 NO_OFFSET = "position_ids_offset is not supported: leave it out; forks go on at the same positions"
@@ -20,8 +21,8 @@ class ProgramState:
     What waits also raises: the error that has ended the program, such as what a server answered. error() tells it.
     """
 
-    def __init__(self, execution: Execution) -> None:
-        self._execution = execution
+    def __init__(self, execution: Execution | Trace) -> None:
+        self._execution: Any = execution  # a state and its forks have all one kind
         self.ret_value: Any = None
         """What the body has returned."""
 
@@ -38,7 +39,8 @@ class ProgramState:
         self._execution.said.variables[name] = value
 
     def __contains__(self, name: str) -> bool:
-        return self._execution.has(name)
+        found: bool = self._execution.has(name)
+        return found
 
     def __repr__(self) -> str:
         shown = self._execution.error or self._execution.said.context
@@ -58,7 +60,8 @@ class ProgramState:
 
     def text(self) -> str:
         """All text: of a program with turns, the prompt that its server makes of them."""
-        return self._execution.whole_text()
+        text: str = self._execution.whole_text()
+        return text
 
     def messages(self) -> list[dict[str, str]]:
         """The closed turns, {"role", "content"}."""
@@ -73,7 +76,8 @@ class ProgramState:
     def error(self) -> Exception | None:
         """What has ended the program before its end; None if it is well."""
         self._execution.sync()
-        return self._execution.error
+        error: Exception | None = self._execution.error
+        return error
 
     def system(self, expression: Expression | str | None = None) -> Any:
         """Append a system's turn; without an expression, for `with`: what is appended within it is the turn."""
