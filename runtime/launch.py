@@ -164,6 +164,12 @@ def progress_path(address: str) -> str:
     return os.path.join(os.path.dirname(address.removeprefix("ipc://")), "progress")
 
 
+def loaded_layers(engines: Sequence[EngineProcess]) -> tuple[int, int]:
+    """(the layers that all of these engines have loaded, all that they will); the latter is 0 before the first one."""
+    found = [engine.progress.loaded for engine in engines]
+    return sum(loaded for loaded, _ in found), sum(layers for _, layers in found)
+
+
 def remove_socket(address: str) -> None:
     """Remove the directory of an engine's socket: the engine does it for a server that was killed."""
     rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from octavo.runtime.launch import EngineProcess, loaded_layers
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from octavo.runtime.launch import EngineProcess
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def loading_shown(engines: Sequence[EngineProcess], console: Console | None = No
 
 def _watch(engines: Sequence[EngineProcess], end: threading.Event, console: Console | None) -> None:
     begin = time.monotonic()
-    while _layers(engines)[1] == 0 or time.monotonic() - begin < FIRST_SECONDS:
+    while loaded_layers(engines)[1] == 0 or time.monotonic() - begin < FIRST_SECONDS:
         if end.wait(LOOK_SECONDS):
             return
     from rich.console import Console
@@ -51,7 +51,7 @@ def _watch(engines: Sequence[EngineProcess], end: threading.Event, console: Cons
         bar = shown.enter_context(progress_bar("loading", console))
         seconds = LOOK_SECONDS if console.is_terminal else LINE_SECONDS
         while True:
-            loaded, layers = _layers(engines)
+            loaded, layers = loaded_layers(engines)
             if console.is_terminal:
                 bar.progress(loaded, layers, "loading layers")
             else:
@@ -64,9 +64,3 @@ def line(loaded: int, layers: int, seconds: float) -> str:
     """For a log. seconds: since the load has begun."""
     left = f", some {seconds * (layers - loaded) / loaded:.0f} s left" if loaded else ""
     return f"loading: {loaded} of {layers} layers{left}"
-
-
-def _layers(engines: Sequence[EngineProcess]) -> tuple[int, int]:
-    """(those that all engines have loaded, all that they will)."""
-    found = [engine.progress.loaded for engine in engines]
-    return sum(loaded for loaded, _ in found), sum(layers for _, layers in found)

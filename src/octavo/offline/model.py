@@ -9,13 +9,13 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from octavo.lora_request import LoRARequest
 from octavo.offline.errors import EngineError, in_python
+from octavo.offline.loading import loading_shown
 from octavo.offline.measured import metrics_of
 from octavo.outputs import Metric
 from octavo.quant.adapter_files import AdapterError
@@ -76,7 +76,7 @@ class OfflineModel:
         fleet = self._fleet = Fleet(self._engines, self._launcher.start, limits, options.engine.seed)
         set_adapters(fleet, options)
         try:
-            formats = await preparation(options.text, self._text, nullcontext)(fleet)
+            formats = await preparation(options.text, self._text, lambda: loading_shown(self._engines))(fleet)
             ready = await fleet.ready()
         except (EngineDeadError, ChatTemplateError) as error:
             raise EngineError(in_python(str(error))) from None
