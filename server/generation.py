@@ -212,7 +212,9 @@ def make_choices(
             sent = msgspec.structs.replace(sent, adapter=adapter.digest)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
-            parser = _parser(answer, request, model, reading)
+            parser = (
+                text_parser(answer, request, model) if reading is None else _parser(answer, request, model, reading)
+            )
             choice = _make_choice(len(choices), answer, sent, request, num_wanted, parser)
             choice.blamed = blamed
             choices.append(choice)
@@ -243,26 +245,18 @@ def _make_choice(
     )
 
 
-def _parser(
-    request: AddRequest, options: GenerationRequest, model: ServedModel, reading: Reading | None
-) -> Parser | FormatParser:
-    """What turns this answer's tokens into parts."""
-    tokenizer = model.tokenizer
+def text_parser(request: AddRequest, options: GenerationRequest, model: ServedModel) -> Parser:
+    """What turns this answer's tokens into text, whatever that says."""
     skips = options.skip_special_tokens
-    decoder = (
-        IncrementalDecoder(tokenizer, request.token_ids, skip_special_tokens=skips)
-        if reading is None
-        else MarkingDecoder(tokenizer, request.token_ids, marks=reading.formats.marks, skip_special_tokens=skips)
-    )
-    detokenizer = Detokenizer(
-        decoder,
-        options.stops,
-        include_stop=options.include_stop_str_in_output,
-        min_tokens=options.min_tokens,
-        patterns=stop_patterns(options),
-    )
-    if reading is None:
-        return Parser(detokenizer)
+    decoder = IncrementalDecoder(model.tokenizer, request.token_ids, skip_special_tokens=skips)
+    return Parser(_detokenizer(decoder, options))
+
+
+def _parser(request: AddRequest, options: GenerationRequest, model: ServedModel, reading: Reading) -> FormatParser:
+    """What turns this answer's tokens into parts."""
+    skips = options.skip_special_tokens
+    marks = reading.formats.marks
+    decoder = MarkingDecoder(model.tokenizer, request.token_ids, marks=marks, skip_special_tokens=skips)
     machine = Machine(
         reading.formats,
         reasoning_is_open=reading.reasoning_is_open,
@@ -275,7 +269,17 @@ def _parser(
         trims=reading.trims,
         skip_special_tokens=skips,
     )
-    return FormatParser(detokenizer, machine, only_one=reading.only_one)
+    return FormatParser(_detokenizer(decoder, options), machine, only_one=reading.only_one)
+
+
+def _detokenizer(decoder: IncrementalDecoder, options: GenerationRequest) -> Detokenizer:
+    return Detokenizer(
+        decoder,
+        options.stops,
+        include_stop=options.include_stop_str_in_output,
+        min_tokens=options.min_tokens,
+        patterns=stop_patterns(options),
+    )
 
 
 def put_last(choices: Sequence[Choice]) -> None:

@@ -67,7 +67,7 @@ class AsyncLLM:
         An output has those of n answers for which the step brought something. lora_request: an adapter, with
         enable_lora=True. Raises ValueError and EngineError.
         """
-        from octavo.offline.answers import GrowingRequest, TokenTexts
+        from octavo.offline.answers import GrowingRequest, TokenTexts, plain_parsers
         from octavo.offline.requests import asked_by, choices_of, tokenized, written
         from octavo.server.generation import in_batches
 
@@ -82,8 +82,10 @@ class AsyncLLM:
             await self._model.load([adapter])
             text, adds_special = await written(given, model)
             tokens = await asyncio.to_thread(tokenized, text, asked, model, adds_special=adds_special)
-            choices = choices_of([(asked, tokens)], model)
-            growing = GrowingRequest(request_id, text, asked, choices, TokenTexts(model))
+            reading = self._model.reading(given, tokens, asked)
+            choices = choices_of([(asked, tokens, reading)], model)
+            plain = plain_parsers(choices, asked, model, reading) if self._model.tells_apart else None
+            growing = GrowingRequest(request_id, text, asked, choices, TokenTexts(model), plain)
             interval = max(sampling_params.stream_interval or 1, model.stream_interval)
             steps = self._model.steps(choices, request_id)
             async with aclosing(steps if interval == 1 else in_batches(steps, interval)) as told:

@@ -116,7 +116,7 @@ class LLM:
         """The answers to one conversation or many: their messages through the chat template, then as `generate`.
 
         chat_template: instead of the model's; chat_template_kwargs: its variables. tools: shown to the model; its calls
-        are the answer's text, as it writes them.
+        are in the answer's text, as it writes them, and with a tool_call_parser in tool_calls.
         """
         checked_others("chat", others)
         options = {
@@ -229,9 +229,10 @@ class LLM:
         from octavo.offline.requests import conversation_of
 
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        model = self._model.model
+        model = self._model
+        keeps = model.tells_apart
         with python_errors():
-            return [conversation_of(one, options, tools, model) for one in many]  # type: ignore[arg-type]
+            return [conversation_of(one, options, tools, model.model, keeps=keeps) for one in many]  # type: ignore[arg-type]
 
     def _jobs(
         self,

@@ -25,11 +25,22 @@ PromptLogprobs = list[LogprobsOnePosition | None]
 
 
 @dataclass(slots=True)
+class ToolCall:
+    """A call of a function. arguments: JSON, as the model has written it; not complete where the answer was cut."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     """One answer. stop_reason: the stop string or the token of stop_token_ids that ended it, if one did.
 
     cumulative_logprob, logprobs: where they were asked for. token_ids has the token that ended the answer too.
     finish_reason: stop, length, repetition or abort; None while it goes on.
+    reasoning, content, tool_calls: what the text is made of, with LLM(reasoning_parser=...) or tool_call_parser, once
+    the answer has ended; vLLM's has none of them.
     """
 
     index: int
@@ -40,6 +51,9 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     lora_request: LoRARequest | None = None
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
     def finished(self) -> bool:
         """Whether it has ended."""

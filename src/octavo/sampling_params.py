@@ -23,7 +23,6 @@ NOT_AVAILABLE: dict[str, tuple[tuple[object, ...], str]] = {  # fields, the valu
     "flat_logprobs": ((False,), "logprobs are a list of dictionaries"),
     "prompt_logprob_token_ids": ((None,), "prompt_logprobs and logprob_token_ids are there"),
     "prompt_logprob_start": ((None,), "prompt_logprobs begins with the first token"),
-    "thinking_token_budget": ((None, -1), "a request to octavo serve may have it"),
     "extra_args": ((None, {}), "no code of others is called while sampling"),
     "skip_reading_prefix_cache": ((None, False), "enable_prefix_caching=False of LLM does without the cache"),
     "watermarking": ((None, False), "answers are not watermarked"),
@@ -215,6 +214,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "logprobs": (-1, float("inf")),
     "prompt_logprobs": (-1, float("inf")),
     "stream_interval": (1, float("inf")),
+    "thinking_token_budget": (-1, 2**31 - 1),
 }
 """The least and the most of each number."""
 

@@ -76,7 +76,6 @@ def test_what_changes_nothing_is_told() -> None:
         ({"port": 80}, ValueError, "LLM: port: there is no server"),
         ({"api_key": "a"}, ValueError, "LLM: api_key: there is no server"),
         ({"headless": True}, ValueError, "LLM: headless: there is no server"),
-        ({"reasoning_parser": "qwen3"}, ValueError, "LLM: reasoning_parser: an answer is the text"),
         ({"max_modl_len": 5}, TypeError, "LLM has no argument 'max_modl_len'"),
         ({"max_model_len": 0}, ValueError, "argument max_model_len: '0' is not a whole number"),
         ({"dtype": "int3"}, ValueError, "LLM: argument dtype: invalid choice: 'int3'"),

@@ -16,11 +16,14 @@ from octavo.outputs import (
     PromptLogprobs,
     RequestOutput,
     RequestStateStats,
+    ToolCall,
 )
 from octavo.runtime.messages import Logprobs
 from octavo.sampling_params import BeamSearchParams, RequestOutputKind
-from octavo.server.generation import Choice, Delta
-from octavo.server.message.parts import text_of
+from octavo.server.generation import Choice, Delta, text_parser
+from octavo.server.message.parse import Parser
+from octavo.server.message.parts import Part, append_parts, calls_of, reasoning_of, text_of
+from octavo.server.reading import Reading
 from octavo.server.served_model import ServedModel
 
 
@@ -36,12 +39,28 @@ class TokenTexts(dict[int, str]):
         return text
 
 
+def plain_parsers(choices: Sequence[Choice], asked: Asked, model: ServedModel, reading: Reading | None) -> list[Parser]:
+    """What reads all of these answers as text, beside what tells them apart; none where they are text anyway."""
+    return [] if reading is None else [text_parser(choice.request, asked.request, model) for choice in choices]
+
+
 class GrowingRequest:
-    """The answers to one prompt under way. choices: side by side, in the order of their indexes."""
+    """The answers to one prompt under way. choices: side by side, in the order of their indexes.
+
+    plain: where answers are told apart, `plain_parsers`; else None.
+    """
 
     def __init__(
-        self, request_id: str, given: Given, asked: Asked, choices: Sequence[Choice], texts: TokenTexts
+        self,
+        request_id: str,
+        given: Given,
+        asked: Asked,
+        choices: Sequence[Choice],
+        texts: TokenTexts,
+        plain: Sequence[Parser] | None = None,
     ) -> None:
+        self._plain = plain
+        self._parts: list[list[Part]] = [[] for _ in choices]
         self.choices = choices
         self._texts = texts if asked.decodes else None
         self._asked = asked
@@ -62,6 +81,11 @@ class GrowingRequest:
         """Take what a step brought for one answer; returns that alone."""
         said = self._said(delta)
         whole = self._whole[said.index]
+        if self._plain is not None:
+            self._tell_apart(delta, said)
+            whole.reasoning = said.reasoning
+            whole.content = said.content
+            whole.tool_calls = said.tool_calls
         if whole.cumulative_logprob is not None and said.cumulative_logprob is not None:
             said.cumulative_logprob += whole.cumulative_logprob
         _extend(whole, said)
@@ -103,10 +127,33 @@ class GrowingRequest:
             is_ranked = not self._asked.request.logprob_token_ids
             logprobs = [self._position(entry, is_ranked=is_ranked) for entry in delta.logprobs]
             total = sum(entry.logprob for entry in delta.logprobs)
-        text = "" if self._texts is None else text_of(delta.parts)
         index = delta.index - self._first
+        text = "" if self._texts is None else self._all_of(index, delta) if self._plain else text_of(delta.parts)
         reasons = (delta.finish_reason, delta.stop_reason)
         return CompletionOutput(index, text, delta.token_ids, total, logprobs, *reasons, self._asked.adapter)
+
+    def _all_of(self, index: int, delta: Delta) -> str:
+        """The text of an answer's tokens, whatever it is."""
+        assert self._plain is not None
+        choice = self.choices[index]
+        parser = self._plain[index]
+        for token_id in delta.token_ids:
+            ends = delta.finish_reason == "stop" and token_id in choice.request.params.stop_token_ids
+            parser.push(token_id, silent=ends and not choice.show_stop)
+        if delta.finish_reason is not None and parser.stopped_by is None:
+            parser.finish()
+        return text_of(parser.take())
+
+    def _tell_apart(self, delta: Delta, said: CompletionOutput) -> None:
+        """With the end of an answer, what it says as reasoning, as content and as calls."""
+        parts = self._parts[said.index]
+        append_parts(parts, delta.parts)
+        if delta.finish_reason is None or self._texts is None:
+            return
+        calls = calls_of(parts)
+        said.reasoning = reasoning_of(parts) or None
+        said.content = text_of(parts)
+        said.tool_calls = [ToolCall(call.call_id, call.name, call.arguments) for call in calls]
 
     def _of_prompt(self, entries: Sequence[Logprobs | None]) -> PromptLogprobs:
         return [None if entry is None else self._position(entry, is_ranked=True) for entry in entries]

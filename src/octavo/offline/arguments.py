@@ -26,15 +26,11 @@ from octavo.server.start.peer_flags import is_known
 
 OFFLINE = ("engine_timeout", "disable_log_stats")  # of those that are about serving
 NO_SERVER = "there is no server: octavo serve has it"
-AS_WRITTEN = "an answer is the text as the model has written it: octavo serve tells reasoning and calls from it"
 NOT_BY_NAME = "a LoRARequest names the adapter and its directory: give generate or chat one as lora_request"
 REFUSED = {
     **dict.fromkeys(LoraServerOptions.__struct_fields__, NOT_BY_NAME),
     "config": NO_SERVER,
     "headless": NO_SERVER,
-    "tool_call_parser": AS_WRITTEN,
-    "reasoning_parser": AS_WRITTEN,
-    "reasoning_config": AS_WRITTEN,
 }
 
 

@@ -9,27 +9,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from itertools import chain
 
 from octavo.inputs import Given
-from octavo.offline.answers import GrowingRequest, TokenTexts
+from octavo.offline.answers import GrowingRequest, TokenTexts, plain_parsers
 from octavo.offline.errors import python_errors
 from octavo.offline.model import OfflineModel
 from octavo.offline.order import in_order
-from octavo.offline.requests import Asked, Job, choices_of, tokenized, written
+from octavo.offline.requests import Job, choices_of, tokenized, written
 from octavo.outputs import RequestOutput
 from octavo.server.prompts import Prompt
+from octavo.server.reading import Reading
 
 GROUP = 64  # prompts
 ORDERED = 4096  # prompts that are put in order at a time; those of the next such row are tokenized meanwhile
 MOST_OPEN = 4096  # answers that are open at least, where so many are asked for; each takes some kilobytes
 OPEN_OF_SEQUENCES = 4  # of those that the engines compute at a time, how many times as many are open
 
-Ready = tuple[Job, Given, Prompt]
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A prompt that can be answered. given: as text, where it came as messages. reading: how answers are told apart."""
 
-def _token_ids(ready: Ready) -> list[int]:
-    return ready[2].token_ids
+    job: Job
+    given: Given
+    prompt: Prompt
+    reading: Reading | None
 
 
 class Batch:
@@ -54,7 +60,7 @@ class Batch:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._tokenize(jobs, group, ready))
                 while (prompts := await ready.get()) is not None:
-                    await self._take_room(sum(job.asked.request.num_choices for job, _, _ in prompts))
+                    await self._take_room(sum(it.job.asked.request.num_choices for it in prompts))
                     tasks.create_task(self._answer(prompts))
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
@@ -67,7 +73,9 @@ class Batch:
                 row = jobs[begin : begin + ORDERED]
                 parts = [row[first : first + group] for first in range(0, len(row), group)]
                 found = await asyncio.gather(*(self._tokenized(part) for part in parts))
-                prompts = in_order(list(chain.from_iterable(found)), _token_ids, self._most_tokens)
+                prompts = in_order(
+                    list(chain.from_iterable(found)), lambda ready: ready.prompt.token_ids, self._most_tokens
+                )
                 for first in range(0, len(prompts), group):
                     ready.put_nowait(prompts[first : first + group])
         ready.put_nowait(None)
@@ -77,27 +85,29 @@ class Batch:
         return await asyncio.to_thread(self._prompts_of, jobs, texts)
 
     def _most_tokens(self, ready: Ready) -> int:
-        job, _, prompt = ready
         model = self._model.model
-        return job.asked.wanted.limit(model.max_model_len - len(prompt.token_ids), model)
+        return ready.job.asked.wanted.limit(model.max_model_len - len(ready.prompt.token_ids), model)
 
     def _prompts_of(self, jobs: Sequence[Job], texts: Sequence[tuple[Given, bool]]) -> list[Ready]:
+        return [self._ready(job, *text) for job, text in zip(jobs, texts, strict=True)]
+
+    def _ready(self, job: Job, given: Given, adds_special: bool) -> Ready:
         model = self._model.model
-        return [
-            (job, given, tokenized(given, job.asked, model, adds_special=adds_special))
-            for job, (given, adds_special) in zip(jobs, texts, strict=True)
-        ]
+        prompt = tokenized(given, job.asked, model, adds_special=adds_special)
+        return Ready(job, given, prompt, self._model.reading(job.given, prompt, job.asked))
 
     async def _answer(self, prompts: Sequence[Ready]) -> None:
         """The answers to one group of prompts."""
+        model = self._model.model
         with python_errors():
-            pairs: list[tuple[Asked, Prompt]] = [(job.asked, prompt) for job, _, prompt in prompts]
-            choices = choices_of(pairs, self._model.model)
+            choices = choices_of([(it.job.asked, it.prompt, it.reading) for it in prompts], model)
             growing: list[GrowingRequest] = []  # by the choice's index: n answers to a prompt share theirs
             job_of: list[Job] = []
-            for job, given, _ in prompts:
+            for it in prompts:
+                job = it.job
                 own = choices[len(growing) : len(growing) + job.asked.request.num_choices]
-                growing += [GrowingRequest(job.request_id, given, job.asked, own, self._texts)] * len(own)
+                plain = plain_parsers(own, job.asked, model, it.reading) if self._model.tells_apart else None
+                growing += [GrowingRequest(job.request_id, it.given, job.asked, own, self._texts, plain)] * len(own)
                 job_of += [job] * len(own)
             async with aclosing(self._model.steps(choices)) as steps:
                 async for deltas in steps:

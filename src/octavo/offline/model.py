@@ -13,10 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from octavo.inputs import Given
 from octavo.lora_request import LoRARequest
 from octavo.offline.errors import EngineError, in_python
 from octavo.offline.loading import loading_shown
 from octavo.offline.measured import metrics_of
+from octavo.offline.requests import Asked, Conversation, reading_for
 from octavo.outputs import Metric
 from octavo.quant.adapter_files import AdapterError
 from octavo.quant.model_files import read_object_if_any
@@ -25,11 +27,14 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.admission import Ticket
 from octavo.server.beam_search import search_beams
 from octavo.server.engine_client import EngineDeadError
+from octavo.server.errors import bad_request
 from octavo.server.fleet.collector import FleetCollector
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.generation import Choice, Steps, generate
 from octavo.server.lora_options import LoraModule
 from octavo.server.metrics import Metrics
+from octavo.server.prompts import Prompt
+from octavo.server.reading import Reading
 from octavo.server.served_model import ServedModel, generation_config_file
 from octavo.server.start.engines import fleet_limits, set_adapters
 from octavo.server.start.flags import ServeOptions
@@ -137,6 +142,20 @@ class OfflineModel:
         """The deltas of these answers, step by step; beams all at once. name: by which they can be aborted."""
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self.fleet, self.metrics, Ticket("", math.inf, math.inf, name=name))
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether answers are read as reasoning, content and calls."""
+        text = self._options.text
+        return text.reasoning_parser is not None or text.tool_call_parser is not None
+
+    def reading(self, given: Given | Conversation, prompt: Prompt, asked: Asked) -> Reading | None:
+        """How the answer to a prompt is told apart; None where it is not. Raises ApiError."""
+        if not self.tells_apart:
+            if asked.budget is not None:
+                raise bad_request("thinking_token_budget: LLM(..., reasoning_parser=...) follows the reasoning", None)
+            return None
+        return reading_for(given, prompt, asked, self.model)
 
     def check(self) -> None:
         """Raise EngineError where no engine can answer now."""

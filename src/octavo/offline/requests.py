@@ -13,12 +13,13 @@ from pydantic import BaseModel, ValidationError
 from octavo.inputs import Given
 from octavo.lora_request import LoRARequest
 from octavo.sampling_params import BeamSearchParams, SamplingParams
-from octavo.server.dialects.conversation import ChatOptions, render_request, rendered
+from octavo.server.dialects.conversation import ChatMessage, ChatOptions, render_request, rendered
 from octavo.server.dialects.fields import GenerationRequest, Strict
-from octavo.server.dialects.tools import ToolHints, Tools, as_functions
+from octavo.server.dialects.tools import ToolHints, ToolOptions, Tools, as_functions, reading_of
 from octavo.server.errors import bad_request, explain
 from octavo.server.generation import Choice, make_choices
 from octavo.server.prompts import Prompt, Wanted, encode, fitted
+from octavo.server.reading import Reading
 from octavo.server.served_model import ServedModel
 from octavo.server.template_renderer import RenderRequest
 
@@ -34,14 +35,15 @@ SAME = (  # fields of SamplingParams that a request has, under the same name
 class Asked:
     """How prompts are to be answered: the server's request, and what each of its dialects names differently.
 
-    logprobs: of the likeliest tokens, how many are told; None: none at all. decodes: answers have text. adapter: what
-    the model answers with; None: alone.
+    logprobs: of the likeliest tokens, how many are told; None: none at all. decodes: answers have text. budget: the
+    most tokens of their reasoning; None: no limit. adapter: what the model answers with; None: alone.
     """
 
     request: GenerationRequest
     wanted: Wanted
     logprobs: int | None = None
     decodes: bool = True
+    budget: int | None = None
     adapter: LoRARequest | None = None
 
     def adapted(self, adapter: LoRARequest | None) -> Asked:
@@ -63,9 +65,14 @@ class _ToolList(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages on their way through the chat template."""
+    """Messages on their way through the chat template.
+
+    messages, tools: the same, and what it shows, as the server knows them; kept where answers are told apart.
+    """
 
     asked: RenderRequest
+    messages: Sequence[ChatMessage] = ()
+    tools: Sequence[dict[str, Any]] = ()
     cache_salt: None = None
 
 
@@ -92,7 +99,10 @@ def asked_by(params: SamplingParams) -> Asked:
     if logprobs is None and params.logprob_token_ids:
         logprobs = 0
     wanted = Wanted(params.max_tokens, logprobs, params.prompt_logprobs, clamps=True)
-    return Asked(_validated(GenerationRequest, fields), wanted, logprobs, params.detokenize)
+    budget = params.thinking_token_budget
+    return Asked(
+        _validated(GenerationRequest, fields), wanted, logprobs, params.detokenize, None if budget == -1 else budget
+    )
 
 
 def asked_by_beams(params: BeamSearchParams, model: ServedModel) -> Asked:
@@ -120,16 +130,20 @@ def _validated(kind: type[Kind], fields: dict[str, Any]) -> Kind:
 
 
 def conversation_of(
-    messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], tools: list[Any] | None, model: ServedModel
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    tools: list[Any] | None,
+    model: ServedModel,
+    *,
+    keeps: bool = False,
 ) -> Conversation:
-    """One conversation for the chat template. options: fields of ChatOptions. Raises ApiError."""
+    """One conversation for the chat template. options: fields of ChatOptions. keeps: its messages. Raises ApiError."""
     given = {name: value for name, value in options.items() if value is not None}
     chat = _validated(ChatOptions, {"messages": list(messages), **given})
-    shown = None
-    if tools:
-        known = as_functions(_validated(_ToolList, {"tools": tools}).tools)
-        shown = [tool.model_dump(exclude_none=True, exclude=set(ToolHints.model_fields)) for tool in known]
-    return Conversation(render_request(chat, model, tools=shown))
+    known = as_functions(_validated(_ToolList, {"tools": tools}).tools) if tools else []
+    shown = [tool.model_dump(exclude_none=True, exclude=set(ToolHints.model_fields)) for tool in known]
+    asked = render_request(chat, model, tools=shown or None)
+    return Conversation(asked, chat.messages, shown) if keeps else Conversation(asked)
 
 
 async def written(given: Given | Conversation, model: ServedModel) -> tuple[Given, bool]:
@@ -149,13 +163,31 @@ def tokenized(given: Given, asked: Asked, model: ServedModel, *, adds_special: b
     return Prompt(fitted(ids, request, asked.wanted, model, "prompt"), given.text)
 
 
-def choices_of(prompts: Sequence[tuple[Asked, Prompt]], model: ServedModel) -> list[Choice]:
+def reading_for(given: Given | Conversation, prompt: Prompt, asked: Asked, model: ServedModel) -> Reading | None:
+    """How the answer to a prompt is read where it is told apart: as the server reads it, but no call is enforced.
+
+    Raises ApiError.
+    """
+    messages: Sequence[ChatMessage] = [ChatMessage(role="user", content="")]
+    tools: Sequence[dict[str, Any]] = ()
+    if isinstance(given, Conversation):
+        messages = given.messages
+        tools = given.tools
+    options = _validated(ToolOptions, {"tools": list(tools) or None, "thinking_token_budget": asked.budget})
+    text = model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+    reading = reading_of(text, options, messages, model)
+    if asked.budget is not None and (reading is None or reading.reasoning is None):
+        raise bad_request("thinking_token_budget: how this model writes its reasoning is not known", None)
+    return None if reading is None else replace(reading, calls=None)
+
+
+def choices_of(prompts: Sequence[tuple[Asked, Prompt, Reading | None]], model: ServedModel) -> list[Choice]:
     """The answers to these prompts at their beginning, side by side, with indexes of their own. Raises ApiError."""
     choices: list[Choice] = []
-    for _, run in groupby(prompts, key=lambda pair: id(pair[0])):
+    for _, run in groupby(prompts, key=lambda it: (id(it[0]), id(it[2]))):
         alike = list(run)
-        asked = alike[0][0]
-        choices += make_choices([prompt for _, prompt in alike], asked.request, asked.wanted, model)
+        asked, _, reading = alike[0]
+        choices += make_choices([prompt for _, prompt, _ in alike], asked.request, asked.wanted, model, reading)
     for index, choice in enumerate(choices):
         choice.index = index
     return choices
