@@ -22,13 +22,13 @@ from torch import Tensor
 from octavo.kernels.attention import decode_cpu, prefill_cpu, reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.decode_vectors import add_weighted_rows, dot_rows, fetch
-from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.step import QUERY_CLASSES, StepInputs
 from octavo.kernels.native.dtypes import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
-MAX_KERNEL_QUERIES = 2
+MAX_KERNEL_QUERIES = QUERY_CLASSES[1]
 """Sequences with more new tokens go through `prefill_cpu`, where that fits. Tuned on 2 cores of a Zen 5."""
-MAX_TORCH_QUERIES = 8
+MAX_TORCH_QUERIES = QUERY_CLASSES[2]
 """Where it doesn't fit: with more new tokens, torch's attention runs on gathered keys and values."""
 
 # Called by kernels only: without the wrappers for callers in Python and C, which take longer to compile than the body.
@@ -237,10 +237,17 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     if inputs.max_query_len == 1:
         decode(q, out, inputs, cache, shape, 1)
         return out.view(q.shape[0], -1)
-    starts = inputs.query_starts.tolist()
-    counts = [end - begin for begin, end in pairwise(starts)]
     flash = prefill_cpu.fits(q, shape)
     most = MAX_KERNEL_QUERIES if flash else MAX_TORCH_QUERIES
+    if inputs.max_query_len <= MAX_TORCH_QUERIES:  # reads no tensor, so that it can be recorded
+        tokens = q.shape[0]
+        if tokens - MAX_TORCH_QUERIES * (len(inputs.seq_lens) - 1) <= most:  # else no sequence has so few
+            _run_decode(q, out, inputs, cache, shape, most)
+        if inputs.max_query_len > most:
+            prefill_cpu.attend(q, out, inputs, cache, shape, [tokens], most + 1)
+        return out.view(tokens, -1)
+    starts = inputs.query_starts.tolist()
+    counts = [end - begin for begin, end in pairwise(starts)]
     if min(counts) <= most:
         decode(q, out, inputs, cache, shape, most)
     if flash and max(counts) > most:

@@ -262,7 +262,10 @@ def fits(q: Tensor, shape: AttentionShape) -> bool:
 def attend(
     q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, counts: list[int], least: int
 ) -> None:
-    """Attention of every sequence with at least `least` new tokens; `counts` are theirs. q and out are [T, Hq, D]."""
+    """Attention of every sequence with at least `least` new tokens. q and out are [T, Hq, D].
+
+    counts: theirs, or near enough: they decide how the work is divided alone.
+    """
     share = shape.num_heads // shape.num_kv_heads
     strips = sum(-(-n * share // STRIP) for n in counts) * shape.num_kv_heads
     threads = threads_for(strips * STRIP * shape.head_dim * inputs.max_seq_len // 64, 16384)

@@ -19,6 +19,10 @@ from octavo.kernels.lora.rows import AdapterRows
 
 Integers = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 
+QUERY_CLASSES = (1, 2, 8)
+"""On a CPU, steps of equally many sequences and tokens launch the same kernels where none of these lies between their
+max_query_len; beyond the last one, it depends on how the tokens are divided."""
+
 
 class GroupTables(NamedTuple):
     """Where a group of layers has its keys and values; see StepInputs."""

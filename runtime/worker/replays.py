@@ -1,8 +1,9 @@
-"""Decode steps of few sequences on a CPU, by launches that were recorded: what CUDA graphs (graphs.py) are on a GPU.
+"""Decode steps of few tokens on a CPU, by launches that were recorded: what CUDA graphs (graphs.py) are on a GPU.
 
-There is a recording for each number of sequences and each power of two up to which they are long. It is made once there
-have been a few such steps, and used once it has given, in the next one, the same bits as the model's layers: tokens,
-positions and lengths differ by then. Ranks of an engine record and compare in the same steps, since both take part in
+There is a recording for each number of sequences and of tokens, drafts among them, and each power of two up to which
+sequences are long. It is made once there have been a few such steps, and used once it has given, in the next one, the
+same bits as the model's layers: tokens, positions and lengths differ by then. How the tokens are divided among the
+sequences may differ, too. Ranks of an engine record and compare in the same steps, since both take part in
 their sums, and find the same: all of them have the same bits. Recordings begin behind the embedding: what stands in its
 place in a later stage waits for the stage before, and gets each step once.
 """
@@ -10,15 +11,17 @@ place in a later stage waits for the stage before, and gets each step once.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.step import GroupTables, StepInputs
+from octavo.kernels.attention.step import QUERY_CLASSES, GroupTables, StepInputs
 from octavo.kernels.lora.rows import AdapterRows
 from octavo.kernels.native.recording import Memory, NotRecordableError, Recording
 from octavo.runtime.model.model import Model
@@ -26,15 +29,25 @@ from octavo.runtime.model.model import Model
 log = logging.getLogger(__name__)
 
 MOST_SEQUENCES = 32  # what Python takes of a step of more is little
+MOST_TOKENS = 64  # the same, where some of them are drafts
 FEW_STEPS = 5  # of a size; for fewer a recording doesn't pay, which takes about as long as a step
+MOST_REPLAYS = 256  # of which those are kept that were used last: each takes some 100 KB
 
-Size = tuple[int, int, bool]  # sequences, the bits that the longest one's length has, whether adapters are used
+
+class Size(NamedTuple):
+    """Steps that are alike. query_class: of QUERY_CLASSES, the first that no sequence has more new tokens than."""
+
+    seqs: int
+    tokens: int
+    bits_of_length: int
+    query_class: int
+    uses_adapters: bool
 
 
 class StepReplays:
     """`hidden` of a model over its caches, by recordings where there are some.
 
-    mark: is called behind each layer.
+    mark: is called behind each layer. is_settled: the last step was not one of those before a recording is proven.
     """
 
     def __init__(self, model: Model, caches: list[LayerCache], max_model_len: int) -> None:
@@ -47,8 +60,9 @@ class StepReplays:
         self._records_adapters = model.adapters is not None and model.adapters.recordable
         self._memory = Memory()
         self._num_steps: Counter[Size] = Counter()
-        self._replays: dict[Size, _Replay] = {}
+        self._replays: OrderedDict[Size, _Replay] = OrderedDict()
         self.mark: Callable[[], None] | None = None
+        self.is_settled = True
 
     def begin(self) -> None:
         """Count steps from now on: all ranks of an engine record the same ones."""
@@ -62,38 +76,55 @@ class StepReplays:
 
     def hidden(self, inputs: StepInputs) -> Tensor:
         """What the model's own `hidden` returns; valid until the next call."""
-        seqs = inputs.seq_lens.shape[0]
         entering = self._model.entering(inputs)
-        if inputs.max_query_len > 1 or seqs > MOST_SEQUENCES or inputs.logits_index.shape[0] != seqs:
+        size = self._size_of(inputs)
+        self.is_settled = True
+        if size is None:
             return self._directly(inputs, entering)
-        if inputs.adapters is not None and not self._records_adapters:
-            return self._directly(inputs, entering)
-        size = (seqs, inputs.max_seq_len.bit_length(), inputs.adapters is not None)
         replay = self._replays.get(size)
         if replay is not None:
+            self._replays.move_to_end(size)
             proven = replay.is_proven
+            self.is_settled = proven
             return replay.hidden(inputs, entering) if proven else self._prove(size, replay, inputs, entering)
         self._num_steps[size] += 1
+        self.is_settled = self._num_steps[size] > FEW_STEPS
         if self._num_steps[size] == FEW_STEPS:
             return self._record(size, inputs, entering)
         return self._directly(inputs, entering)
 
+    def _size_of(self, inputs: StepInputs) -> Size | None:
+        """None: such steps are not recorded."""
+        seqs = inputs.seq_lens.shape[0]
+        tokens = inputs.positions.shape[0]
+        if inputs.logits_index.shape[0] != tokens or seqs > MOST_SEQUENCES or tokens > max(seqs, MOST_TOKENS):
+            return None
+        if inputs.max_query_len > QUERY_CLASSES[-1]:
+            return None
+        if inputs.adapters is not None and not self._records_adapters:
+            return None
+        query_class = QUERY_CLASSES[bisect_left(QUERY_CLASSES, inputs.max_query_len)]
+        return Size(seqs, tokens, inputs.max_seq_len.bit_length(), query_class, inputs.adapters is not None)
+
     def _record(self, size: Size, inputs: StepInputs, entering: Tensor) -> Tensor:
-        longest = min((1 << size[1]) - 1, self._max_model_len)
+        longest = min((1 << size.bits_of_length) - 1, self._max_model_len)
         recording = Recording(self._memory)
         try:
-            replay = _Replay(self._model, self._caches, inputs, entering, longest, recording, self.mark)
+            held = _held(inputs, size, longest, -(-longest // self._caches[0].block_size))
+            replay = _Replay(self._model, self._caches, inputs, held, entering, recording, self.mark)
         except NotRecordableError as error:
-            log.warning("steps of %d sequences can't be recorded: %s", size[0], error)
+            log.warning("steps of %d sequences can't be recorded: %s", size.seqs, error)
             return self._directly(inputs, entering)
         self._replays[size] = replay
+        if len(self._replays) > MOST_REPLAYS:
+            self._replays.popitem(last=False)
         return replay.result
 
     def _prove(self, size: Size, replay: _Replay, inputs: StepInputs, entering: Tensor) -> Tensor:
         expected = self._directly(inputs, entering)
         replay.is_proven = torch.equal(replay.hidden(inputs, entering), expected)
         if not replay.is_proven:
-            log.warning("a recorded step of %d sequences differs from the layers' own, and isn't used", size[0])
+            log.warning("a recorded step of %d sequences differs from the layers' own, and isn't used", size.seqs)
             del self._replays[size]
         return expected
 
@@ -104,20 +135,20 @@ class StepReplays:
 
 
 class _Replay:
-    """The steps of one size. result: of the last one."""
+    """The steps of one size. held: what they read. result: of the last one."""
 
     def __init__(
         self,
         model: Model,
         caches: list[LayerCache],
         inputs: StepInputs,
+        held: StepInputs,
         entering: Tensor,
-        longest: int,
         recording: Recording,
         mark: Callable[[], None] | None,
     ) -> None:
         self.is_proven = False
-        self._inputs = _held(inputs, longest, -(-longest // caches[0].block_size))
+        self._inputs = held
         self._entering = entering.clone()
         self._recording = recording
         tap = None if mark is None else lambda _layer, _residual: recording.call(mark)
@@ -136,7 +167,7 @@ class _Replay:
             held[..., : given.shape[-1]] = given
 
 
-def _held(inputs: StepInputs, longest: int, width: int) -> StepInputs:
+def _held(inputs: StepInputs, size: Size, longest: int, width: int) -> StepInputs:
     """Memory for steps of this size whose sequences are so long at most, with tables so wide."""
 
     def tables(group: StepInputs | GroupTables) -> GroupTables:
@@ -149,6 +180,7 @@ def _held(inputs: StepInputs, longest: int, width: int) -> StepInputs:
         seq_lens=inputs.seq_lens.clone(),
         **tables(inputs)._asdict(),
         max_seq_len=longest,
+        max_query_len=size.query_class,
         more_groups=tuple(tables(group) for group in inputs.more_groups),
         adapters=None if inputs.adapters is None else AdapterRows(*(values.clone() for values in inputs.adapters)),
     )
@@ -157,5 +189,7 @@ def _held(inputs: StepInputs, longest: int, width: int) -> StepInputs:
 def _tensors(inputs: StepInputs) -> Iterator[Tensor]:
     """What layers read of a step, and differs from the next one's."""
     yield from (inputs.positions, inputs.seq_lens, *(inputs.adapters or ()))
+    if inputs.max_query_len > 1:
+        yield inputs.query_starts
     for group in inputs.by_group():
         yield from (group.slot_mapping, group.block_tables)

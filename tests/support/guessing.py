@@ -1,4 +1,4 @@
-"""Drafters that know the answers: always right, always wrong, or right as far as chance has it."""
+"""Drafters that know the answers: always right, always wrong, or as many and right as far as chance has it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ class Guessing:
             return []
         tokens = text[num_read : num_read + count]
         tokens += [self.rng.randrange(self.vocab) for _ in range(count - len(tokens))]
+        if self.style == "mixed":
+            tokens = tokens[: self.rng.randrange(1, count + 1)]
         num_right = {"right": count, "wrong": 0, "mixed": self.rng.randrange(count + 1)}[self.style]
         return [token if i < num_right else (token + 1) % self.vocab for i, token in enumerate(tokens)]
 
 
 class _Text:
+    kind = 1
+
     def __init__(self, guessing: Guessing, text: list[int], most: int) -> None:
         self.guessing = guessing
         self.text = text
