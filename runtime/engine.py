@@ -213,7 +213,7 @@ class Engine:
         if self.adapters is not None:  # before the loop waits: sequences that ended may have made room for another
             self.adapters.tidy(self.scheduler.running, self.scheduler.waiting.values())
         if self.speculation is not None:
-            self.speculation.after(handle.plan, handle.seconds)
+            self.speculation.after(handle.plan, handle.seconds if handle.is_settled else None)
         if self.offload is not None:
             self.offload.after(handle.plan, handle.seconds)
             self.offload.take_offers(self._num_ordered, self._num_finished)

@@ -31,13 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class StepHandle:
-    """A submitted step, and what came of it: None until it is done. seconds: that it was computed and sampled for."""
+    """A submitted step, and what came of it: None until it is done.
+
+    seconds: that it was computed and sampled for. is_settled: later ones of its size will take no less.
+    """
 
     order: StepOrder
     plan: StepPlan
     inputs: StepInputs
     outcome: StepResult | BaseException | None = None
     seconds: float = 0.0
+    is_settled: bool = True
 
 
 class Executor:
@@ -162,6 +166,7 @@ class _Driver:
         logits = self.worker.compute(with_tokens(step.inputs, order), order.wants)
         result = self.sampler.sample(logits, step.plan)
         step.seconds = time.perf_counter() - begin
+        step.is_settled = self.worker.is_settled
         return result
 
 

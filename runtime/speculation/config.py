@@ -9,7 +9,6 @@ from msgspec import Meta
 
 Method = Literal["ngram", "suffix", "auto"]
 METHODS: tuple[str, ...] = get_args(Method)
-LEAST_MATCH = 3  # tokens: shorter matches say little, and give nonsense for drafts
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 
@@ -27,12 +26,12 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     method: Method
     num_speculative_tokens: Annotated[int, Meta(ge=1, le=64)] = 7
-    prompt_lookup_min: Annotated[int, Meta(ge=1, le=16)] = LEAST_MATCH
+    prompt_lookup_min: Annotated[int, Meta(ge=1, le=16)] = 1
     prompt_lookup_max: Annotated[int, Meta(ge=1, le=1024)] = 32
-    suffix_decoding_max_tree_depth: Annotated[int, Meta(ge=LEAST_MATCH, le=1024)] = 24
+    suffix_decoding_max_tree_depth: Annotated[int, Meta(ge=1, le=1024)] = 24
     suffix_decoding_max_cached_requests: Annotated[int, Meta(ge=0)] = 10_000
-    suffix_decoding_max_spec_factor: Annotated[float, Meta(gt=0)] = 1.0
-    suffix_decoding_min_token_prob: Share = 0.1
+    suffix_decoding_max_spec_factor: Annotated[float, Meta(gt=0)] = 4.0
+    suffix_decoding_min_token_prob: Share = 0.3
 
     def __post_init__(self) -> None:
         if self.prompt_lookup_max < self.prompt_lookup_min:
@@ -68,8 +67,6 @@ def make_speculative(given: dict[str, Any]) -> SpeculativeConfig:
     for key in given:
         if key not in keys:
             raise ValueError(f"{key!r} is no key of method {method!r}; {', '.join(keys)} are")
-    if "prompt_lookup_max" in given and "prompt_lookup_min" not in given:
-        given["prompt_lookup_min"] = min(LEAST_MATCH, given["prompt_lookup_max"])
     try:
         return msgspec.convert(given, SpeculativeConfig)
     except (msgspec.ValidationError, TypeError) as error:

@@ -13,13 +13,16 @@ from octavo.runtime.scheduling.plan import StepPlan
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation.costs import StepCosts
 
-FIRST_CHANCE = 0.7  # of a draft behind right ones, before anything is known
+MOST_KIND = 4  # kinds beyond are the same: drafts hardly get better
+DOUBT = 1.5  # of a draft of kind k behind right ones, k : k + DOUBT is the first chance, before anything is known
 WEIGHT = 0.2  # of the last guess among a sequence's, in its averages
 WEIGHT_FOR_ALL = 0.05  # the same in those that sequences begin with
 
 
 class Text(Protocol):
-    """What follows one sequence."""
+    """What follows one sequence. kind: how good its last drafts are, as a number from 1 on: the larger the better."""
+
+    kind: int
 
     def read(self, new: list[int]) -> None:
         """Take the next tokens of prompt and answer."""
@@ -38,20 +41,49 @@ Drafter = Callable[[Sequence], Text]
 """What follows a sequence, of which nothing has been read: who makes drafts."""
 
 
+class _Chances:
+    """Of each place in guesses of each kind, the average of how often it and those in front of it were right."""
+
+    __slots__ = ("_begin", "_most", "_of", "_weight")
+
+    def __init__(self, most: int, weight: float, begin: _Chances | None = None) -> None:
+        """most: places. weight: of the last guess. begin: whose averages these begin with."""
+        self._most = most
+        self._weight = weight
+        self._begin = begin
+        self._of: dict[int, list[float]] = {}
+
+    def of(self, kind: int) -> list[float]:
+        kind = min(kind, MOST_KIND)
+        found = self._of.get(kind)
+        if found is None:
+            first = kind / (kind + DOUBT)
+            begin = [first ** (place + 1) for place in range(self._most)]
+            found = self._of[kind] = begin if self._begin is None else list(self._begin.of(kind))
+        return found
+
+    def count(self, kind: int, length: int, num_right: int) -> None:
+        """A guess is decided: what stands behind a wrong token is wrong, however long the guess is."""
+        chances = self.of(kind)
+        last = length if num_right == length else len(chances)
+        for place in range(last):
+            chances[place] += self._weight * ((place < num_right) - chances[place])
+
+
 class _Followed:
     """A sequence's text, and how often its guesses are right.
 
-    chances: of each place in a guess, the average of how often it and those in front of it were right. A guess is
-    followed up whether it was checked or not, so that it is known when guessing would pay.
+    A guess is followed up whether it was checked or not, so that it is known when guessing would pay.
     """
 
-    __slots__ = ("chances", "guess", "num_read", "num_right", "text")
+    __slots__ = ("chances", "guess", "kind", "num_read", "num_right", "text")
 
-    def __init__(self, text: Text, chances: list[float]) -> None:
+    def __init__(self, text: Text, chances: _Chances) -> None:
         self.text = text
         self.chances = chances
         self.num_read = 0
         self.guess: list[int] = []
+        self.kind = 0
         self.num_right = 0
 
     def judge(self, new: list[int]) -> bool:
@@ -62,12 +94,6 @@ class _Followed:
             self.num_right += 1
         return self.num_right == len(self.guess)
 
-    def average(self, chances: list[float], weight: float) -> None:
-        """Count the guess, which is decided: what stands behind a wrong token is wrong, however long the guess is."""
-        last = len(self.guess) if self.num_right == len(self.guess) else len(chances)
-        for place in range(last):
-            chances[place] += weight * ((place < self.num_right) - chances[place])
-
 
 class Speculation:
     """Gives sequences their drafts. costs: None: all of them are checked, whatever they cost."""
@@ -77,11 +103,14 @@ class Speculation:
         self._drafter = drafter
         self._most = most
         self._costs = costs
-        self._chances = [FIRST_CHANCE ** (place + 1) for place in range(most)]
+        self._chances = _Chances(most, WEIGHT_FOR_ALL)
 
-    def after(self, plan: StepPlan, seconds: float) -> None:
-        """Give the sequences of a step that has been committed, and took so long, drafts for the next one."""
-        if self._costs is not None:
+    def after(self, plan: StepPlan, seconds: float | None) -> None:
+        """Give the sequences of a step that has been committed drafts for the next one.
+
+        seconds: that it took; None: others of its size will take less.
+        """
+        if self._costs is not None and seconds is not None:
             self._costs.take(plan, seconds)
         guessing: list[Sequence] = []
         chances: list[list[float]] = []
@@ -101,9 +130,10 @@ class Speculation:
             sequence.drafts = followed.text.drafts()[: self._most]
             if sequence.drafts:
                 guessing.append(sequence)
-                chances.append(followed.chances[: len(sequence.drafts)])
+                chances.append(followed.chances.of(followed.text.kind)[: len(sequence.drafts)])
                 if not followed.guess:
                     followed.guess = sequence.drafts
+                    followed.kind = followed.text.kind
         if guessing and self._costs is not None:
             counts = self._costs.choose(chances, num_running)
             for sequence, count in zip(guessing, counts, strict=True):
@@ -113,12 +143,14 @@ class Speculation:
         """Have it followed up to a position, and learn what that says of its guess."""
         followed = sequence.drafting
         if not isinstance(followed, _Followed):
-            followed = sequence.drafting = _Followed(self._drafter(sequence), list(self._chances))
+            followed = sequence.drafting = _Followed(
+                self._drafter(sequence), _Chances(self._most, WEIGHT, self._chances)
+            )
         new = sequence.token_ids[followed.num_read : end]
         followed.num_read += len(new)
         if followed.guess and followed.judge(new):
-            followed.average(followed.chances, WEIGHT)
-            followed.average(self._chances, WEIGHT_FOR_ALL)
+            for chances in (followed.chances, self._chances):
+                chances.count(followed.kind, len(followed.guess), followed.num_right)
             followed.guess = []
             followed.num_right = 0
         followed.text.read(new)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from octavo.runtime.scheduling.sequence import Sequence
-from octavo.runtime.speculation.config import LEAST_MATCH, SpeculativeConfig
-from octavo.runtime.speculation.ngram import following
+from octavo.runtime.speculation.config import SpeculativeConfig
+from octavo.runtime.speculation.ngram import LONG_RUN, following, run_sizes
 from octavo.runtime.speculation.ngrams import SEPARATOR, NgramIndex, match_length
 
 MOST_PLACES = 4  # the last ones in each text that are compared for the longest match, and that vote
@@ -78,8 +78,8 @@ class _Generations:
     """Answers in two texts, of which the older one goes as a whole: nothing is ever taken out of an index."""
 
     def __init__(self) -> None:
-        self.young = NgramIndex(LEAST_MATCH)
-        self.old = NgramIndex(LEAST_MATCH)
+        self.young = NgramIndex(LONG_RUN)
+        self.old = NgramIndex(LONG_RUN)
         self.num_young = 0
 
     @property
@@ -88,7 +88,7 @@ class _Generations:
 
     def turn(self) -> None:
         self.old = self.young
-        self.young = NgramIndex(LEAST_MATCH)
+        self.young = NgramIndex(LONG_RUN)
         self.num_young = 0
 
 
@@ -96,7 +96,7 @@ class SuffixText:
     """A prompt and its answer, as far as it has been read.
 
     The places of the longest match stay as long as the text goes on as it does there, as no other one would be longer.
-    They are looked up when none is left.
+    They are looked up when none is left. kind: how long the match is; 0: there is none.
     """
 
     def __init__(self, config: SpeculativeConfig, answers: Answers, owner: Owner, num_prompt: int) -> None:
@@ -104,16 +104,16 @@ class SuffixText:
         self._answers = answers
         self._owner = owner
         self._num_prompt = num_prompt
-        self._index = NgramIndex(LEAST_MATCH)
+        self._index = NgramIndex(*run_sizes(1))
         self._places: list[tuple[list[int], int]] = []  # texts, and where the match ends in each
-        self._length = 0  # of the match
+        self.kind = 0
 
     def read(self, new: list[int]) -> None:
         """Take the next tokens."""
         self._index.extend(new)
         count = len(new)
         self._places = [(text, at + count) for text, at in self._places if text[at : at + count] == new]
-        self._length = min(self._length + count, self._config.suffix_decoding_max_tree_depth)
+        self.kind = min(self.kind + count, self._config.suffix_decoding_max_tree_depth)
 
     def drafts(self) -> list[int]:
         """What may follow; nothing where nothing matches."""
@@ -121,7 +121,7 @@ class SuffixText:
             self._look_up()
         if not self._places:
             return []
-        count = int(self._length * self._config.suffix_decoding_max_spec_factor)
+        count = int(self.kind * self._config.suffix_decoding_max_spec_factor)
         count = min(count, self._config.num_speculative_tokens)
         voices = [_until_end(following(text, at, count)) for text, at in self._places]
         if len(voices) == 1 or all(voice == voices[0] for voice in voices):
@@ -137,10 +137,10 @@ class SuffixText:
         depth = self._config.suffix_decoding_max_tree_depth
         found = [(own, at) for at in self._index.earlier(MOST_PLACES)]
         for index in self._answers.of(self._owner):
-            found += [(index.tokens, at) for at in index.places(index.end(own), MOST_PLACES)]
+            found += [(index.tokens, at) for at in index.ends(own, MOST_PLACES)]
         lengths = [match_length(text, at, own, len(own), depth) for text, at in found]
-        self._length = max(lengths, default=0)
-        self._places = [place for place, length in zip(found, lengths, strict=True) if length == self._length]
+        self.kind = max(lengths, default=0)
+        self._places = [place for place, length in zip(found, lengths, strict=True) if length == self.kind]
 
 
 def _until_end(tokens: list[int]) -> list[int]:

@@ -35,6 +35,11 @@ class Worker:
         self._inputs = InputBuilder(config)
         self._tap: Tap | None = None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last step was computed as later ones of its size will be."""
+        return self.replays is None or self.replays.is_settled
+
     def watch(self, mark: Callable[[], None]) -> bool:
         """Have this called behind each layer from now on; False where the model's layers can't be watched."""
         if self.model.gives_hidden:

@@ -16,7 +16,9 @@ from slow_cases import slow
 from toy_model import VOCAB, logits_after, make_engine, make_request, run_to_end, run_with_arrivals, tokens_of
 
 from octavo.runtime.messages import AddRequest, RepetitionDetection, TokenOutput
+from octavo.runtime.scheduling.plan import StepPlan
 from octavo.runtime.speculation.config import SpeculativeConfig
+from octavo.runtime.speculation.costs import StepCosts
 from octavo.runtime.speculation.select import make_speculation
 from octavo.runtime.speculation.speculation import Speculation
 
@@ -179,6 +181,8 @@ def test_grammars_are_followed_as_without(style: Style, jumps: bool, overlaps: b
 
 
 class SaysTheSame:
+    kind = 1
+
     def read(self, _: list[int]) -> None: ...
 
     def drafts(self) -> list[int]:
@@ -211,12 +215,49 @@ def test_drawn_tokens_have_the_model_s_distribution() -> None:
     assert 1000 < engine.scheduler.stats().accepted_per_pos[0] < 3000
 
 
+class Alternating:
+    """Right guesses of one kind, and wrong ones of a better one, in turn."""
+
+    def __init__(self) -> None:
+        self.num_read = 0
+        self.kind = 1
+
+    def read(self, new: list[int]) -> None:
+        self.num_read += len(new)
+        self.kind = 1 + self.num_read % 2
+
+    def drafts(self) -> list[int]:
+        return [7 if self.kind == 1 else 6]
+
+    def end(self) -> None: ...
+
+
+class Steady(StepCosts):
+    """What steps are guessed to take, whatever they take here."""
+
+    def take(self, plan: StepPlan, seconds: float) -> None: ...
+
+
+def test_kinds_of_guesses_are_told_apart() -> None:
+    """By how often they were right, whatever was thought of them before."""
+    wanted = [make_request("r", [1, 2, 3, 4], max_tokens=400, allowed_token_ids=(7,))]
+    speculation = Speculation(lambda _: Alternating(), 1, Steady())
+    engine = make_engine(num_blocks=256, max_model_len=512, speculation=speculation)
+    run_to_end(engine, wanted)
+    stats = engine.scheduler.stats()
+    assert sum(stats.accepted_per_pos) > 100
+    assert stats.num_draft_tokens - sum(stats.accepted_per_pos) < 40
+
+
 @pytest.mark.parametrize("method", ["ngram", "suffix", "auto"])
-def test_drafters_change_no_answer_and_are_right_where_texts_repeat(method: Any) -> None:
-    """The real ones, with costs: on a model that says one thing over and over, for two requests alike."""
+def test_drafters_change_no_answer_and_are_right_where_texts_repeat(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real ones: on a model that says one thing over and over, for two requests alike."""
     wanted = [make_request(f"r{i}", [1, 2, 3, 4], max_tokens=60, allowed_token_ids=(7,)) for i in range(2)]
     wanted += [make_request(f"d{i}", [i, 2, 3], max_tokens=60, temperature=5.0, seed=i % 2) for i in range(4)]
     plain = answers(run_to_end(make_engine(num_blocks=256), wanted), wanted)
+    monkeypatch.setattr(StepCosts, "take", Steady.take)
     engine = make_engine(num_blocks=256, speculation=make_speculation(SpeculativeConfig(method)))
     assert answers(run_to_end(engine, wanted), wanted) == plain
     assert sum(engine.scheduler.stats().accepted_per_pos) > 20
