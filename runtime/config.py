@@ -220,9 +220,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     speculative_config: Annotated[
         SpeculativeConfig | None,
         Meta(
-            description="guess next tokens out of texts that are there, and check several in one step, on a CPU: "
-            '\'{"method": "ngram"}\' out of the request\'s own text, suffix (or auto) also out of finished answers; '
-            "also num_speculative_tokens, and vLLM's keys of the method",
+            description="guess next tokens, and check several in one step, on a CPU: "
+            '\'{"method": "ngram"}\' out of the request\'s own text, suffix (or auto) also out of finished answers, '
+            "draft_model by a second model; also num_speculative_tokens, and vLLM's keys of the method",
             extra={"flag": ("--speculative-config", "-sc"), "metavar": "JSON", "parse": parse_speculative},
         ),
     ] = None

@@ -15,7 +15,7 @@ from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecu
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 from octavo.runtime.scheduling.scheduler import Scheduler
-from octavo.runtime.speculation.speculation import Speculation
+from octavo.runtime.speculation.speculation import Speculates
 from octavo.runtime.validation import problem_of
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.worker import Worker
@@ -45,7 +45,7 @@ class Engine:
         *,
         overlaps: bool = True,
         deterministic: bool = False,
-        speculation: Speculation | None = None,
+        speculation: Speculates | None = None,
         most_adapters: int = 0,
     ) -> None:
         self.worker = worker

@@ -195,6 +195,8 @@ class Launcher:
         self._devices = devices or find_devices(config.device)
         check(config.parallel, self._devices, config.num_threads)
         config.lora.check(is_apart=config.parallel.is_apart)
+        if config.speculative_config is not None:
+            config.speculative_config.check(config.parallel.num_ranks)
         if config.parallel.is_on_ray:
             check_ray_installed()
 

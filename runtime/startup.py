@@ -22,7 +22,7 @@ from octavo.runtime.offload.select import check_offload, open_offload
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.placement import num_cores
 from octavo.runtime.scheduling.plan import SchedulerConfig
-from octavo.runtime.speculation.select import make_speculation, notes_of
+from octavo.runtime.speculation.select import drafts_by_model, notes_of, speculation_of
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
@@ -83,7 +83,7 @@ def load_engine(
         graphs, replays = at_once(config, rank, clock)
     worker = Worker(model, rank.caches, rank.limits, graphs, replays)
     overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
-    engine = _engine_of(worker, config, rank.limits, followers, overlaps=overlaps)
+    engine = _engine_of(worker, config, rank, followers, overlaps=overlaps)
     if config.kv_offloading_path is not None:
         engine.offload, told = open_offload(config, model, rank.caches, engine.scheduler.prefixes, index)
         rank.notes.extend(told)
@@ -108,17 +108,19 @@ def load_engine(
 
 
 def _engine_of(
-    worker: Worker, config: EngineConfig, limits: SchedulerConfig, followers: Followers | None, *, overlaps: bool
+    worker: Worker, config: EngineConfig, rank: LoadedRank, followers: Followers | None, *, overlaps: bool
 ) -> Engine:
+    """With who gives its sequences drafts; a draft model is loaded here, and noted."""
+    speculation = speculation_of(config, worker.model, rank.limits, rank.weight_bytes, rank.notes)
     return Engine(
         worker,
-        limits,
+        rank.limits,
         config.seed,
         followers,
-        overlaps=overlaps,
+        overlaps=overlaps and not drafts_by_model(config.speculative_config),
         deterministic=config.deterministic,
         most_adapters=config.lora.most_loaded,
-        speculation=make_speculation(config.speculative_config, shares=config.share_suffixes),
+        speculation=speculation,
     )
 
 
@@ -228,6 +230,8 @@ def check_limits(config: EngineConfig) -> None:
         )
     config.lora.check(is_apart=config.parallel.is_apart)
     check_offload(config)
+    if config.speculative_config is not None:
+        config.speculative_config.check(config.parallel.num_ranks)
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: a prompt and an answer take 2 tokens at least; 2 or more works"

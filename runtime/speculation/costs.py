@@ -31,6 +31,11 @@ class StepCosts:
         self._when: dict[int, int] = {}  # of each size, what had been observed when it was last
         self._num_choices = 0
 
+    @property
+    def is_known(self) -> bool:
+        """Whether any size is believed: what others take is guessed in seconds then, and in no unit before."""
+        return bool(self._sizes)
+
     def take(self, plan: StepPlan, seconds: float) -> None:
         """A step has been computed; one with a chunk of a prompt tells nothing here."""
         if all(it.wants == "token" and it.end - it.start == 1 + it.num_drafts for it in plan.scheduled):

@@ -1,19 +1,56 @@
-"""Which drafter a configuration asks for."""
+"""Who gives sequences their drafts, by a configuration."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from octavo.runtime.speculation.config import SpeculativeConfig
 from octavo.runtime.speculation.costs import StepCosts
 from octavo.runtime.speculation.ngram import OwnText
-from octavo.runtime.speculation.speculation import Drafter, Speculation
+from octavo.runtime.speculation.speculation import Drafter, Speculates, Speculation
 from octavo.runtime.speculation.suffix import SuffixDrafter
+
+if TYPE_CHECKING:
+    from octavo.runtime.config import EngineConfig
+    from octavo.runtime.model.model import Model
+    from octavo.runtime.scheduling.plan import SchedulerConfig
+
+
+def speculation_of(
+    config: EngineConfig, target: Model, limits: SchedulerConfig, weight_bytes: int, notes: list[str]
+) -> Speculates | None:
+    """What gives the sequences of an engine drafts; None where nothing does. A draft model is loaded, and noted.
+
+    weight_bytes: of the target, the model that is served. Raises ValueError.
+    """
+    asked = config.speculative_config
+    if asked is None or not drafts_by_model(asked):
+        return make_speculation(asked, shares=config.share_suffixes)
+    from octavo.runtime.speculation.draft_files import load_draft_model  # nobody else needs a second model
+    from octavo.runtime.speculation.model_speculation import Costs, ModelSpeculation
+
+    draft, note = load_draft_model(config, target, limits)
+    notes.append(note)
+    costs = Costs(draft.model.weight_bytes / weight_bytes)
+    return ModelSpeculation(draft, asked.most_of, asked.num_speculative_tokens, costs)
+
+
+def drafts_by_model(config: SpeculativeConfig | None) -> bool:
+    """A draft model says what follows tokens that are known: then steps are not ordered ahead of results."""
+    return config is not None and config.method == "draft_model"
 
 
 def make_speculation(config: SpeculativeConfig | None, *, shares: bool = False) -> Speculation | None:
-    """What gives an engine's sequences drafts; None where nothing does. shares: as in SuffixDrafter."""
+    """What gives sequences drafts out of texts; None where nothing does. shares: as in SuffixDrafter."""
     if config is None:
         return None
-    return Speculation(_drafter_of(config, shares=shares), config.num_speculative_tokens, StepCosts())
+    drafter = _drafter_of(config, shares=shares)
+    return Speculation(drafter, config.num_speculative_tokens, StepCosts(), _most_of(config))
+
+
+def _most_of(config: SpeculativeConfig) -> Callable[[int], int] | None:
+    return config.most_of if config.num_speculative_tokens_per_batch_size else None
 
 
 def _drafter_of(config: SpeculativeConfig, *, shares: bool) -> Drafter:

@@ -37,16 +37,27 @@ class Text(Protocol):
         ...
 
 
+class Speculates(Protocol):
+    """Gives sequences their drafts."""
+
+    def after(self, plan: StepPlan, seconds: float | None) -> None:
+        """Give the sequences of a step that has been committed drafts for the next one.
+
+        seconds: that it took; None: others of its size will take less.
+        """
+        ...
+
+
 Drafter = Callable[[Sequence], Text]
 """What follows a sequence, of which nothing has been read: who makes drafts."""
 
 
-class _Chances:
+class Chances:
     """Of each place in guesses of each kind, the average of how often it and those in front of it were right."""
 
     __slots__ = ("_begin", "_most", "_of", "_weight")
 
-    def __init__(self, most: int, weight: float, begin: _Chances | None = None) -> None:
+    def __init__(self, most: int, weight: float, begin: Chances | None = None) -> None:
         """most: places. weight: of the last guess. begin: whose averages these begin with."""
         self._most = most
         self._weight = weight
@@ -70,23 +81,33 @@ class _Chances:
             chances[place] += self._weight * ((place < num_right) - chances[place])
 
 
-class _Followed:
-    """A sequence's text, and how often its guesses are right.
+class Followed:
+    """A sequence, as far as it has been read, and how often guesses of its tokens are right.
 
     A guess is followed up whether it was checked or not, so that it is known when guessing would pay.
     """
 
-    __slots__ = ("chances", "guess", "kind", "num_read", "num_right", "text")
+    __slots__ = ("chances", "guess", "kind", "num_read", "num_right")
 
-    def __init__(self, text: Text, chances: _Chances) -> None:
-        self.text = text
+    def __init__(self, chances: Chances) -> None:
         self.chances = chances
         self.num_read = 0
         self.guess: list[int] = []
         self.kind = 0
         self.num_right = 0
 
-    def judge(self, new: list[int]) -> bool:
+    def read(self, sequence: Sequence, end: int, of_all: Chances) -> list[int]:
+        """Take its tokens up to a position, and learn what they say of the guess; returns the new ones."""
+        new = sequence.token_ids[self.num_read : end]
+        self.num_read += len(new)
+        if self.guess and self._judge(new):
+            for chances in (self.chances, of_all):
+                chances.count(self.kind, len(self.guess), self.num_right)
+            self.guess = []
+            self.num_right = 0
+        return new
+
+    def _judge(self, new: list[int]) -> bool:
         """Compare the guess with what has come; whether that decides it."""
         for token in new:
             if self.num_right == len(self.guess) or token != self.guess[self.num_right]:
@@ -95,21 +116,35 @@ class _Followed:
         return self.num_right == len(self.guess)
 
 
-class Speculation:
-    """Gives sequences their drafts. costs: None: all of them are checked, whatever they cost."""
+class FollowedText(Followed):
+    """With the text that its guesses are found in."""
 
-    def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
-        """most: drafts of a sequence and step."""
+    __slots__ = ("text",)
+
+    def __init__(self, chances: Chances, text: Text) -> None:
+        super().__init__(chances)
+        self.text = text
+
+
+class Speculation:
+    """Gives sequences drafts that are found in texts. costs: None: all are checked, whatever they cost."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        most: int,
+        costs: StepCosts | None = None,
+        most_of: Callable[[int], int] | None = None,
+    ) -> None:
+        """most: drafts of a sequence and step; most_of: the same, of steps of so many sequences."""
         self._drafter = drafter
         self._most = most
+        self._most_of = most_of
         self._costs = costs
-        self._chances = _Chances(most, WEIGHT_FOR_ALL)
+        self._chances = Chances(most, WEIGHT_FOR_ALL)
 
     def after(self, plan: StepPlan, seconds: float | None) -> None:
-        """Give the sequences of a step that has been committed drafts for the next one.
-
-        seconds: that it took; None: others of its size will take less.
-        """
+        """As `Speculates.after`."""
         if self._costs is not None and seconds is not None:
             self._costs.take(plan, seconds)
         guessing: list[Sequence] = []
@@ -134,24 +169,21 @@ class Speculation:
                 if not followed.guess:
                     followed.guess = sequence.drafts
                     followed.kind = followed.text.kind
+        if guessing and self._most_of is not None:
+            most = self._most_of(num_running)
+            chances = [row[:most] for row in chances]
+            for sequence in guessing:
+                sequence.drafts = sequence.drafts[:most]
         if guessing and self._costs is not None:
             counts = self._costs.choose(chances, num_running)
             for sequence, count in zip(guessing, counts, strict=True):
                 sequence.drafts = sequence.drafts[:count]
 
-    def _read(self, sequence: Sequence, end: int) -> _Followed:
+    def _read(self, sequence: Sequence, end: int) -> FollowedText:
         """Have it followed up to a position, and learn what that says of its guess."""
         followed = sequence.drafting
-        if not isinstance(followed, _Followed):
-            followed = sequence.drafting = _Followed(
-                self._drafter(sequence), _Chances(self._most, WEIGHT, self._chances)
-            )
-        new = sequence.token_ids[followed.num_read : end]
-        followed.num_read += len(new)
-        if followed.guess and followed.judge(new):
-            for chances in (followed.chances, self._chances):
-                chances.count(followed.kind, len(followed.guess), followed.num_right)
-            followed.guess = []
-            followed.num_right = 0
-        followed.text.read(new)
+        if not isinstance(followed, FollowedText):
+            chances = Chances(self._most, WEIGHT, self._chances)
+            followed = sequence.drafting = FollowedText(chances, self._drafter(sequence))
+        followed.text.read(followed.read(sequence, end, self._chances))
         return followed

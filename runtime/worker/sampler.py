@@ -23,7 +23,7 @@ from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResu
 from octavo.runtime.scheduling.sequence import Sequence, is_stop
 from octavo.runtime.worker.grammar_masks import Constrained, GrammarMasks
 from octavo.runtime.worker.logits_processors import ChangedSequence, ChangesCache, change_logits
-from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, select_sampling, uniform
+from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, draw_rows, select_sampling
 
 BAD_LOGITS = "the model's logits for this request are not finite numbers (NaN or infinity): its answer would be noise"
 NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, bad_words, logit_bias and min_tokens exclude all of them"
@@ -170,7 +170,15 @@ class Sampler:
             i for i, it in enumerate(sampling) if it.sequence.params.temperature >= GREEDY_BELOW and i not in stuck
         ]
         if random:
-            drawn = self._draw(logits, [rows[i] for i in random], [sampling[i] for i in random])
+            drawing = [sampling[i] for i in random]
+            drawn = draw_rows(
+                self._ops,
+                self._seed,
+                logits,
+                [rows[i] for i in random],
+                [it.sequence for it in drawing],
+                [it.num_outputs for it in drawing],
+            )
             for i, token in zip(random, drawn, strict=True):
                 chosen[i] = token
         for i, state in zip(changed, states, strict=True):
@@ -184,23 +192,6 @@ class Sampler:
             state = ChangedSequence(self._changes.get(it.sequence.params, vocab))
             self._changed[it.slot] = (it.sequence, state)
         return state
-
-    def _draw(self, logits: Tensor, rows: list[int], drawing: list[ScheduledSequence]) -> list[int]:
-        params = [it.sequence.params for it in drawing]
-        columns = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
-        floats = torch.tensor(tuple(columns), dtype=torch.float32, device=logits.device)
-        temperature, top_p, min_p = floats  # rows of it: a kernel reads each as lying side by side
-        top_k = torch.tensor([p.top_k for p in params], device=logits.device)
-        uniforms = [uniform(self._key(it.sequence), it.num_outputs) for it in drawing]
-        uniforms_of = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
-        chosen = logits if len(rows) == logits.shape[0] else logits[rows]
-        tokens: list[int] = self._ops.draw(chosen, temperature, top_k, top_p, min_p, uniforms_of).tolist()
-        return tokens
-
-    def _key(self, sequence: Sequence) -> str:
-        """A request's own seed, or one for each request that came without."""
-        seed = sequence.params.seed
-        return f"seed {seed}" if seed is not None else f"engine {self._seed} request {sequence.number}"
 
     def _prompt_logprobs(self, logits: Tensor, plan: StepPlan, errors: dict[int, str]) -> dict[int, list[Logprobs]]:
         """The logits at position p are about prompt token p + 1; the last position's are for sampling."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.sampling import reference
+from octavo.runtime.scheduling.sequence import Sequence
 
 GREEDY_BELOW = 1e-5  # dividing logits by a lower temperature gives infinities; vLLM has the same limit
 
@@ -43,6 +44,32 @@ def select_sampling(device: torch.device, *, batch_invariant: bool = False) -> S
         add_biases=lambda *entries: change.add_biases(*entries)(),
         punish=lambda *entries: change.punish(*entries)(),
     )
+
+
+def draw_rows(
+    ops: SamplingOps, seed: int, logits: Tensor, rows: list[int], drawing: list[Sequence], num_outputs: list[int]
+) -> list[int]:
+    """A token for each of these sequences, of its row of logits [L, vocab], by its own temperature, top_k and so on.
+
+    seed: the engine's. num_outputs: of the answer's tokens, how many stand in front of it.
+    """
+    params = [sequence.params for sequence in drawing]
+    columns = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
+    floats = torch.tensor(tuple(columns), dtype=torch.float32, device=logits.device)
+    temperature, top_p, min_p = floats  # rows of it: a kernel reads each as lying side by side
+    top_k = torch.tensor([p.top_k for p in params], device=logits.device)
+    keys = [_key(seed, sequence) for sequence in drawing]
+    uniforms = [uniform(key, position) for key, position in zip(keys, num_outputs, strict=True)]
+    uniforms_of = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+    chosen = logits if len(rows) == logits.shape[0] else logits[rows]
+    tokens: list[int] = ops.draw(chosen, temperature, top_k, top_p, min_p, uniforms_of).tolist()
+    return tokens
+
+
+def _key(engine_seed: int, sequence: Sequence) -> str:
+    """A request's own seed, or one for each request that came without."""
+    seed = sequence.params.seed
+    return f"seed {seed}" if seed is not None else f"engine {engine_seed} request {sequence.number}"
 
 
 def uniform(key: str, position: int) -> float:

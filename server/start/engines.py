@@ -9,12 +9,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from octavo.runtime.launch import Launcher
 from octavo.runtime.parallel.address import check_addresses
 from octavo.server.fleet.limits import FleetLimits
 from octavo.server.start.flags import ServeError, ServeOptions, engine_config, model_of
 
 if TYPE_CHECKING:
+    from octavo.runtime.config import EngineConfig
     from octavo.server.fleet.fleet import Fleet
     from octavo.server.options import ModelOptions
     from octavo.server.processes.places import Places
@@ -32,12 +35,27 @@ def directory_of(model: str, options: ModelOptions) -> Path:
 
 def launcher_of(options: ServeOptions, directory: Path, places: Places | None = None) -> Launcher:
     """What starts the engines. places: where they meet further server processes. Raises ServeError."""
-    config = engine_config(options, directory)
+    config = _with_draft_model(engine_config(options, directory), options.model)
     try:
         check_addresses(config.parallel, os.environ)
         return Launcher(config) if places is None else Launcher(config, addresses=places.addresses)
     except ValueError as error:
         raise ServeError(str(error)) from None
+
+
+def _with_draft_model(config: EngineConfig, options: ModelOptions) -> EngineConfig:
+    """With the draft model's directory in place of its name. Raises ServeError."""
+    speculative = config.speculative_config
+    if speculative is None or not speculative.model:
+        return config
+    from octavo.quant.hub import resolve_model
+
+    try:
+        draft = resolve_model(speculative.model, speculative.revision, options.download_dir)
+    except ValueError as error:
+        raise ServeError(f"--speculative-config: {error}") from error
+    own = msgspec.structs.replace(speculative, model=str(draft))
+    return msgspec.structs.replace(config, speculative_config=own)
 
 
 def fleet_limits(options: ServeOptions) -> FleetLimits:

@@ -6,6 +6,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -84,13 +85,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "--speculative-num-draft-tokens",
-        dest="speculative_num_draft_tokens",
-        type=_count,
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
+    for count in ("num-draft-tokens", "num-steps", "eagle-topk"):
+        parser.add_argument(f"--speculative-{count}", type=_count, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for names in (("draft-model-path", "draft-model"), ("draft-model-revision",)):
+        flags = [f"--speculative-{name}" for name in names]
+        parser.add_argument(*flags, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 class ServeError(ValueError):
@@ -115,12 +114,13 @@ def _sampling_defaults(text: str) -> str:
 
 
 def _speculative_algorithm(text: str) -> str:
-    if text.lower() not in METHODS:
+    method = {"standalone": "draft_model"}.get(text.lower(), text.lower())
+    if method not in METHODS:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not supported: NGRAM makes drafts out of the request's own text, SUFFIX also out of finished "
-            "answers; draft models and heads are not supported: leave it out"
+            "answers, STANDALONE by a draft model; heads are not supported: leave it out"
         )
-    return text.lower()
+    return method
 
 
 def read_options(args: argparse.Namespace) -> ServeOptions:
@@ -150,19 +150,19 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
 def _speculative_config(args: argparse.Namespace, fair_by: FairBy) -> SpeculativeConfig | None:
     """What the flag says, or SGLang's ones. Raises OptionsError."""
     config: SpeculativeConfig | None = getattr(args, "speculative_config", None)
+    names = ("num_draft_tokens", "num_steps", "eagle_topk", "draft_model_path", "draft_model_revision")
+    given = {name: getattr(args, f"speculative_{name}") for name in names if hasattr(args, f"speculative_{name}")}
     method = getattr(args, "speculative_algorithm", None)
-    count = getattr(args, "speculative_num_draft_tokens", None)
     shares = getattr(args, "share_suffixes", False)
-    if config is not None and (method or count):
+    if config is not None and (method or given):
         raise OptionsError("--speculative-config says all that --speculative-algorithm does: leave one of them out")
-    if method is None and count is not None:
-        raise OptionsError(f"--speculative-num-draft-tokens {count}: --speculative-algorithm NGRAM is missing")
+    if method is None and given:
+        name, value = next(iter(given.items()))
+        flag = f"--speculative-{name.replace('_', '-')} {value}"
+        raise OptionsError(f"{flag}: --speculative-algorithm is missing, such as NGRAM or STANDALONE")
     if method is not None:
-        try:
-            config = make_speculative({"method": method, "num_speculative_tokens": count})
-        except ValueError as error:
-            raise OptionsError(f"--speculative-num-draft-tokens {count}: {error}") from None
-    learns = config is not None and config.method != "ngram"
+        config = _of_sglang(method, given)
+    learns = config is not None and config.method in ("suffix", "auto")
     if shares and not learns:
         raise OptionsError('--share-suffixes: --speculative-config \'{"method": "suffix"}\' is missing')
     if learns and not shares and fair_by == "none":
@@ -171,6 +171,31 @@ def _speculative_config(args: argparse.Namespace, fair_by: FairBy) -> Speculativ
             "and so does --share-suffixes"
         )
     return config
+
+
+def _of_sglang(method: str, given: dict[str, Any]) -> SpeculativeConfig:
+    """What SGLang's flags mean: of a draft model's chain of so many steps, it counts the token in front as a draft."""
+    count = given.get("num_draft_tokens")
+    if method == "draft_model":
+        steps = given.get("num_steps")
+        topk = given.get("eagle_topk", 1)
+        if topk != 1:
+            raise OptionsError(f"--speculative-eagle-topk {topk}: drafts are a chain here, and no tree; 1 works")
+        if count is not None and steps is not None and count != steps + 1:
+            raise OptionsError(
+                f"--speculative-num-draft-tokens {count} with --speculative-num-steps {steps}: drafts are a chain "
+                f"here; {steps + 1} works, and so does leaving it out"
+            )
+        count = count - 1 if count is not None else steps
+    elif stray := [name for name in given if name != "num_draft_tokens"]:
+        flag = f"--speculative-{stray[0].replace('_', '-')}"
+        raise OptionsError(f"{flag} {given[stray[0]]}: it is of --speculative-algorithm STANDALONE; leave it out")
+    keys = {"method": method, "num_speculative_tokens": count}
+    keys |= {"model": given.get("draft_model_path"), "revision": given.get("draft_model_revision")}
+    try:
+        return make_speculative(keys)
+    except ValueError as error:
+        raise OptionsError(f"--speculative-algorithm: {error}") from None
 
 
 def _served_adapters(args: argparse.Namespace) -> LoraServerOptions:

@@ -160,11 +160,20 @@ def test_what_makes_no_sense_is_told_by_its_flag(
     assert "invalid _" not in said
 
 
+STANDALONE = ("--speculative-algorithm", "STANDALONE")
+
+
 def test_speculation_is_asked_for_by_either_name() -> None:
     ours = parse("m", "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 5}').engine
     assert ours.speculative_config == SpeculativeConfig("ngram", num_speculative_tokens=5)
     assert parse("m", "-sc", '{"method": "ngram", "num_speculative_tokens": 5}').engine == ours
     assert parse("m", "--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "5").engine == ours
+    drafted = parse("m", "-sc", '{"model": "small", "num_speculative_tokens": 3, "revision": "r"}').engine
+    assert drafted.speculative_config == SpeculativeConfig("draft_model", 3, model="small", revision="r")
+    standalone = (*STANDALONE, "--speculative-draft-model-path", "small")
+    for count in (("--speculative-num-steps", "3"), ("--speculative-num-draft-tokens", "4")):
+        more = ("--speculative-draft-model-revision", "r", "--speculative-eagle-topk", "1")
+        assert parse("m", *standalone, *count, *more).engine == drafted
     shared = parse("m", "--speculative-config", '{"method": "suffix"}', "--share-suffixes", "--fair-by", "none").engine
     assert shared.speculative_config == SpeculativeConfig("suffix")
     assert shared.share_suffixes
@@ -173,7 +182,20 @@ def test_speculation_is_asked_for_by_either_name() -> None:
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (("--speculative-num-draft-tokens", "5"), "--speculative-algorithm NGRAM is missing"),
+        (("--speculative-num-draft-tokens", "5"), "--speculative-algorithm is missing, such as NGRAM"),
+        (
+            ("--speculative-algorithm", "NGRAM", "--speculative-num-steps", "5"),
+            "--speculative-num-steps 5: it is of --speculative-algorithm STANDALONE",
+        ),
+        (STANDALONE, "method 'draft_model' without a model"),
+        (
+            (*STANDALONE, "--speculative-num-steps", "3", "--speculative-eagle-topk", "4"),
+            "--speculative-eagle-topk 4: drafts are a chain here",
+        ),
+        (
+            (*STANDALONE, "--speculative-num-steps", "3", "--speculative-num-draft-tokens", "8"),
+            "--speculative-num-draft-tokens 8 with --speculative-num-steps 3: drafts are a chain here; 4 works",
+        ),
         (("--speculative-algorithm", "NGRAM", "-sc", '{"method": "ngram"}'), "leave one of them out"),
         (("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "500"), "Expected `int` <= 64"),
         (("--share-suffixes",), '"suffix"}\' is missing'),

@@ -234,19 +234,29 @@ def test_a_hiccup_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ('{"method": "eagle3"}', "method 'eagle3': drafts are made by ngram, suffix, auto; draft models and heads"),
-        ('{"method": "draft_model", "model": "small"}', "method 'draft_model'"),
+        ('{"method": "eagle3"}', "method 'eagle3': drafts are made by ngram, suffix, auto, draft_model; heads"),
+        ('{"method": "draft_model"}', "method 'draft_model' without a model: model names its directory"),
+        ('{"model": "small", "prompt_lookup_max": 3}', "'prompt_lookup_max' is no key of method 'draft_model'"),
+        ('{"model": "small", "draft_tensor_parallel_size": 2}', "'draft_tensor_parallel_size' is no key"),
+        (
+            '{"method": "ngram", "num_speculative_tokens_per_batch_size": [[1, 2, 5], [4, 8, 3]]}',
+            "num_speculative_tokens_per_batch_size .4, 8, 3.: its first number is 3",
+        ),
+        (
+            '{"method": "ngram", "num_speculative_tokens_per_batch_size": [[1, 2, 65]]}',
+            "num_speculative_tokens_per_batch_size ..1, 2, 65..: Expected `int` <= 64",
+        ),
         ('{"num_speculative_tokens": 3}', "no method is named"),
         ('{"method": "ngram", "suffix_decoding_max_tree_depth": 5}', "'suffix_decoding_max_tree_depth' is no key of"),
         ('{"method": "suffix", "prompt_lookup_min": 5}', "'prompt_lookup_min' is no key of method 'suffix'; method, "),
-        ('{"method": "ngram", "num_speculative_tokens": 0}', "Expected `int` >= 1"),
+        ('{"method": "ngram", "num_speculative_tokens": 0}', "^num_speculative_tokens 0: Expected `int` >= 1$"),
         (
             '{"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 4}',
             "4 is less than prompt_lookup_min 5",
         ),
         ('{"method": "ngram", "draft_tensor_parallel_size": 1}', "'draft_tensor_parallel_size' is no key"),
-        ("[]", r"\[\] is no JSON object"),
-        ("{", "{ is no JSON object"),
+        ("[]", r"\[\] is not a JSON object"),
+        ("{", "{ is not JSON"),
     ],
 )
 def test_what_is_not_known_is_refused(given: str, why: str) -> None:
@@ -259,5 +269,10 @@ def test_configurations_of_vllm_are_read() -> None:
     assert parse_speculative('{"model": "[ngram]", "num_speculative_tokens": 5, "prompt_lookup_max": 4}') == (
         SpeculativeConfig("ngram", num_speculative_tokens=5, prompt_lookup_max=4)
     )
+    assert make_speculative({"model": "small", "draft_tensor_parallel_size": 1, "num_speculative_tokens": 3}) == (
+        SpeculativeConfig("draft_model", num_speculative_tokens=3, model="small")
+    )
+    rows = make_speculative({"method": "suffix", "num_speculative_tokens_per_batch_size": [[1, 2, 9], [3, 8, 2]]})
+    assert [rows.most_of(count) for count in (1, 2, 3, 8, 9)] == [7, 7, 2, 2, 7]
     assert make_speculative({"method": "ngram", "prompt_lookup_max": 2}).prompt_lookup_min == 1
     assert make_speculative({"method": "suffix", "num_speculative_tokens": None}) == SpeculativeConfig("suffix")

@@ -134,6 +134,18 @@ def test_right_guesses_save_steps() -> None:
     assert (stats.num_drafts, stats.num_draft_tokens, stats.accepted_per_pos) == (4, 28, [4] * 7)
 
 
+def test_there_are_fewer_drafts_in_larger_steps() -> None:
+    wanted = [make_request(name, [1, 2, 3], max_tokens=40 - 20 * i) for i, name in enumerate("ab")]
+    plain = answers(run_to_end(make_engine(), wanted), wanted)
+    drafter = Guessing(texts(plain, wanted), "right", VOCAB).speculation(7)._drafter
+    engine = make_engine(speculation=Speculation(drafter, 7, most_of=lambda num: {1: 5, 2: 2}[num]), overlaps=False)
+    found = run_to_end(engine, wanted)
+    assert answers(found, wanted) == plain
+    sizes = [len(output.token_ids) for output in found["a"]]
+    assert sizes[:7] == [1, 3, 3, 3, 3, 3, 3]
+    assert set(sizes[8:-1]) == {6}
+
+
 def test_who_has_no_guesses_goes_on_ahead_of_results() -> None:
     """One that waits for its result holds up no other one's next step."""
     engine = make_engine(speculation=Guessing({"a": [0] * 60}, "wrong", VOCAB).speculation(2))

@@ -1,0 +1,96 @@
+"""Loads a draft model beside the model that is served, after a look at whether their tokens are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.lora_config import LoraOptions
+from octavo.runtime.model.model import Model
+from octavo.runtime.model.weights import DTYPES, load_model
+from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.speculation.draft_model import DraftModel
+from octavo.runtime.worker import kv_cache
+from octavo.runtime.worker.device import free_memory
+from octavo.runtime.worker.kv_layout import one_group
+
+CACHE_BYTES = 1 << 30  # of the draft model's, if an eighth of what is free is no less
+SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # the first one that is there says it all
+
+
+@torch.inference_mode()
+def load_draft_model(config: EngineConfig, target: Model, limits: SchedulerConfig) -> tuple[DraftModel, str]:
+    """The draft model of a configuration that names one, run once, and a line about it. Raises ValueError."""
+    asked = config.speculative_config
+    assert asked is not None
+    check_tokenizers(Path(config.model), Path(asked.model))
+    own = msgspec.structs.replace(
+        config,
+        model=asked.model,
+        dtype=config.dtype if config.dtype in DTYPES else "auto",
+        lm_head_dtype="auto",
+        kv_cache_dtype="auto",
+        deterministic=False,
+        lora=LoraOptions(),
+        speculative_config=None,
+    )
+    model = load_model(own)
+    dtype = kv_cache.choose_dtype(model, "auto", [])
+    per_block = kv_cache.bytes_per_block(model, config.block_size, dtype, one_group(len(model.kv_shapes)))
+    budget = min(CACHE_BYTES, free_memory(model.device) // 8)
+    longest = -(-limits.max_model_len // config.block_size)
+    num_blocks = min(limits.max_num_seqs * longest, budget // per_block)
+    if num_blocks == 0:
+        raise ValueError(
+            f"--speculative-config: a block of the draft model's cache takes {per_block / 1e6:.1f} MB, and {budget} "
+            "bytes are there for it; a smaller --block-size works"
+        )
+    caches = kv_cache.allocate(model, num_blocks, config.block_size, dtype, kv_cache.choose_scales(model, dtype, []))
+    model.forward(StepInputs.prefill([2], config.block_size).to(model.device), caches)  # what compiles at first use
+    tokens = num_blocks * config.block_size
+    line = (
+        f"draft model {asked.model}: {model.architecture}, {model.weight_bytes / 1e6:,.0f} MB of weights, "
+        f"a cache for {tokens:,} tokens"
+    )
+    return DraftModel(model, caches, target.vocab_size, limits.max_model_len, config.seed), line
+
+
+def check_tokenizers(target: Path, draft: Path) -> None:
+    """Raise ValueError where a token id may mean another text to the draft model."""
+    for name in SOURCES:
+        files = [directory / name for directory in (target, draft)]
+        if not all(file.exists() for file in files):
+            continue
+        one, other = (file.read_bytes() for file in files)
+        if one == other:
+            return
+        if name != "tokenizer.json":
+            raise ValueError(f"{_refusal(draft)}: {name} is another one than in {target}")
+        first, second = (_tokens(content) for content in (one, other))
+        differing = [text for text in first.keys() | second.keys() if first.get(text) != second.get(text)]
+        if not differing:
+            return
+        text = min(differing, key=lambda text: (first.get(text, len(first)), text))
+        raise ValueError(
+            f"{_refusal(draft)}: {text!r} is token {first.get(text)} in {target}, and {second.get(text)} in the other"
+        )
+    raise ValueError(f"{_refusal(draft)}: none of {', '.join(SOURCES)} is in both directories, to compare them by")
+
+
+def _refusal(draft: Path) -> str:
+    return f"--speculative-config: the draft model {draft} must have the tokenizer of the model that is served"
+
+
+def _tokens(tokenizer: bytes) -> dict[str, int]:
+    """Text to id of a tokenizer.json, of its vocabulary and of what was added."""
+    content: dict[str, Any] = json.loads(tokenizer)
+    vocab = content.get("model", {}).get("vocab", {})
+    found = {entry[0]: place for place, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    found |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}
+    return found

@@ -1,0 +1,103 @@
+"""From results to the drafts of a second model: whether it is asked, and for how many of each sequence.
+
+Unlike texts that are looked up, it takes time to say what it thinks; and what it would have said of a sequence that
+goes on without drafts is not known. So the same number is asked for all sequences of a step, before it says anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from octavo.runtime.scheduling.plan import StepPlan
+from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.speculation.costs import GAIN, PROBE, StepCosts
+from octavo.runtime.speculation.draft_model import DraftModel
+from octavo.runtime.speculation.speculation import MOST_KIND, WEIGHT, WEIGHT_FOR_ALL, Chances, Followed
+
+COUNTS = (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 64)
+"""Drafts of a sequence among which is chosen: few, so that each is measured often, and can be recorded."""
+
+
+class Costs:
+    """What steps cost, of the model that is served and of the draft model.
+
+    ratio: of a draft model's step to the other one's, before both were measured.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.steps = StepCosts()
+        self.drafts = StepCosts()
+        self._ratio = ratio
+
+    def of_draft(self, num_sequences: int, plain: float) -> float:
+        """Seconds for one draft of each, where a step without drafts takes `plain` of the same unit."""
+        if self.steps.is_known and self.drafts.is_known:
+            return float(self.drafts.seconds([num_sequences])[0])
+        return self._ratio * plain
+
+
+class ModelSpeculation:
+    """Gives sequences drafts of a draft model. costs: None: as many as may be are asked for, whatever they cost."""
+
+    def __init__(self, model: DraftModel, most_of: Callable[[int], int], most: int, costs: Costs | None = None) -> None:
+        """most: drafts of a sequence and step; most_of: the same, of steps of so many sequences."""
+        self._model = model
+        self._most_of = most_of
+        self._most = most
+        self._costs = costs
+        self._chances = Chances(most, WEIGHT_FOR_ALL)
+        self._num_choices = 0
+
+    def after(self, plan: StepPlan, seconds: float | None) -> None:
+        """As `Speculation.after`."""
+        if self._costs is not None and seconds is not None:
+            self._costs.steps.take(plan, seconds)
+        running: list[tuple[Sequence, Followed]] = []
+        for it in plan.scheduled:
+            sequence = it.sequence
+            if sequence.has_ended or it.wants != "token":
+                continue
+            followed = sequence.drafting
+            if not isinstance(followed, Followed):
+                followed = sequence.drafting = Followed(Chances(self._most, WEIGHT, self._chances))
+                followed.num_read = len(sequence.token_ids)
+            followed.read(sequence, len(sequence.token_ids), self._chances)
+            if not sequence.num_sampling and sequence.slot >= 0:
+                running.append((sequence, followed))
+        count = self._choose([followed for _, followed in running]) if running else 0
+        if count:
+            self._ask(running, count)
+
+    def _ask(self, running: list[tuple[Sequence, Followed]], count: int) -> None:
+        begin = time.perf_counter()
+        drafts = self._model.drafts([sequence for sequence, _ in running], count)
+        if self._costs is not None and self._model.is_settled:
+            self._costs.drafts.observe(len(running), (time.perf_counter() - begin) / count)
+        for (sequence, followed), tokens in zip(running, drafts, strict=True):
+            sequence.drafts = tokens
+            if not followed.guess:
+                followed.guess = tokens
+                followed.kind = MOST_KIND
+
+    def _choose(self, running: list[Followed]) -> int:
+        """How many drafts of each sequence bring most tokens a second."""
+        num = len(running)
+        most = self._most_of(num)
+        if self._costs is None:
+            return most
+        counts = [0, *(count for count in COUNTS if count < most), most]
+        chances = [followed.chances.of(MOST_KIND) for followed in running]
+        seconds = self._costs.steps.seconds([num * (1 + count) for count in counts])
+        of_draft = self._costs.of_draft(num, float(seconds[0]))
+        rates = [
+            (num + sum(sum(row[:count]) for row in chances)) / (float(of_step) + count * of_draft)
+            for count, of_step in zip(counts, seconds, strict=True)
+        ]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        if rates[best] < GAIN * rates[0]:
+            best = 0
+        self._num_choices += 1
+        if self._num_choices % PROBE == 0:
+            best = 0 if best else 1
+        return counts[best] if most else 0

@@ -1,0 +1,50 @@
+"""Engines of tiny models with a draft model beside them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from toy_model import make_request
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.engine import Engine
+from octavo.runtime.scheduling.kv_groups import BlockTables
+from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.speculation.config import SpeculativeConfig
+from octavo.runtime.speculation.draft_model import DraftModel
+from octavo.runtime.speculation.model_speculation import ModelSpeculation
+from octavo.runtime.startup import load_engine
+
+SIZES = {"block_size": 4, "max_num_seqs": 4, "num_blocks": 256, "max_model_len": 96}
+
+
+def load(directory: Path, draft: Path | None = None, num_draft_blocks: int | None = None, **limits: Any) -> Engine:
+    """In float32. A draft model says 4 tokens each time, whatever that costs."""
+    speculative = None if draft is None else SpeculativeConfig("draft_model", model=str(draft))
+    config = EngineConfig(
+        model=str(directory), dtype="float32", device="cpu", speculative_config=speculative, **{**SIZES, **limits}
+    )
+    engine, _ = load_engine(config, time.time())
+    if draft is not None:
+        model = draft_of(engine)
+        if num_draft_blocks is not None:
+            caches = [
+                LayerCache(it.key[:num_draft_blocks], it.value[:num_draft_blocks], it.key_scale, it.value_scale)
+                for it in model._caches
+            ]
+            model = DraftModel(model.model, caches, model.model.vocab_size, SIZES["max_model_len"], 0)
+        engine.speculation = ModelSpeculation(model, lambda _: 4, 4)
+    return engine
+
+
+def draft_of(engine: Engine) -> DraftModel:
+    assert isinstance(engine.speculation, ModelSpeculation)
+    return engine.speculation._model
+
+
+def asked(name: str, tokens: list[int]) -> Sequence:
+    """One that runs, greedily."""
+    return Sequence(make_request(name, tokens, max_tokens=50), 0, BlockTables([[]], [0]))
