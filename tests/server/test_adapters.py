@@ -304,7 +304,7 @@ def test_a_server_process_that_is_started_again_has_them(adapters: Adapters) -> 
         (("--lora-modules", "a={one}", "a={one}"), "two adapters have the name 'a'"),
         (("--enable-runtime-lora",), "--enable-runtime-lora without --enable-lora"),
         (("--lora-modules", '{{"name": 1}}'), "is no adapter"),
-        (("--enable-lora", "--device", "cpu", "-tp", "2"), "adapters are not divided over ranks"),
+        (("--enable-lora", "-tp", "2", "--nnodes", "2", "--master-addr", "127.0.0.1"), "read adapters on one machine"),
     ],
 )
 def test_a_start_that_is_wrong_says_so(flags: tuple[str, ...], said: str, adapters: Adapters, tmp_path: Path) -> None:
