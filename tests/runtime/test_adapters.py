@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from guessing import Guessing, Style
 from hf_oracle import CASES, make_hf, save
 from peft_oracle import PeftOracle
 from toy_model import make_request, run_to_end, tokens_of
@@ -113,6 +114,24 @@ def test_mixed_batches_say_what_peft_says(adapted: Adapted) -> None:
     outputs = run(engine, [adapted.request(str(i), prompt, number) for i, (prompt, number) in enumerate(given)])
     for i, (prompt, number) in enumerate(given):
         assert tokens_of(outputs[str(i)]) == adapted.greedy(prompt, number, 8), number
+
+
+@pytest.mark.parametrize("style", ["right", "mixed"])
+def test_drafts_are_checked_by_the_adapter_of_their_request(style: Style, adapted: Adapted) -> None:
+    engine = adapted.engine(max_loras=3)
+    load(engine, *(adapted.message(i) for i in range(3)))
+    numbers = [None, 0, 1, 2, 0]
+    given = list(zip(prompts(len(numbers), seed=7), numbers, strict=True))
+    said = {str(i): adapted.greedy(prompt, number, 20) for i, (prompt, number) in enumerate(given)}
+    texts = {name: given[int(name)][0] + tokens for name, tokens in said.items()}
+    engine.speculation = Guessing(texts, style, VOCAB).speculation(4)
+    outputs = run(
+        engine, [adapted.request(str(i), prompt, number, max_tokens=20) for i, (prompt, number) in enumerate(given)]
+    )
+    assert {name: tokens_of(told) for name, told in outputs.items()} == said
+    stats = engine.scheduler.stats()
+    right = sum(stats.accepted_per_pos)
+    assert right == stats.num_draft_tokens > 40 if style == "right" else 0 < right < stats.num_draft_tokens
 
 
 @pytest.mark.parametrize("in_memory", [None, 4])

@@ -69,11 +69,15 @@ def test_answers_are_those_of_the_model_alone(draft: str, limits: dict[str, int]
     model._pool.check([])
 
 
-def test_a_model_accepts_all_of_its_own_drafts(fixtures: Path) -> None:
-    """At any temperature, as both draw with the same numbers."""
-    engine = load(fixtures / "tiny", fixtures / "tiny")
+@pytest.mark.parametrize("model_impl", ["octavo", "hf"])
+def test_a_model_accepts_all_of_its_own_drafts(model_impl: str, fixtures: Path) -> None:
+    """At any temperature, as both draw with the same numbers; in transformers' own code, too."""
+    plain = load(fixtures / "tiny")
+    engine = load(fixtures / "tiny", fixtures / "tiny", model_impl=model_impl)
     wanted = requests(random.Random(5))[:4]
-    run_to_end(engine, wanted)
+    expected = run_to_end(plain, wanted)
+    found = run_to_end(engine, wanted)
+    assert {name: said(told) for name, told in found.items()} == {name: said(told) for name, told in expected.items()}
     stats = engine.scheduler.stats()
     assert sum(stats.accepted_per_pos) == stats.num_draft_tokens > 60
 
