@@ -298,7 +298,7 @@ def test_recorded_steps_give_the_bits_of_the_layers(dtype: str, tmp_path: Path) 
         answers.append(found)
         if not eager:
             assert engine.worker.replays is not None
-            assert any(uses_adapters for _, _, uses_adapters in engine.worker.replays.proven)
+            assert any(size.uses_adapters for size in engine.worker.replays.proven)
     assert answers[0] == answers[1]
 
 
