@@ -10,13 +10,14 @@ import msgspec
 
 from octavo.runtime.adapters import Adapters
 from octavo.runtime.constraint import FAILED, Grammars
-from octavo.runtime.messages import AdapterLoaded, AddRequest, EngineStats, LoadAdapter, TokenOutput
+from octavo.runtime.messages import AdapterLoaded, AddRequest, Asleep, EngineStats, LoadAdapter, TokenOutput
 from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 from octavo.runtime.scheduling.scheduler import Scheduler
 from octavo.runtime.speculation.speculation import Speculates
 from octavo.runtime.validation import problem_of
+from octavo.runtime.worker.cache_memory import give_back
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.worker import Worker
 
@@ -174,6 +175,27 @@ class Engine:
             for those in (self.scheduler.running, self.scheduler.waiting.values())
         )
         return msgspec.structs.replace(stats, running_adapters=running, waiting_adapters=waiting)
+
+    def sleep(self) -> tuple[list[TokenOutput], Asleep]:
+        """Give the KV cache's memory back: (outputs of the steps that were under way, what to say of it).
+
+        With requests that go on it gives nothing back, since what they have computed is there.
+        """
+        outputs: list[TokenOutput] = []
+        while self._under_way:
+            outputs += self.finish()
+        num_open = len(self.scheduler.running) + len(self.scheduler.waiting)
+        if num_open:
+            return outputs, Asleep(0, f"{num_open} requests are open")
+        if self.worker.model.device.type != "cpu":
+            return outputs, Asleep(0, f"on {self.worker.model.device} an engine can't give memory back")
+        if self.offload is not None:  # which may be writing blocks to its file
+            return outputs, Asleep(0, "level 1 with --kv-offloading-path is not supported; level 2 works")
+        self.scheduler.reset_prefix_cache()
+        try:
+            return outputs, Asleep(give_back(self.worker.caches))
+        except OSError as error:
+            return outputs, Asleep(0, str(error))
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch and plan the next; call while `has_work`. Returns nothing while nothing is ready."""

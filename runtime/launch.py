@@ -154,6 +154,23 @@ def how_it_ended(code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
+def resident_bytes(process: int) -> int:
+    """The memory that a process and its children hold of their own, without files that they map; 0 if it has ended."""
+    total = 0
+    pending = [process]
+    while pending:
+        place = Path(f"/proc/{pending.pop()}")
+        try:
+            status = (place / "status").read_text()
+            pending += [
+                int(it) for task in (place / "task").iterdir() for it in (task / "children").read_text().split()
+            ]
+        except OSError:
+            continue
+        total += sum(int(found) * 1024 for found in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE))
+    return total
+
+
 def heartbeat_address(address: str) -> str:
     """The address, beside `address`, at which the engine's ranks echo what they receive."""
     return address.removesuffix("engine") + "heartbeat"

@@ -211,6 +211,10 @@ class Resume(msgspec.Struct, frozen=True, tag="resume"):
     """Go on."""
 
 
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Give the KV cache's memory back and forget all cached prefixes. Answered by Asleep; the next request may come."""
+
+
 class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
     """What grammars are about, sent once, when the engine is ready.
 
@@ -260,6 +264,7 @@ ToEngine = (
     | ResetPrefixCache
     | Pause
     | Resume
+    | Sleep
     | Vocabulary
     | LoadAdapter
     | DropAdapter
@@ -383,6 +388,13 @@ class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
     error: str = ""
 
 
+class Asleep(msgspec.Struct, frozen=True, tag="asleep"):
+    """What became of a Sleep: bytes that the process held before, and not after it. error: why it gave none back."""
+
+    num_bytes: int
+    error: str = ""
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Sent once, when the engine can serve. `report` is what the start-up table prints."""
 
@@ -420,4 +432,4 @@ class StartupReport(msgspec.Struct, frozen=True):
     deterministic: bool = False  # all bodies are batch-invariant
 
 
-FromEngine = Ready | Failed | StepOutputs | Pong | AdapterLoaded
+FromEngine = Ready | Failed | StepOutputs | Pong | AdapterLoaded | Asleep

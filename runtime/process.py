@@ -34,6 +34,7 @@ from octavo.runtime.messages import (
     ResetPrefixCache,
     Resume,
     Shutdown,
+    Sleep,
     StepOutputs,
     TokenOutput,
     Vocabulary,
@@ -194,6 +195,10 @@ def take_messages(engine: Engine, link: Link | SharedLink, arrivals: Arrivals, o
                 engine.is_paused = True
             case Resume():
                 engine.is_paused = False
+            case Sleep():
+                last, asleep = engine.sleep()
+                outputs += last
+                link.send(asleep)
             case Vocabulary():
                 engine.grammars.set_vocabulary(message)
             case LoadAdapter():

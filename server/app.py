@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
-from octavo.server import errors, operation
+from octavo.server import errors, operation, sleep_routes
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.admission import QueueLimits
 from octavo.server.batch_lines import routes_of
@@ -35,6 +35,7 @@ from octavo.server.dialects import (
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.sleep import Sleep
 from octavo.server.kept import Kept
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import AllowedHosts, Authentication, FullQueue, QueueDoor, Reports, RequestIds
@@ -57,8 +58,12 @@ def build_app(
     options: ServerOptions,
     access: Access,
     kept: Kept,
+    sleep: Sleep | None = None,
 ) -> FastAPI:
-    """The ASGI application over one engine. Call it where an event loop runs: batches may go on at once."""
+    """The ASGI application over one engine. Call it where an event loop runs: batches may go on at once.
+
+    sleep: what requests may put to sleep; None: nothing.
+    """
     limits = QueueLimits(
         model.max_num_seqs,
         options.max_queued_requests,
@@ -94,6 +99,7 @@ def build_app(
     app.include_router(operation.engine_routes(client, metrics, access))
     app.include_router(operation.pause_routes(client))
     app.include_router(operation.abort_routes(service))
+    app.include_router(sleep_routes.routes(client, sleep))
     app.include_router(operation.model_routes(model))
     app.include_router(adapters.routes(client.adapters))
     app.router.routes.extend(of_page[1:])  # behind what most requests are for

@@ -115,6 +115,8 @@ class SpareCapacity:
     @property
     def is_there(self) -> bool:
         """Whether one more line may begin. One that has begun may not be open in the engine yet."""
+        if self._client.asleep is not None:
+            return False
         return max(self._client.num_open_everywhere, self.num_running) < self._limit and not self._somebody_waits
 
     @property
@@ -125,7 +127,7 @@ class SpareCapacity:
     @property
     def is_over(self) -> bool:
         """Whether the engine takes nothing any more."""
-        return self._client.refusal is not None
+        return self._client.is_ending
 
     @property
     def _somebody_waits(self) -> bool:

@@ -17,16 +17,18 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from octavo.runtime.launch import EngineElsewhere, EngineProcess, heartbeat_address, how_it_ended
+from octavo.runtime.launch import EngineElsewhere, EngineProcess, heartbeat_address, how_it_ended, resident_bytes
 from octavo.runtime.link import has_message
 from octavo.runtime.messages import (
     AdapterLoaded,
+    Asleep,
     Failed,
     FromEngine,
     Ping,
     Pong,
     Ready,
     Shutdown,
+    Sleep,
     StepOutputs,
     ToEngine,
 )
@@ -70,6 +72,7 @@ class EngineClient:
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._nonces = itertools.count(1)
+        self._asleep: asyncio.Future[Asleep] | None = None
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._descriptor = self._socket.fileno()
         self._loop.add_reader(self._descriptor, self._receive)
@@ -100,6 +103,14 @@ class EngineClient:
             del self._pings[nonce]
         return True
 
+    async def sleep(self) -> Asleep:
+        """Have the engine, which has no request, give memory back. Raises EngineDeadError."""
+        if self.death is not None:
+            raise EngineDeadError(self.death)
+        self._asleep = self._loop.create_future()
+        self.send(Sleep())
+        return await self._asleep
+
     def send(self, message: ToEngine) -> None:
         """Send a message; it is lost where the engine is dead."""
         self.send_frame(self._encoder.encode(message))
@@ -119,6 +130,11 @@ class EngineClient:
     def end(self, message: str) -> None:
         """The engine, which another process has started, is dead."""
         self._die(message)
+
+    @property
+    def resident_bytes(self) -> int:
+        """The memory that the engine's processes hold, as far as they run on this machine and are this one's."""
+        return resident_bytes(self._engine.process.pid) if isinstance(self._engine, EngineProcess) else 0
 
     async def close(self, *, is_final: bool = False) -> None:
         """End the engine process, if it is this one's, and the connection. May be called again.
@@ -167,6 +183,9 @@ class EngineClient:
             case AdapterLoaded():
                 if self.on_adapter is not None:
                     self.on_adapter(self, message)
+            case Asleep():
+                if self._asleep is not None and not self._asleep.done():
+                    self._asleep.set_result(message)
             case Ready():
                 self._heartbeat.begin()
                 self._ready.set_result(message)
@@ -183,8 +202,8 @@ class EngineClient:
         if not self._ready.done():
             self._ready.set_exception(EngineDeadError(message))
             self._ready.exception()  # marks it as seen: perhaps nobody waits yet
-        for answer in self._pings.values():
-            if not answer.done():
+        for answer in (*self._pings.values(), self._asleep):
+            if answer is not None and not answer.done():
                 answer.set_exception(EngineDeadError(message))
                 answer.exception()
         if self._on_death is not None:

@@ -13,6 +13,7 @@ from octavo.server.access import Access
 from octavo.server.dialects.fields import Strict, Text
 from octavo.server.dialects.thinking import can_think
 from octavo.server.errors import ANY_ERROR, RESPONSES, TEXT, ApiError, ErrorResponse
+from octavo.server.fleet.draining import drain
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.member import Member
 from octavo.server.metrics import CONTENT_TYPE, Metrics
@@ -103,14 +104,14 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
 
 def _add_drain(router: APIRouter, client: Fleet, access: Access) -> None:
     @router.post("/engines/{index}/drain", responses=DRAIN_RESPONSES)
-    async def drain(index: int) -> dict[str, object]:
+    async def drain_engine(index: int) -> dict[str, object]:
         """Let an engine finish what it has, while others take what comes, and replace its process by a new one."""
         if not access.keys:
             raise ApiError(403, "only who has an API key may drain an engine, and this server has none (--api-key)")
         _check(client)
         if not 0 <= index < len(client.members):
             raise ApiError(404, f"there is no engine {index}: they are 0 to {len(client.members) - 1}")
-        await client.drain(index)
+        await drain(client, index)
         if not client.members[index].is_up:
             raise ApiError(503, client.members[index].trouble)
         return {"engine": index, "status": "replaced"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
@@ -43,6 +42,7 @@ from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.member import Member, summed
 from octavo.server.fleet.open_answer import OpenAnswer, Placed, in_batch
 from octavo.server.fleet.restarts import RestartRule, Restarts
+from octavo.server.fleet.seeds import Seeds
 from octavo.server.fleet.stream import Stream
 from octavo.server.processes.board import Elsewhere
 
@@ -52,7 +52,6 @@ POLL_SECONDS = 0.02
 MAX_ALL_PENDING = 512 << 20  # bytes of outputs that wait for readers, of all streams together
 FEWEST_FINISHED = 4  # answers that tell of a pace
 Engine = EngineProcess | EngineElsewhere
-SEED_BITS = 62  # of a request that comes without: n answers count up from it, and it must stay an int64
 
 
 class Fleet:
@@ -75,10 +74,10 @@ class Fleet:
         restarts: Callable[[int], RestartRule] | None = None,
     ) -> None:
         self._limits = limits or FleetLimits()
-        self._start = start
+        self.start = start
         self._loop = asyncio.get_running_loop()
         self.context = zmq.Context()
-        self._random = random.Random(seed)
+        self._seeds = Seeds(seed)
         self._open: dict[str, OpenAnswer] = {}  # by request; without those that an engine has finished
         self._silent: dict[str, int] = {}  # tokens of the prompts of requests without an output
         self._readers: set[Stream] = set()
@@ -90,7 +89,8 @@ class Fleet:
         self._has_started = all(isinstance(engine, EngineElsewhere) for engine in engines)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.death: str | None = None  # why no engine is left; None while there is one, or will be
-        self.refusal: str | None = None  # why no new request is taken; None while they are
+        self.asleep: str | None = None  # why no new request is taken while the engines sleep
+        self._refusal: str | None = None  # why none is taken any more
         self.on_step: Callable[[int, StepOutputs], None] | None = None
         self.on_restart: Callable[[int], None] | None = None
         self.on_down: Callable[[int, str, float | None], None] | None = None
@@ -100,14 +100,24 @@ class Fleet:
         rule = restarts or (lambda _: Restarts(self._limits.restarts, self._limits.first_restart))
         self.members = [Member(index, rule(index)) for index in range(len(engines))]
         self.adapters = AdapterNames(self.members)
-        self._chooser = Chooser(self.members, self._limits.routing, caches=self._limits.caches)
+        self.chooser = Chooser(self.members, self._limits.routing, caches=self._limits.caches)
         for member, engine in zip(self.members, engines, strict=True):
-            self._connect(member, engine)
+            self.connect(member, engine)
 
     @property
     def readies(self) -> list[Ready]:
         """What the engines said when they could serve, once `ready` has come."""
         return [member.ready for member in self.members]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no new request is taken; None while they are."""
+        return self._refusal or self.asleep
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether no new request will ever be taken."""
+        return self._refusal is not None
 
     @property
     def num_open(self) -> int:
@@ -160,13 +170,13 @@ class Fleet:
         if not self._has_started:
             self._has_started = True
             for member, ready in zip(self.members, readies, strict=True):
-                self._chooser.open(member, ready)
+                self.chooser.open(member, ready)
         return msgspec.structs.replace(readies[0], max_model_len=min(ready.max_model_len for ready in readies))
 
     async def join(self) -> Ready:
         """Take part where others start the engines: wait until one is up. Raises EngineDeadError if none will be."""
         for member in self.members:
-            self._spawn(self._welcome(member))
+            self._spawn(self.welcome(member))
         while self.death is None:
             if ready := next((member.ready for member in self.members if member.is_up), None):
                 return ready
@@ -247,37 +257,13 @@ class Fleet:
 
     def refuse(self, message: str) -> None:
         """Take no new requests; open ones go on. If all engines are dead, that stays the reason."""
-        self.refusal = self.death or message
+        self._refusal = self.death or message
         self._resumed.set()
 
     def fail_all(self, message: str) -> None:
         """End every open stream with an error, and abort its requests in the engine."""
         for stream in {answer.stream for answer in self._open.values()}:
             stream.fail(message)
-
-    async def drain(self, index: int) -> None:
-        """Give an engine no more requests, wait until it has none, and replace its process by a new one.
-
-        Whoever asks for it meanwhile waits for the same new process.
-        """
-        member = self.members[index]
-        if member.is_draining or not member.is_up:
-            while member.is_draining:
-                await asyncio.sleep(POLL_SECONDS)
-            return
-        member.is_draining = True
-        if self.on_drain is not None:
-            self.on_drain(index)
-        try:
-            while member.num_answers and member.is_up:
-                await asyncio.sleep(POLL_SECONDS)
-            if member.is_up and self.refusal is None:
-                member.go_down(f"engine {index} was drained, and is started again")
-                await self._replace(member, 0.0)
-        finally:
-            member.is_draining = False
-            self._chooser.resume(member)
-            self._place()
 
     async def close(self) -> None:
         """End the engine processes, and the connections to them."""
@@ -297,11 +283,11 @@ class Fleet:
             raise EngineDeadError(self.refusal)
         self._readers.add(stream)
         for given in requests:
-            request = self._with_seed(given)
+            request = self._seeds.seeded(given)
             answers = [OpenAnswer(request, number, stream) for number in range(1 + len(request.other_ids))]
             self._open |= {answer.request_id: answer for answer in answers}
             self._silent |= dict.fromkeys(request.request_ids, len(request.token_ids))
-            member = self._chooser.choose(request)
+            member = self.chooser.choose(request)
             if member is not None:
                 self._put(member, answers, request)
 
@@ -324,13 +310,6 @@ class Fleet:
 
     # where answers are
 
-    def _with_seed(self, request: AddRequest) -> AddRequest:
-        """The request with a seed where it draws: another engine then goes on with the same draws."""
-        if request.params.seed is not None or request.params.temperature == 0:
-            return request
-        params = msgspec.structs.replace(request.params, seed=self._random.getrandbits(SEED_BITS))
-        return msgspec.structs.replace(request, params=params)
-
     def _put(self, member: Member, answers: Sequence[OpenAnswer], request: AddRequest) -> None:
         """Give an engine these answers, for which this is the request."""
         placed = Placed(member.index, request.request_id, len(answers))
@@ -341,14 +320,22 @@ class Fleet:
             answer.stream.engine_of[answer.request_id] = member.index
         member.client.send(request)
 
-    def _place(self) -> None:
+    def place(self) -> None:
         """Send what waits for an engine, in the order of arrival, as far as there is one."""
         for answer in [one for one in self._open.values() if one.placed is None]:
             request = answer.rest()
-            member = self._chooser.choose(request)
+            member = self.chooser.choose(request)
             if member is None:
                 return
             self._put(member, [answer], request)
+
+    def put_aside(self, member: Member) -> None:
+        """Take an engine's open answers away from it: they go on where `place` finds an engine."""
+        mine = [it for it in self._open.values() if it.placed is not None and it.placed.engine == member.index]
+        if mine:
+            member.client.send(AbortRequest([answer.request_id for answer in mine]))
+        for answer in mine:
+            self._take_away(answer)
 
     def _forget(self, answer: OpenAnswer) -> None:
         """An answer has ended, or goes to another engine."""
@@ -364,7 +351,7 @@ class Fleet:
         placed = answer.placed
         answer.placed = None
         if placed is not None and self.members[placed.engine].lose(placed):
-            self._chooser.ended(placed)
+            self.chooser.ended(placed)
 
     def _take_step(self, member: Member, step: StepOutputs) -> None:
         member.stats = step.stats
@@ -379,7 +366,7 @@ class Fleet:
             if output.finish_reason is not None:
                 self._finished.append(time.monotonic())
                 self._forget(answer)
-        self._chooser.stepped(member, step)
+        self.chooser.stepped(member, step)
         while self.num_pending > MAX_ALL_PENDING and not self._limits.keeps_all:
             max(self._readers, key=lambda stream: stream.num_pending).overflow()
         if self.on_step is not None:
@@ -389,14 +376,14 @@ class Fleet:
         """What the reader is told with the first output of the engine that has an answer."""
         self._silent.pop(answer.request_id, None)
         if answer.placed is not None:
-            self._chooser.begun(answer.placed, output.num_cached_tokens or 0)
+            self.chooser.begun(answer.placed, output.num_cached_tokens or 0)
         return answer.first_output(output)
 
     # engines that come and go
 
-    def _connect(self, member: Member, engine: Engine) -> None:
+    def connect(self, member: Member, engine: Engine) -> None:
         member.client = EngineClient(
-            engine, self.context, self._limits.silence, partial(self._take_step, member), partial(self._lose, member)
+            engine, self.context, self._limits.silence, partial(self._take_step, member), partial(self.lose, member)
         )
         member.client.on_adapter = self.adapters.answered
 
@@ -405,11 +392,14 @@ class Fleet:
             if member.is_up:
                 member.client.send(message)
 
-    def _lose(self, member: Member, message: str) -> None:
+    def lose(self, member: Member, message: str) -> None:
         """An engine is dead: its answers go elsewhere, and it is started again, if it may be."""
         if self.death is not None:
             return
         named = f"engine {member.index}: {message}" if len(self.members) > 1 else message
+        if member.is_resting:
+            member.go_down(named)
+            return
         num_queued = member.num_queued
         member.go_down(named)
         if not self._has_started:
@@ -427,7 +417,7 @@ class Fleet:
         logger.error("%s", member.trouble)
         self._take_over(member, num_queued, named)
         if delay is not None:
-            self._spawn(self._replace(member, delay))
+            self._spawn(self.replace(member, delay))
 
     def _take_over(self, member: Member, num_queued: int, message: str) -> None:
         """Let other engines have the answers that a dead one had, or those that are there at first."""
@@ -448,39 +438,43 @@ class Fleet:
             answer.num_deaths += is_suspected
             member.num_migrated += 1
             self._take_away(answer)
-        self._place()
+        self.place()
 
-    async def _replace(self, member: Member, delay: float) -> None:
+    async def replace(self, member: Member, delay: float) -> None:
         """Start an engine in the place of one, which is ended if it has not; answers that wait are sent to it."""
         begin = self._loop.time()
         await member.client.close()
         await asyncio.sleep(max(0.0, begin + delay - self._loop.time()))
         try:
-            self._connect(member, self._start(member.index))
+            self.connect(member, self.start(member.index))
         except OSError as error:
-            self._lose(member, f"the engine process could not be started: {error}")
+            self.lose(member, f"the engine process could not be started: {error}")
             return
-        if not await self._welcome(member):
+        if not await self.welcome(member):
             return
         member.num_restarts += 1
         if self.on_restart is not None:
             self.on_restart(member.index)
         logger.info("engine %d is up again", member.index)
 
-    async def _welcome(self, member: Member) -> bool:
-        """Wait until an engine can serve, and send it what waits; whether it could, of which `_lose` has been told."""
+    async def welcome(self, member: Member) -> bool:
+        """Wait until an engine can serve, and send it what waits; whether it could, of which `lose` has been told."""
         try:
-            ready = await member.client.ready()
+            await self.meet(member)
         except EngineDeadError:
             return False
+        self.chooser.open(member, member.ready)
+        self.place()
+        return True
+
+    async def meet(self, member: Member) -> None:
+        """Wait until an engine can serve, and tell it what requests are about. Raises EngineDeadError."""
+        member.ready = await member.client.ready()
         if self._vocabulary is not None:
             member.client.send_frame(self._vocabulary)
         self.adapters.welcome(member.client)
         if self.stands_still:
             member.client.send(Pause())
-        self._chooser.open(member, ready)
-        self._place()
-        return True
 
     def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         task = self._loop.create_task(work)
@@ -490,7 +484,7 @@ class Fleet:
     def _die(self, message: str) -> None:
         if self.death is not None:
             return
-        self.death = self.refusal = message
+        self.death = self._refusal = message
         self.fail_all(message)
         self._resumed.set()
         for answer in list(self._open.values()):

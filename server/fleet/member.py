@@ -21,6 +21,7 @@ class Member:
     shared         what other processes have of it, as of then; None where there are none
     trouble        why it is not up
     is_lost        it is not started again
+    is_resting     it sleeps, or wakes up: when its process ends it is not started again by itself
     is_draining    it gets no more requests, and is replaced when it has none
     num_answers    those that it has been given, and that are open
     busy_since     when its last step was over, or its first request came after it had none
@@ -38,6 +39,7 @@ class Member:
         self.shared: SharedLoad | None = None
         self.is_up = False
         self.is_lost = False
+        self.is_resting = False
         self.is_draining = False
         self.trouble = f"engine {index} loads"
         self.restarts = restarts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from octavo.runtime.launch import EngineElsewhere
+from octavo.server.fleet.draining import drain
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import Drained, EngineDown, EngineUp, ToServer, Words
@@ -76,7 +77,7 @@ class EnginesElsewhere:
             await asyncio.sleep(POLL_SECONDS)
             if self._latest[index] is not before:
                 return
-        await self.fleet.drain(index)
+        await drain(self.fleet, index)
 
     def _tell(self, index: int) -> None:
         """Let the fleet's client know how the engine is, if that has been said before there was this client."""

@@ -21,6 +21,7 @@ from octavo.runtime.messages import AbandonServer, Ready
 from octavo.runtime.shared_link import server_name
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.collector import FleetCounters
+from octavo.server.fleet.draining import drain
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.restarts import Restarts
 from octavo.server.heartbeat import BEATS
@@ -300,7 +301,7 @@ class Parent:
         """Replace an engine that no server process has anything of."""
         if self._drained[index] >= {server.number for server in self._servers if server.is_running}:
             del self._drained[index]
-            task = asyncio.get_running_loop().create_task(self._client.drain(index))
+            task = asyncio.get_running_loop().create_task(drain(self._client, index))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

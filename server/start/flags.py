@@ -17,6 +17,7 @@ from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.speculation.config import METHODS, SpeculativeConfig, make_speculative
 from octavo.server.lora_options import LoraServerOptions
 from octavo.server.options import FairBy, ListenOptions, ModelOptions, ServerOptions, TextOptions
+from octavo.server.upkeep_options import UpkeepOptions
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -29,6 +30,7 @@ FLAGS = flags_of(
     TextOptions,
     ListenOptions,
     ServerOptions,
+    UpkeepOptions,
 )
 
 
@@ -42,6 +44,7 @@ class ServeOptions:
     listen: ListenOptions
     server: ServerOptions
     lora: LoraServerOptions
+    upkeep: UpkeepOptions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
-    for switch in ("enable_expert_parallel", "enable_lora"):
+    for switch in ("enable_expert_parallel", "enable_lora", "enable_sleep_mode"):
         parser.add_argument(
             f"--no-{switch.replace('_', '-')}",
             dest=switch,
@@ -144,6 +147,7 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
         listen=read(ListenOptions, args),
         server=server,
         lora=lora,
+        upkeep=read(UpkeepOptions, args),
     )
 
 
@@ -234,6 +238,19 @@ def engine_config(options: ServeOptions, directory: Path) -> EngineConfig:
     """What the engine process is told."""
     dtype = options.model.quantization or options.engine.dtype
     return msgspec.structs.replace(options.engine, model=str(directory), dtype=dtype)
+
+
+def check_upkeep(options: ServeOptions) -> None:
+    """Raise ServeError where what requests may do to the engines can't be done to these."""
+    parallel = options.engine.parallel
+    elsewhere = {
+        f"--api-server-count {options.listen.api_server_count}": options.listen.api_server_count > 1,
+        f"--nnodes {parallel.nnodes}": parallel.nnodes > 1,
+        "engines on Ray": parallel.is_on_ray,
+        "engines on other machines": len(parallel.local_engines) < parallel.data_parallel_size,
+    }
+    if options.upkeep.enable_sleep_mode and (found := next((what for what, is_so in elsewhere.items() if is_so), None)):
+        raise ServeError(f"--enable-sleep-mode with {found} is not supported: one server with its own engines works")
 
 
 def model_of(options: ModelOptions) -> str:

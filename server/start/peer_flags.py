@@ -173,8 +173,8 @@ TABLE: tuple[PeerFlag, ...] = (
              "--delete-ckpt-after-loading --decrypted-* --checkpoint-engine-* --weight-transfer-config "
              "--enable-weights-cpu-backup --enable-draft-weights-cpu-backup --weight-version",
              "safetensors files are mapped and read once: leave it out"),
-    _refused("--enable-sleep-mode --sleep-* --enable-cumem-allocator --enable-memory-saver",
-             "a server can't sleep yet: end it, and start it anew"),
+    _refused("--sleep-* --enable-cumem-allocator",
+             "--enable-sleep-mode gives back the KV cache's memory at level 1, and all of an engine's at level 2"),
     _refused("--kv-cache-dtype-skip-layers --prefill-kv-cache-dequant-dtype --mm-encoder-attn-dtype "
              "--qsa-indexer-dtype --enable-fp32-lm-head --enable-tf32-matmul --use-fp64-gumbel",
              "--dtype, --kv-cache-dtype and --lm-head-dtype are the types there are"),

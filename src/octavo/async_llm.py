@@ -137,6 +137,20 @@ class AsyncLLM:
         """Whether answers wait for `resume_generation`."""
         return self._model.fleet.is_paused
 
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give memory back until `wake_up`, as LLM does."""
+        await self.ready()
+        await self._model.sleep(level, mode)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take memory again: weights, kv_cache, or all. Raises ValueError, and EngineError where it can't be had."""
+        await self.ready()
+        await self._model.wake_up(tags)
+
+    async def is_sleeping(self) -> bool:
+        """Whether the engine sleeps, be it in part."""
+        return self._model.is_sleeping
+
     async def check_health(self) -> None:
         """Raises EngineError where it can't answer any more."""
         self._model.check()

@@ -195,6 +195,18 @@ class LLM:
         self._thread.call(_soon(self._model.fleet.reset_prefix_cache))
         return True
 
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give memory back until `wake_up`: the KV cache's (level 1), or all of the engine's (level 2).
+
+        With enable_sleep_mode=True. mode: what becomes of answers in other threads: they end now (abort), are waited
+        for (wait), or go on after the wake-up (keep). Raises ValueError and EngineError.
+        """
+        self._thread.call(self._model.sleep(level, mode))
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take memory again: weights, kv_cache, or all. Raises ValueError, and EngineError where it can't be had."""
+        self._thread.call(self._model.wake_up(tags))
+
     def get_metrics(self) -> list[Metric]:
         """What has been counted since the start: the metrics of `octavo serve` at /metrics."""
         return self._thread.call(_soon(self._model.measured))

@@ -78,11 +78,12 @@ def test_each_flag_of_both_is_known(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_switch_that_is_off_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """vLLM's switches have a --no- form; where octavo has no such thing it is taken."""
-    for name in ("--enable-tower-connector-lora", "--enable-eplb", "--enable-sleep-mode", "--language-model-only"):
+    for name in ("--enable-tower-connector-lora", "--enable-eplb", "--language-model-only"):
         assert refusal(["m", name], capsys)
         assert refusal(["m", name.replace("--", "--no-", 1)], capsys) is None
     assert "prefilled in chunks" in (refusal(["m", "--no-enable-chunked-prefill"], capsys) or "")
     assert parse("m", "--no-enable-prefix-caching").engine.enable_prefix_caching is False
+    assert parse("m", "--no-enable-sleep-mode") == parse("m")
 
 
 def test_adapters_are_named_as_in_vllm_and_sglang(monkeypatch: pytest.MonkeyPatch) -> None:

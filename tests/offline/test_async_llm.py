@@ -216,8 +216,9 @@ def test_what_is_wrong_is_said(small: dict[str, Any]) -> None:
             with pytest.raises(ValueError, match="lora_request"):
                 async for _ in llm.generate(PROMPT, params, "a", lora_request=1):
                     pass
-            with pytest.raises(AttributeError, match=r"octavo\.AsyncLLM has no 'sleep'"):
-                llm.sleep()
+            with pytest.raises(ValueError, match="enable_sleep_mode=True"):
+                await llm.sleep()
+            assert not await llm.is_sleeping()
             await llm.check_health()
             assert (await llm.get_default_sampling_params()).max_tokens == 16
             assert (await llm.get_tokenizer()).vocab_size == 1024

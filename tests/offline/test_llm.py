@@ -489,7 +489,7 @@ def test_what_octavo_does_not_have_is_refused_by_name(llm: LLM) -> None:
     for pooled in (llm.embed, llm.encode, llm.classify, llm.score, llm.reward):
         with pytest.raises(ValueError, match="octavo does not serve pooled models yet"):
             pooled("a")
-    with pytest.raises(AttributeError, match=r"octavo\.LLM has no 'sleep': an engine can't sleep yet"):
+    with pytest.raises(ValueError, match="the engine can't sleep: enable_sleep_mode=True lets it"):
         llm.sleep()
     with pytest.raises(AttributeError, match=r"octavo\.LLM has no 'genrate'$"):
         llm.genrate("a")
@@ -550,3 +550,25 @@ def test_an_engine_that_can_not_start_says_why(forked: None, small: dict[str, An
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(EngineError, match=r"no weights for model\.embed_tokens"):
         LLM(str(tmp_path), **small)
+
+
+def test_an_engine_that_sleeps_gives_the_same_tokens_when_it_wakes_up(forked: None, small: dict[str, Any]) -> None:  # noqa: ARG001
+    with LLM(str(TINY), enable_sleep_mode=True, **small) as llm:
+        expected = only(llm.generate(PROMPTS[0], params(max_tokens=8))).outputs[0].token_ids
+        for level in (1, 2):
+            llm.sleep(level=level)
+            with pytest.raises(EngineError, match=r"the engines sleep; wake_up\(\) wakes them"):
+                llm.generate(PROMPTS[0], params(max_tokens=8))
+            llm.wake_up(tags=["weights"])
+            with pytest.raises(EngineError, match="sleep"):
+                llm.generate(PROMPTS[0], params(max_tokens=8))
+            llm.wake_up()
+            output = only(llm.generate(PROMPTS[0], params(max_tokens=8)))
+            assert output.outputs[0].token_ids == expected
+            assert output.num_cached_tokens == 0
+        with pytest.raises(ValueError, match="level 3"):
+            llm.sleep(level=3)
+        with pytest.raises(ValueError, match="mode 'x' is none of abort, wait, keep"):
+            llm.sleep(mode="x")
+        with pytest.raises(ValueError, match="'cache'"):
+            llm.wake_up(tags=["cache"])

@@ -24,6 +24,7 @@ from octavo.runtime.link import Link
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
+    Asleep,
     EngineStats,
     Failed,
     Logprobs,
@@ -34,6 +35,7 @@ from octavo.runtime.messages import (
     Resume,
     SamplingParams,
     Shutdown,
+    Sleep,
     StartupReport,
     StepOutputs,
     TokenOutput,
@@ -55,6 +57,7 @@ HANG = 1004
 LONG = 1005
 LONG_LAYERS = 20
 LAYER_SECONDS = 0.05
+GIVEN_BACK = 4096  # bytes, when it is put to sleep
 STEP = "FAKE_ENGINE_STEP_SECONDS"
 
 
@@ -134,6 +137,10 @@ class _Engine:
                         self._is_paused = True
                     case Resume():
                         self._is_paused = False
+                    case Sleep():
+                        self._seen.clear()
+                        problem = f"{len(self._answers)} requests are open" if self._answers else ""
+                        self._link.send(Asleep(GIVEN_BACK, problem))
                     case Vocabulary():
                         self._has_vocabulary = True
                     case Shutdown():
@@ -193,7 +200,7 @@ def main() -> int:
     start_heartbeat(heartbeat_address(address))
     context = zmq.Context()
     link = open_link(context, address, start.addresses)
-    report = StartupReport("fake", "fake", "float32", f"nowhere, {start.index}", "float32", [], 0, 0, {})
+    report = StartupReport("fake", "fake", "float32", f"cpu, {start.index}", "float32", [], 0, 0, {})
     try:
         link.send(Ready(4096, 1000, 16, VOCAB, report))
         _Engine(link, Progress(progress_path(address)), float(os.environ.get(STEP, "0"))).run()

@@ -28,6 +28,7 @@ from octavo.server.start.flags import (
     OptionsError,
     ServeError,
     ServeOptions,
+    check_upkeep,
     configure,
     engine_config,
     model_of,
@@ -94,6 +95,7 @@ def _serve(options: ServeOptions, begun: float) -> bool:
         return True
     _check_tls(options.listen)
     _check_processes(options)
+    check_upkeep(options)
     access = access_of(options)
     listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
     try:
@@ -301,6 +303,7 @@ def _app_maker(
     from octavo.commands.serve_report import print_report
     from octavo.server.app import build_app
     from octavo.server.fleet.collector import FleetCollector
+    from octavo.server.fleet.sleep import Sleep
     from octavo.server.kept import open_kept
     from octavo.server.start.served import made_metrics, served_model
     from octavo.server.store import StoreError
@@ -314,7 +317,8 @@ def _app_maker(
         model = served_model(options, text, ready, formats, adapters=client.adapters)
         metrics = made_metrics(options, model.name, client, ready)
         metrics.register(FleetCollector(client, model.name))
-        app = build_app(model, client, metrics, options.server, access, kept)
+        sleep = Sleep(client) if options.upkeep.enable_sleep_mode else None
+        app = build_app(model, client, metrics, options.server, access, kept, sleep)
         print_report(client.readies, time.monotonic() - begun, formats.lines() + model.name_lines())
         return app, metrics
 

@@ -23,6 +23,7 @@ from octavo.server.options import ListenOptions, ModelOptions, ServerOptions, Te
 from octavo.server.start.arguments import ArgumentsError, own_arguments, words_of
 from octavo.server.start.flags import OptionsError, ServeOptions, configure, read_options
 from octavo.server.start.peer_flags import is_known
+from octavo.server.upkeep_options import UpkeepOptions
 
 OFFLINE = ("engine_timeout", "disable_log_stats")  # of those that are about serving
 NO_SERVER = "there is no server: octavo serve has it"
@@ -80,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def _flags() -> list[Flag]:
-    kinds = (ModelOptions, EngineConfig, ParallelConfig, LoraOptions, TextOptions)
+    kinds = (ModelOptions, EngineConfig, ParallelConfig, LoraOptions, TextOptions, UpkeepOptions)
     return [flag for flag in flags_of(*kinds) if flag.names and flag.field not in REFUSED]
 
 

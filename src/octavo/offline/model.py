@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from octavo.inputs import Given
 from octavo.lora_request import LoRARequest
@@ -30,6 +31,7 @@ from octavo.server.engine_client import EngineDeadError
 from octavo.server.errors import bad_request
 from octavo.server.fleet.collector import FleetCollector
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.sleep import ALL_MEMORY, Level, Memory, OpenRequests, Sleep, SleepError
 from octavo.server.generation import Choice, Steps, generate
 from octavo.server.lora_options import LoraModule
 from octavo.server.metrics import Metrics
@@ -43,6 +45,14 @@ from octavo.server.start.text_side import preparation, text_side
 from octavo.text.chat_template import ChatTemplateError
 
 ENDED = "it is closed"
+
+
+@contextmanager
+def _sleep_errors() -> Iterator[None]:
+    try:
+        yield
+    except SleepError as error:
+        raise EngineError(in_python(str(error))) from None
 
 
 class OfflineModel:
@@ -64,6 +74,7 @@ class OfflineModel:
         self._text = text_side(options, directory)
         self._text.renderer.start()
         self._fleet: Fleet | None = None
+        self._sleep: Sleep | None = None
         self._is_closed = False
         self._loading = asyncio.Lock()
 
@@ -88,6 +99,8 @@ class OfflineModel:
         self.model = served_model(options, self._text, ready, formats, adapters=fleet.adapters)
         self.metrics = made_metrics(options, self.model.name, fleet, ready)
         self.metrics.register(FleetCollector(fleet, self.model.name))
+        if options.upkeep.enable_sleep_mode:
+            self._sleep = Sleep(fleet, "wake_up()")
         fleet.on_step = self.metrics.step
         fleet.on_restart = self.metrics.restart
 
@@ -156,6 +169,35 @@ class OfflineModel:
                 raise bad_request("thinking_token_budget: LLM(..., reasoning_parser=...) follows the reasoning", None)
             return None
         return reading_for(given, prompt, asked, self.model)
+
+    async def sleep(self, level: int, mode: str) -> None:
+        """Give memory back. Raises ValueError and EngineError."""
+        if level not in get_args(Level):
+            raise ValueError(f"sleep: level {level}: 1 gives back the KV cache's memory, and 2 all of the engine's")
+        if mode not in get_args(OpenRequests):
+            raise ValueError(f"sleep: mode {mode!r} is none of {', '.join(get_args(OpenRequests))}")
+        with _sleep_errors():
+            await self._sleeper.sleep(cast("Level", level), cast("OpenRequests", mode))
+
+    async def wake_up(self, tags: Iterable[str] | None) -> None:
+        """Take memory again: what these name, or all. Raises ValueError and EngineError."""
+        memory = ALL_MEMORY if tags is None else frozenset(tags)
+        if unknown := memory.difference(ALL_MEMORY):
+            raise ValueError(f"wake_up: tags {sorted(unknown)}: they are weights and kv_cache")
+        with _sleep_errors():
+            await self._sleeper.wake(cast("frozenset[Memory]", memory))
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether the engine sleeps, be it in part."""
+        return self._sleep is not None and self._sleep.level > 0
+
+    @property
+    def _sleeper(self) -> Sleep:
+        self.fleet  # noqa: B018 (raises where it is closed)
+        if self._sleep is None:
+            raise ValueError("the engine can't sleep: enable_sleep_mode=True lets it")
+        return self._sleep
 
     def check(self) -> None:
         """Raise EngineError where no engine can answer now."""

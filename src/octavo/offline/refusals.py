@@ -19,8 +19,6 @@ MISSING = {
     "start_profile": "octavo has no profiler of its own; get_metrics tells what took how long",
     "stop_profile": "octavo has no profiler of its own; get_metrics tells what took how long",
     "add_lora": "an adapter is loaded when generate gets its LoRARequest",
-    "sleep": "an engine can't sleep yet: close() ends it, and a new LLM starts it anew",
-    "wake_up": "an engine can't sleep yet: close() ends it, and a new LLM starts it anew",
     "collective_rpc": "no code of others runs in the engine",
     "apply_model": "no code of others runs in the engine",
     "renderer": "prompts are taken as text, token ids or messages",

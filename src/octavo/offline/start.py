@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.offline.arguments import options_of
 from octavo.server.start.engines import directory_of, launcher_of
+from octavo.server.start.flags import check_upkeep
 
 if TYPE_CHECKING:
     from octavo.offline.model import OfflineModel
@@ -20,6 +21,7 @@ def start(model: str, given: Mapping[str, Any]) -> OfflineModel:
     options, notes = options_of(model, given)
     for note in notes:
         logger.warning("LLM: %s", note)
+    check_upkeep(options)
     directory = directory_of(model, options.model)
     launcher = launcher_of(options, directory)
     engines = launcher.start_all()

@@ -28,6 +28,7 @@ from fake_engine import (
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput, Vocabulary
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.collector import FleetCollector
+from octavo.server.fleet.draining import drain
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.stream import Stream
@@ -114,7 +115,7 @@ def test_no_stream_is_cut_when_engines_die_one_after_the_other() -> None:
             assert sum(member.num_migrated for member in fleet.members) >= 30
             assert not fleet._open
             assert [member.num_answers for member in fleet.members] == [0] * 8
-            loads = fleet._chooser._router.loads
+            loads = fleet.chooser._router.loads
             assert [(load.num_waiting_tokens, load.num_waiting, load.num_running) for load in loads] == [(0, 0, 0)] * 8
             assert fleet.num_queued_tokens == 0
 
@@ -362,7 +363,7 @@ def test_an_engine_is_drained_and_replaced() -> None:
             tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
             await until(lambda: sum(len(one.tokens) for one in fleet._open.values()) > 60)
             before = pid_of(fleet, 0)
-            draining = asyncio.create_task(fleet.drain(0))
+            draining = asyncio.create_task(drain(fleet, 0))
             await asyncio.sleep(0)
             late = [request(f"late{n}", [n]) for n in range(4)]
             streams = [asyncio.create_task(answer(fleet, one)) for one in late]
@@ -381,9 +382,9 @@ def test_two_drains_at_once_have_one_new_engine() -> None:
     async def test() -> None:
         async with opened(2) as fleet:
             before = pid_of(fleet, 0)
-            first = asyncio.create_task(fleet.drain(0))
+            first = asyncio.create_task(drain(fleet, 0))
             await until(lambda: not fleet.members[0].is_up)
-            await fleet.drain(0)
+            await drain(fleet, 0)
             assert fleet.members[0].takes_requests
             assert fleet.members[0].num_restarts == 1
             assert pid_of(fleet, 0) != before
@@ -397,7 +398,7 @@ def test_a_drain_starts_no_engine_where_the_server_ends() -> None:
         async with opened(2) as fleet:
             before = pid_of(fleet, 0)
             fleet.refuse("the server is shutting down")
-            await fleet.drain(0)
+            await drain(fleet, 0)
             assert pid_of(fleet, 0) == before
 
     run(test)

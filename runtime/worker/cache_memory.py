@@ -1,0 +1,38 @@
+"""The memory of a KV cache on a CPU, given back to the system while the engine sleeps.
+
+The pages are given back and not the addresses: recorded steps go on pointing to them (replays.py), and what is read or
+written there next is a new page of zeros, as it was when the cache was made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+
+
+def give_back(caches: Iterable[LayerCache]) -> int:
+    """Give back what these caches, on a CPU, hold. Returns the bytes of memory that the process has less then."""
+    tensors: dict[int, Tensor] = {it.data_ptr(): it for cache in caches for it in (cache.key, cache.value)}
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    before = resident_bytes()
+    for begin, tensor in tensors.items():
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (begin + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end <= first:
+            continue
+        if advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED):
+            number = ctypes.get_errno()
+            raise OSError(number, f"the KV cache's memory can't be given back: {os.strerror(number)}")
+    return max(0, before - resident_bytes())
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

@@ -1,0 +1,239 @@
+"""A fleet of engines without a model (fake_engine.py) asleep and awake: what goes on, what waits, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import fake_engine
+import pytest
+from fake_engine import GIVEN_BACK, WANTS_VOCABULARY, expected
+
+from octavo.runtime.launch import EngineProcess
+from octavo.runtime.messages import AddRequest, SamplingParams, Vocabulary
+from octavo.server.engine_client import EngineDeadError
+from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.limits import FleetLimits
+from octavo.server.fleet.sleep import Level, Sleep, SleepError
+
+PATIENCE = 120.0  # seconds; not a measurement, only so that a hang is a failure
+VOCABULARY = Vocabulary([b"a"], [], [0], "{}")
+NUM_ENGINES = 2
+LEVELS: tuple[Level, ...] = (1, 2)
+
+
+class Starts:
+    """Starts fake engines, or can't, as told."""
+
+    def __init__(self) -> None:
+        self._launcher = fake_engine.launcher(NUM_ENGINES)
+        self.is_broken = False
+
+    def all(self) -> list[EngineProcess]:
+        return self._launcher.start_all()
+
+    def start(self, index: int) -> EngineProcess:
+        if self.is_broken and index == 1:
+            raise OSError("no room")
+        return self._launcher.start(index)
+
+
+@asynccontextmanager
+async def opened(starts: Starts | None = None) -> AsyncIterator[tuple[Fleet, Sleep]]:
+    starts = starts or Starts()
+    fleet = Fleet(starts.all(), starts.start, FleetLimits(silence=60.0, first_restart=0.05))
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await fleet.ready()
+            yield fleet, Sleep(fleet)
+    finally:
+        await fleet.close()
+
+
+@pytest.fixture(autouse=True)
+def _slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that engines fall asleep in the middle of what they do."""
+    monkeypatch.setenv(fake_engine.STEP, "0.005")
+
+
+def request(name: str, prompt: list[int] | None = None, **params: object) -> AddRequest:
+    settings = {"max_tokens": 40, "temperature": 0.0} | params
+    return AddRequest(name, prompt or [len(name), 7], SamplingParams(**settings), 0.0)  # type: ignore[arg-type]
+
+
+async def answer(fleet: Fleet, asked: AddRequest) -> list[int]:
+    tokens: list[int] = []
+    async with fleet.open([asked]) as stream:
+        while True:
+            for output in await stream.next():
+                tokens += output.token_ids
+                if output.finish_reason is not None:
+                    return tokens
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.005)
+
+
+def num_tokens(fleet: Fleet) -> int:
+    return sum(len(one.tokens) for one in fleet._open.values())
+
+
+def pids(fleet: Fleet) -> list[int]:
+    return [member.client._engine.process.pid for member in fleet.members]
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(test())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_open_requests_go_on_after_the_wake_up(level: Level) -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            asked = [request(f"r{n}", [n, 1], max_tokens=60 + n) for n in range(8)]
+            tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
+            await until(lambda: num_tokens(fleet) > 8 * 20)
+            before = pids(fleet)
+            freed = await sleep.sleep(level, "keep")
+            assert (freed == NUM_ENGINES * GIVEN_BACK) if level == 1 else freed > 0
+            assert [Path(f"/proc/{pid}").exists() for pid in before] == [level == 1] * NUM_ENGINES
+            assert not any(member.is_up for member in fleet.members)
+            assert [member.num_answers for member in fleet.members] == [0] * NUM_ENGINES
+            count = num_tokens(fleet)
+            with pytest.raises(EngineDeadError, match="the engines sleep; POST /wake_up wakes them"):
+                await answer(fleet, request("new"))
+            assert num_tokens(fleet) == count < sum(60 + n for n in range(8)), "nobody computes anything"
+            assert fleet.num_open == 8
+            await sleep.wake()
+            assert await asyncio.gather(*tasks) == [expected(one) for one in asked]
+            assert await answer(fleet, request("new")) == expected(request("new"))
+            assert (pids(fleet) == before) == (level == 1)
+            assert all(member.is_up for member in fleet.members)
+
+    run(test)
+
+
+def test_engines_of_a_deep_sleep_come_back_with_what_they_were_told() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            fleet.give_vocabulary(VOCABULARY)
+            await fleet.pause("keep")
+            await sleep.sleep(2)
+            await sleep.wake()
+            wanted = request("v", [WANTS_VOCABULARY])
+            task = asyncio.create_task(answer(fleet, wanted))
+            assert await fleet.ping(PATIENCE)  # a turn of the loop of an engine that stands still
+            assert not task.done()
+            fleet.resume()
+            assert await task == expected(wanted)
+
+    run(test)
+
+
+def test_requests_wait_for_engines_that_wake_up() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            await sleep.sleep(2)
+            waking = asyncio.create_task(sleep.wake())
+            await until(lambda: fleet.refusal is None)
+            assert not any(member.is_up for member in fleet.members)
+            assert await answer(fleet, request("early")) == expected(request("early"))
+            await waking
+
+    run(test)
+
+
+def test_a_failed_wake_up_is_told_and_may_be_tried_again() -> None:
+    starts = Starts()
+
+    async def test() -> None:
+        async with opened(starts) as (fleet, sleep):
+            kept = asyncio.create_task(answer(fleet, request("kept", max_tokens=100_000)))
+            await until(lambda: num_tokens(fleet) > 3)
+            await sleep.sleep(2, "keep")
+            starts.is_broken = True
+            with pytest.raises(SleepError, match="they can't be woken: no room"):
+                await sleep.wake()
+            with pytest.raises(EngineDeadError, match="no room"):
+                await kept
+            assert sleep.level == 2
+            assert not any(member.is_up for member in fleet.members)
+            with pytest.raises(EngineDeadError, match="the engines sleep"):
+                await answer(fleet, request("new"))
+            starts.is_broken = False
+            await sleep.wake()
+            assert await answer(fleet, request("new")) == expected(request("new"))
+            assert fleet.num_open == 0
+
+    run(test)
+
+
+def test_memory_is_taken_again_part_by_part() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            for level in LEVELS:
+                await sleep.sleep(level)
+                await sleep.wake(["weights"])
+                assert (sleep.level, sleep.given_back) == (level, {"kv_cache"})
+                assert all(member.client.death is None for member in fleet.members)
+                assert not any(member.is_up for member in fleet.members)
+                assert fleet.refusal is not None
+                await sleep.wake(["kv_cache"])
+                assert (sleep.level, sleep.given_back) == (0, set())
+                assert await answer(fleet, request("a")) == expected(request("a"))
+            await sleep.sleep(2)
+            await sleep.wake(["kv_cache"])
+            assert all(member.client.death is not None for member in fleet.members)
+            await sleep.wake(["weights"])
+            assert await answer(fleet, request("b")) == expected(request("b"))
+
+    run(test)
+
+
+def test_engines_fall_deeper_and_not_less_deep() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            assert await sleep.sleep(1) == NUM_ENGINES * GIVEN_BACK
+            assert await sleep.sleep(1) == 0
+            assert await sleep.sleep(2) > 0
+            assert await sleep.sleep(1) == 0
+            assert sleep.level == 2
+            await sleep.wake()
+            assert await answer(fleet, request("a")) == expected(request("a"))
+            assert await sleep.wake() == 0.0
+
+    run(test)
+
+
+def test_an_engine_that_dies_asleep_is_started_when_it_is_to_wake_up() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            await sleep.sleep(1)
+            os.kill(pids(fleet)[0], signal.SIGKILL)
+            await until(lambda: fleet.members[0].client.death is not None)
+            assert fleet.death is None
+            await sleep.wake()
+            asked = [request(f"r{n}", [n]) for n in range(4)]
+            assert await asyncio.gather(*(answer(fleet, one) for one in asked)) == [expected(one) for one in asked]
+
+    run(test)
+
+
+def test_an_engine_that_is_not_up_lets_none_sleep() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            os.kill(pids(fleet)[0], signal.SIGKILL)
+            await until(lambda: not fleet.members[0].is_up)
+            with pytest.raises(SleepError, match="not now: engine 0"):
+                await sleep.sleep(1)
+            assert fleet.refusal is None
+            await until(lambda: fleet.members[0].is_up)
+            await sleep.sleep(1)
+
+    run(test)
