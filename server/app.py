@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
-from octavo.server import errors, operation, sleep_routes
+from octavo.server import errors, operation, sleep_routes, weight_routes
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.admission import QueueLimits
 from octavo.server.batch_lines import routes_of
@@ -45,6 +45,7 @@ from octavo.server.service import Service
 from octavo.server.sessions import SessionLimits, Sessions
 from octavo.server.strict_json import StrictRoute
 from octavo.server.web import page
+from octavo.server.weight_routes import Updates
 from octavo.version import VERSION
 
 with warnings.catch_warnings(action="ignore"):  # it says that it doesn't work under Python 3.14; nothing here uses it
@@ -59,10 +60,11 @@ def build_app(
     access: Access,
     kept: Kept,
     sleep: Sleep | None = None,
+    updates: Updates | None = None,
 ) -> FastAPI:
     """The ASGI application over one engine. Call it where an event loop runs: batches may go on at once.
 
-    sleep: what requests may put to sleep; None: nothing.
+    sleep: what requests may put to sleep; None: nothing. updates: what they may give other weights; None: nothing.
     """
     limits = QueueLimits(
         model.max_num_seqs,
@@ -100,6 +102,7 @@ def build_app(
     app.include_router(operation.pause_routes(client))
     app.include_router(operation.abort_routes(service))
     app.include_router(sleep_routes.routes(client, sleep))
+    app.include_router(weight_routes.routes(client, updates))
     app.include_router(operation.model_routes(model))
     app.include_router(adapters.routes(client.adapters))
     app.router.routes.extend(of_page[1:])  # behind what most requests are for

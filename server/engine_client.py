@@ -132,6 +132,11 @@ class EngineClient:
         self._die(message)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing of it is left."""
+        return self._socket.closed
+
+    @property
     def resident_bytes(self) -> int:
         """The memory that the engine's processes hold, as far as they run on this machine and are this one's."""
         return resident_bytes(self._engine.process.pid) if isinstance(self._engine, EngineProcess) else 0
@@ -157,6 +162,8 @@ class EngineClient:
             except RuntimeError:  # the interpreter is ending, and starts no thread any more
                 engine.close()
             self._heartbeat.close()
+        if self._socket.closed:  # it was closed twice, and its descriptor may be another's by now
+            return
         self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=0)
 

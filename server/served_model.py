@@ -27,6 +27,13 @@ ANY_NAME = "*"
 LARGEST_TOKEN_ID = 2**31 - 1
 
 
+@dataclass
+class WeightVersion:
+    """What answers call the weights that are served now."""
+
+    name: str = "default"
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """One model.
@@ -45,6 +52,7 @@ class ServedModel:
     tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
     clamps_max_tokens  max_tokens above what the context leaves means what it leaves, in OpenAI's older dialects too
     reasoning_end_str  what a model is made to say where its budget of thoughts is spent, before their end
+    weights        what answers call them
     adapters       those that are served beside the model itself; None: there are none
     server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
                  (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
@@ -77,6 +85,7 @@ class ServedModel:
     server_name: str = ""
     response_ending: str = ""
     adapters: AdapterNames | None = None
+    weights: WeightVersion = field(default_factory=WeightVersion)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -19,3 +19,17 @@ class UpkeepOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"group": "upkeep", "aliases": ("--enable-memory-saver",)},
         ),
     ] = False
+    enable_weight_updates: Annotated[
+        bool,
+        Meta(
+            description="let requests give the engines other weights of the same model: POST /update_weights_from_disk "
+            "names a directory of this machine"
+        ),
+    ] = False
+    weights_root: Annotated[
+        str | None,
+        Meta(
+            description="where the directories of new weights must lie, links resolved",
+            extra={"metavar": "DIR", "default": "anywhere"},
+        ),
+    ] = None

@@ -138,7 +138,7 @@ def _add_facts(router: APIRouter, model: ServedModel) -> None:
             "tokenizer_path": model.root,
             "is_generation": True,
             "preferred_sampling_params": None,
-            "weight_version": "default",
+            "weight_version": model.weights.name,
         }
 
     @router.get("/get_server_info")
@@ -226,7 +226,7 @@ class NativeAnswer(Answer):
             "prompt_tokens": len(choice.request.token_ids),
             "completion_tokens": len(delta.token_ids),
             "cached_tokens": choice.num_cached,
-            "weight_version": "default",
+            "weight_version": self._model.weights.name,
             "e2e_latency": time.time() - timeline.arrival,
         }
         if item.returns_logprob:

@@ -15,7 +15,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -39,7 +38,7 @@ from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.fleet.adapters import AdapterNames
 from octavo.server.fleet.chooser import Chooser
 from octavo.server.fleet.limits import FleetLimits
-from octavo.server.fleet.member import Member, summed
+from octavo.server.fleet.member import Member, one_answers, summed
 from octavo.server.fleet.open_answer import OpenAnswer, Placed, in_batch
 from octavo.server.fleet.restarts import RestartRule, Restarts
 from octavo.server.fleet.seeds import Seeds
@@ -81,6 +80,7 @@ class Fleet:
         self._open: dict[str, OpenAnswer] = {}  # by request; without those that an engine has finished
         self._silent: dict[str, int] = {}  # tokens of the prompts of requests without an output
         self._readers: set[Stream] = set()
+        self._clients: set[EngineClient] = set()  # but for those that are closed
         self._finished: deque[float] = deque(maxlen=64)  # when the last requests were
         self._vocabulary: bytes | None = None
         self._resumed = asyncio.Event()
@@ -173,33 +173,13 @@ class Fleet:
                 self.chooser.open(member, ready)
         return msgspec.structs.replace(readies[0], max_model_len=min(ready.max_model_len for ready in readies))
 
-    async def join(self) -> Ready:
-        """Take part where others start the engines: wait until one is up. Raises EngineDeadError if none will be."""
-        for member in self.members:
-            self._spawn(self.welcome(member))
-        while self.death is None:
-            if ready := next((member.ready for member in self.members if member.is_up), None):
-                return ready
-            await asyncio.sleep(POLL_SECONDS)
-        raise EngineDeadError(self.death)
-
     def open(self, requests: Iterable[AddRequest], key_owner: str = "", name: str = "") -> Stream:
         """A stream over these requests; they start when it is entered, and end when it is left."""
         return Stream(self, requests, key_owner, name, keeps_all=self._limits.keeps_all)
 
     async def ping(self, deadline: float) -> bool:
         """Whether the loop of one engine answers within `deadline` seconds; False where new requests are refused."""
-        if self.refusal is not None:
-            return False
-        pings = [self._loop.create_task(member.client.ping(deadline)) for member in self.members if member.is_up]
-        try:
-            for ping in asyncio.as_completed(pings):
-                if await ping:
-                    return True
-            return False
-        finally:
-            for unneeded in pings:
-                unneeded.cancel()
+        return self.refusal is None and await one_answers(self.members, deadline)
 
     def give_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Send what the engines compile grammars with. They must be ready; those that are started again get it too."""
@@ -272,7 +252,7 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(member.client.close(is_final=True) for member in self.members))
+        await asyncio.gather(*(client.close(is_final=True) for client in self._clients))
         self.context.term()
 
     # what streams ask for
@@ -381,11 +361,34 @@ class Fleet:
 
     # engines that come and go
 
+    def client_of(self, member: Member, engine: Engine) -> EngineClient:
+        """A connection to a process that is this engine, or will be: only then what it says is heard."""
+
+        def step(outputs: StepOutputs) -> None:
+            if member.client is client:
+                self._take_step(member, outputs)
+
+        def die(message: str) -> None:
+            if member.client is client:
+                self.lose(member, message)
+
+        client = EngineClient(engine, self.context, self._limits.silence, step, die)
+        client.on_adapter = self.adapters.answered
+        self._clients = {client, *(other for other in self._clients if not other.is_closed)}
+        return client
+
     def connect(self, member: Member, engine: Engine) -> None:
-        member.client = EngineClient(
-            engine, self.context, self._limits.silence, partial(self._take_step, member), partial(self.lose, member)
-        )
-        member.client.on_adapter = self.adapters.answered
+        """Let this process be the engine."""
+        member.client = self.client_of(member, engine)
+
+    def hand_over(self, member: Member, client: EngineClient, ready: Ready) -> None:
+        """Let another process, which can serve, be the engine; what the one before had waits for `place`."""
+        self.put_aside(member)
+        member.client = client
+        member.ready = ready
+        self._greet(client)
+        if self.on_restart is not None:
+            self.on_restart(member.index)
 
     def _send_all(self, message: ToEngine) -> None:
         for member in self.members:
@@ -417,7 +420,7 @@ class Fleet:
         logger.error("%s", member.trouble)
         self._take_over(member, num_queued, named)
         if delay is not None:
-            self._spawn(self.replace(member, delay))
+            self.spawn(self.replace(member, delay))
 
     def _take_over(self, member: Member, num_queued: int, message: str) -> None:
         """Let other engines have the answers that a dead one had, or those that are there at first."""
@@ -470,13 +473,17 @@ class Fleet:
     async def meet(self, member: Member) -> None:
         """Wait until an engine can serve, and tell it what requests are about. Raises EngineDeadError."""
         member.ready = await member.client.ready()
-        if self._vocabulary is not None:
-            member.client.send_frame(self._vocabulary)
-        self.adapters.welcome(member.client)
-        if self.stands_still:
-            member.client.send(Pause())
+        self._greet(member.client)
 
-    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
+    def _greet(self, client: EngineClient) -> None:
+        if self._vocabulary is not None:
+            client.send_frame(self._vocabulary)
+        self.adapters.welcome(client)
+        if self.stands_still:
+            client.send(Pause())
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        """Let this run until the fleet is closed."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

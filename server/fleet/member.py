@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -90,6 +91,19 @@ class Member:
         placed.num_open -= 1
         self.num_answers -= 1
         return placed.num_open == 0
+
+
+async def one_answers(members: Sequence[Member], deadline: float) -> bool:
+    """Whether the loop of one of these engines answers within `deadline` seconds."""
+    pings = [asyncio.ensure_future(member.client.ping(deadline)) for member in members if member.is_up]
+    try:
+        for ping in asyncio.as_completed(pings):
+            if await ping:
+                return True
+        return False
+    finally:
+        for unneeded in pings:
+            unneeded.cancel()
 
 
 def summed(stats: Sequence[EngineStats]) -> EngineStats | None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 from octavo.server.engine_client import EngineDeadError
-from octavo.server.fleet.fleet import POLL_SECONDS, Fleet
+from octavo.server.fleet.fleet import POLL_SECONDS, Engine, Fleet
 from octavo.server.fleet.member import Member
 
 Level = Literal[1, 2]
@@ -37,22 +37,23 @@ class Sleep:
         self._fleet = fleet
         self._refusal = f"the engines sleep; {waking} wakes them"
         self._changing = asyncio.Lock()
+        self._before: tuple[Callable[[int], Engine], Callable[[], None]] | None = None  # of what it will load
         self.level: Literal[0] | Level = 0
         self.given_back: frozenset[Memory] = frozenset()
 
-    async def sleep(self, level: Level, open_requests: OpenRequests = "abort") -> int:
+    async def sleep(self, level: Level, open_requests: OpenRequests = "abort", *, refuses: bool = True) -> int:
         """Put all engines to sleep; returns the bytes of memory that are free for it. Raises SleepError.
 
         Open requests end now (abort), are waited for (wait), or go on where they were after the wake-up (keep); new
-        ones are refused. Engines that sleep already only fall deeper.
+        ones are refused, or wait too. Engines that sleep already only fall deeper.
         """
         async with self._changing:
-            if level <= self.level:
+            if level < self.level or (level == self.level and self.given_back == ALL_MEMORY):
                 return 0
             self._check(level)
             fleet = self._fleet
             before = self.level
-            fleet.asleep = self._refusal
+            fleet.asleep = self._refusal if refuses else None
             try:
                 await self._end_open(open_requests)
                 freed = await self._rest(level)
@@ -63,11 +64,11 @@ class Sleep:
             self.given_back = ALL_MEMORY
             return freed
 
-    async def wake(self, memory: Iterable[Memory] = ALL_MEMORY) -> float:
+    async def wake(self, memory: Iterable[Memory] = ALL_MEMORY, *, keeps_open: bool = False) -> float:
         """Take memory again; the engines are awake when nothing is left to take. Returns the seconds that this took.
 
         Requests that come meanwhile wait for it. Raises SleepError where an engine doesn't come up: all of them sleep
-        on then, at level 2, and those requests end with the same error.
+        on then, at level 2, and those requests end with the same error, or wait on (keeps_open).
         """
         begin = time.monotonic()
         async with self._changing:
@@ -82,16 +83,33 @@ class Sleep:
             except SleepError as error:
                 self.level = 2
                 self.given_back = ALL_MEMORY
-                fleet.asleep = self._refusal
-                fleet.fail_all(str(error))
-                raise
+                if self._before is not None:
+                    fleet.start, undone = self._before
+                    self._before = None
+                    undone()
+                    error = SleepError(f"{error}; the next wake-up loads the weights that were served before")
+                if not keeps_open:
+                    fleet.asleep = self._refusal
+                    fleet.fail_all(str(error))
+                raise error from None
             self.given_back = left
+            if "weights" not in left:
+                self._before = None
             if not left:
                 self.level = 0
                 for member in fleet.members:
                     self._open(member)
                 fleet.place()
         return time.monotonic() - begin
+
+    def load_instead(self, start: Callable[[int], Engine], undone: Callable[[], None]) -> None:
+        """Let the wake-up start engines this way; if they can't be started, the one behind it does as before.
+
+        undone: is called then.
+        """
+        if self._before is None:
+            self._before = self._fleet.start, undone
+        self._fleet.start = start
 
     def _check(self, level: Level) -> None:
         """Raise SleepError for what these engines can't do."""

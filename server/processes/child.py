@@ -24,7 +24,7 @@ from octavo.server.lora_options import LoraModule
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import ListenOptions
 from octavo.server.processes.board import Board
-from octavo.server.processes.engines import EnginesElsewhere
+from octavo.server.processes.engines import EnginesElsewhere, joined
 from octavo.server.processes.home import Homes
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
@@ -97,7 +97,7 @@ class Child:
         return True
 
     async def _serve(self, fleet: Fleet, ways: Ways, renderer: TemplateRenderer, listener: Listener) -> None:
-        formats, ready = await asyncio.gather(ways.prepare(), fleet.join())
+        formats, ready = await asyncio.gather(ways.prepare(), joined(fleet))
         if self._adapters is None:
             await fleet.adapters.load_all(ways.modules)
         else:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import asyncio
 
 from octavo.runtime.launch import EngineElsewhere
+from octavo.runtime.messages import Ready
+from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.draining import drain
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import Drained, EngineDown, EngineUp, ToServer, Words
 
 POLL_SECONDS = 0.02
+
+
+async def joined(fleet: Fleet) -> Ready:
+    """Take part where others start the engines: wait until one is up. Raises EngineDeadError if none will be."""
+    for member in fleet.members:
+        fleet.spawn(fleet.welcome(member))
+    while fleet.death is None:
+        if ready := next((member.ready for member in fleet.members if member.is_up), None):
+            return ready
+        await asyncio.sleep(POLL_SECONDS)
+    raise EngineDeadError(fleet.death)
 
 
 class TheirRestarts:

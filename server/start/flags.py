@@ -249,8 +249,13 @@ def check_upkeep(options: ServeOptions) -> None:
         "engines on Ray": parallel.is_on_ray,
         "engines on other machines": len(parallel.local_engines) < parallel.data_parallel_size,
     }
-    if options.upkeep.enable_sleep_mode and (found := next((what for what, is_so in elsewhere.items() if is_so), None)):
-        raise ServeError(f"--enable-sleep-mode with {found} is not supported: one server with its own engines works")
+    upkeep = options.upkeep
+    if upkeep.weights_root is not None and not upkeep.enable_weight_updates:
+        raise ServeError(f"--weights-root {upkeep.weights_root}: --enable-weight-updates is missing")
+    wanted = {"--enable-sleep-mode": upkeep.enable_sleep_mode, "--enable-weight-updates": upkeep.enable_weight_updates}
+    for flag in [name for name, is_wanted in wanted.items() if is_wanted]:
+        if (found := next((what for what, is_so in elsewhere.items() if is_so), None)) is not None:
+            raise ServeError(f"{flag} with {found} is not supported: one server with its own engines works")
 
 
 def model_of(options: ModelOptions) -> str:

@@ -170,9 +170,11 @@ TABLE: tuple[PeerFlag, ...] = (
     _refused("--safetensors-* --ignore-patterns --pt-load-map-location --max-parallel-loading-workers "
              "--weight-loader-* --weight-cache-* --startup-weight-load-mode --custom-weight-loader --model-checksum "
              "--remote-instance-weight-loader-* --engine-info-bootstrap-port --modelexpress-config "
-             "--delete-ckpt-after-loading --decrypted-* --checkpoint-engine-* --weight-transfer-config "
-             "--enable-weights-cpu-backup --enable-draft-weights-cpu-backup --weight-version",
+             "--delete-ckpt-after-loading --decrypted-* --checkpoint-engine-* "
+             "--enable-weights-cpu-backup --enable-draft-weights-cpu-backup",
              "safetensors files are mapped and read once: leave it out"),
+    _refused("--weight-transfer-config --weight-version",
+             "--enable-weight-updates lets POST /update_weights name a directory, and its version"),
     _refused("--sleep-* --enable-cumem-allocator",
              "--enable-sleep-mode gives back the KV cache's memory at level 1, and all of an engine's at level 2"),
     _refused("--kv-cache-dtype-skip-layers --prefill-kv-cache-dequant-dtype --mm-encoder-attn-dtype "

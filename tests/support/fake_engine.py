@@ -59,6 +59,7 @@ LONG_LAYERS = 20
 LAYER_SECONDS = 0.05
 GIVEN_BACK = 4096  # bytes, when it is put to sleep
 STEP = "FAKE_ENGINE_STEP_SECONDS"
+LONGEST = "FAKE_ENGINE_LONGEST"  # the longest sequence that it takes; 4096
 
 
 def token_at(prompt: list[int], params: SamplingParams, position: int) -> int:
@@ -202,7 +203,7 @@ def main() -> int:
     link = open_link(context, address, start.addresses)
     report = StartupReport("fake", "fake", "float32", f"cpu, {start.index}", "float32", [], 0, 0, {})
     try:
-        link.send(Ready(4096, 1000, 16, VOCAB, report))
+        link.send(Ready(int(os.environ.get(LONGEST, "4096")), 1000, 16, VOCAB, report))
         _Engine(link, Progress(progress_path(address)), float(os.environ.get(STEP, "0"))).run()
     except RuntimeError as error:
         link.send(Failed(str(error)))

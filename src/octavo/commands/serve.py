@@ -303,9 +303,9 @@ def _app_maker(
     from octavo.commands.serve_report import print_report
     from octavo.server.app import build_app
     from octavo.server.fleet.collector import FleetCollector
-    from octavo.server.fleet.sleep import Sleep
     from octavo.server.kept import open_kept
     from octavo.server.start.served import made_metrics, served_model
+    from octavo.server.start.weights import upkeep_of
     from octavo.server.store import StoreError
 
     try:
@@ -317,8 +317,7 @@ def _app_maker(
         model = served_model(options, text, ready, formats, adapters=client.adapters)
         metrics = made_metrics(options, model.name, client, ready)
         metrics.register(FleetCollector(client, model.name))
-        sleep = Sleep(client) if options.upkeep.enable_sleep_mode else None
-        app = build_app(model, client, metrics, options.server, access, kept, sleep)
+        app = build_app(model, client, metrics, options.server, access, kept, *upkeep_of(options, client, model))
         print_report(client.readies, time.monotonic() - begun, formats.lines() + model.name_lines())
         return app, metrics
 

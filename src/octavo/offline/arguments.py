@@ -30,6 +30,7 @@ NO_SERVER = "there is no server: octavo serve has it"
 NOT_BY_NAME = "a LoRARequest names the adapter and its directory: give generate or chat one as lora_request"
 REFUSED = {
     **dict.fromkeys(LoraServerOptions.__struct_fields__, NOT_BY_NAME),
+    **dict.fromkeys(("enable_weight_updates", "weights_root"), NO_SERVER),
     "config": NO_SERVER,
     "headless": NO_SERVER,
 }

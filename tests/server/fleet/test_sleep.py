@@ -184,6 +184,9 @@ def test_memory_is_taken_again_part_by_part() -> None:
                 assert all(member.client.death is None for member in fleet.members)
                 assert not any(member.is_up for member in fleet.members)
                 assert fleet.refusal is not None
+                await sleep.sleep(level)
+                assert (sleep.level, sleep.given_back) == (level, {"weights", "kv_cache"})
+                await sleep.wake(["weights"])
                 await sleep.wake(["kv_cache"])
                 assert (sleep.level, sleep.given_back) == (0, set())
                 assert await answer(fleet, request("a")) == expected(request("a"))

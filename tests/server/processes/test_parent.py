@@ -21,7 +21,7 @@ from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.limits import FleetLimits
 from octavo.server.options import ListenOptions
-from octavo.server.processes.engines import EnginesElsewhere
+from octavo.server.processes.engines import EnginesElsewhere, joined
 from octavo.server.processes.launch import ServerProcess
 from octavo.server.processes.parent import Parent
 from octavo.server.processes.places import Places
@@ -253,7 +253,7 @@ def test_a_server_that_starts_while_an_engine_is_down_waits_for_it() -> None:
                         ready = await parent.ready()
                         engines.take(EngineUp(0, ready))
                         engines.take(EngineDown(0, "the engine process ended", 0.0))
-                        joining = asyncio.create_task(fleet.join())
+                        joining = asyncio.create_task(joined(fleet))
                         await asyncio.sleep(0.1)
                         assert fleet.death is None
                         engines.take(EngineUp(0, ready))
