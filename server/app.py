@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from starlette.types import Scope
 
 from octavo.server import errors, operation, sleep_routes, weight_routes
 from octavo.server.access import ANY_HOST, Access
@@ -117,8 +119,15 @@ def build_app(
 def _add_middleware(app: FastAPI, access: Access, options: ServerOptions) -> None:
     """Who is answered, from the innermost on."""
     app.add_middleware(FullQueue, admission=app.state.admission)  # the innermost: who may not ask learns nothing
+    add_gates(app, access, options, page.is_public if options.ui else None)
+
+
+def add_gates(
+    app: FastAPI, access: Access, options: ServerOptions, is_public: Callable[[Scope], bool] | None = None
+) -> None:
+    """Who may ask at all. is_public: of which requests that carry no key."""
     if access.keys:
-        app.add_middleware(Authentication, access=access, is_public=page.is_public if options.ui else None)
+        app.add_middleware(Authentication, access=access, is_public=is_public)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]

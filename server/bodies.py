@@ -48,7 +48,7 @@ class Bodies:
         """
         content = bytearray()
         try:
-            if not await self._read(http, content):
+            if not await self.receive(http, content):
                 return None
             http.state.body_size = len(content)
             if content and not (_is_json(http) or (any_content_type and "origin" not in http.headers)):
@@ -57,11 +57,15 @@ class Bodies:
                 return validated(content, kind)
             return await asyncio.shield(self._decode_elsewhere(content, annotation))
         finally:
-            self._num_held -= _counted(len(content))
-            content.clear()  # a traceback may keep this frame for a while
+            self.let_go(content)
 
-    async def _read(self, http: Request, content: bytearray) -> bool:
-        """Receive the body into `content`; whether the client is still there."""
+    def let_go(self, content: bytearray) -> None:
+        """What has been received is not needed any more."""
+        self._num_held -= _counted(len(content))
+        content.clear()  # a traceback may keep this frame for a while
+
+    async def receive(self, http: Request, content: bytearray) -> bool:
+        """Receive the body into `content`, until `let_go`; whether the client is still there. Raises ApiError."""
         length = http.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._limit:
             raise self._too_large()

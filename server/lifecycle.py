@@ -89,6 +89,31 @@ async def all_ready(client: Fleet, formats: Awaitable[ModelFormats]) -> None:
     await asyncio.gather(formats, client.ready())
 
 
+class Serves(Protocol):
+    """What a server is over: the engines of a model, or several models."""
+
+    @property
+    def death(self) -> str | None:
+        """Why nothing is left; None while there is."""
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are under way."""
+
+    def refuse(self, message: str) -> None:
+        """Take no new requests; open ones go on."""
+
+    def fail_all(self, message: str) -> None:
+        """End all that is under way with an error."""
+
+
+class Renders(Protocol):
+    """Whoever renders templates."""
+
+    def stop(self, message: str) -> None:
+        """Render no more."""
+
+
 class Exits(Protocol):
     """Who is told of signals while the server serves."""
 
@@ -153,8 +178,8 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        client: Fleet,
-        renderer: TemplateRenderer,
+        client: Serves,
+        renderer: Renders,
         listener: Listener | None,
         options: ListenOptions,
     ) -> None:

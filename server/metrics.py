@@ -271,6 +271,10 @@ class Metrics:
         """Let the page have what this one collects when it is asked for."""
         self._page.register(collector)
 
+    def unregister(self, collector: Collector) -> None:
+        """Let the page do without it."""
+        self._page.unregister(collector)
+
     def hints(self, names: Iterable[str]) -> None:
         """A request set these fields, which change nothing."""
         for name in names:

@@ -10,13 +10,22 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from octavo.server.options import ListenOptions, ServerOptions
+from octavo.server.several_options import SeveralOptions
 from octavo.server.start.peer_flags import PeerFlagError, is_known, without_peer_flags
+from octavo.server.upkeep_options import UpkeepOptions
 
 CONFIG = "--config"
+MODELS = "models"
+OF_THE_SERVER = frozenset(
+    field
+    for struct in (ListenOptions, ServerOptions, UpkeepOptions, SeveralOptions)
+    for field in struct.__struct_fields__
+)
 
 
 class ArgumentsError(ValueError):
@@ -34,12 +43,61 @@ def own_arguments(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
         file, words = _config_of(words)
         given, notes = without_peer_flags(_whole_objects(words), own)
         if file is not None:
-            added, more = without_peer_flags(_from_file(file, own, _fields_given(given, parser)), own)
+            entries = [entry for entry in _entries(file) if entry[0] != MODELS]  # see of_models
+            fields = _fields_given(given, parser)
+            added, more = without_peer_flags(_words_of_entries(file, entries, own, fields), own)
             given += added
             notes += more
     except PeerFlagError as error:
         raise ArgumentsError(str(error)) from None
     return given, notes
+
+
+def of_models(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, list[str]] | None:
+    """Where the file of --config names several models, the command line of each, by its name; None where it doesn't.
+
+    What stands beside `models` in the file is said to all of them, and the command line wins. Raises ArgumentsError.
+    """
+    own = {name: action.dest for action in parser._actions for name in action.option_strings}
+    file, words = _config_of([_with_dashes(word) for word in arguments])
+    entries = dict(_entries(file)) if file is not None else {}
+    if file is None or MODELS not in entries:
+        return None
+    listed = entries.pop(MODELS)
+    if not isinstance(listed, dict) or not listed:
+        raise ArgumentsError(f"{file}: models: names with their options are wanted, such as 'small: {{model: DIR}}'")
+    try:
+        given, _ = without_peer_flags(_whole_objects(words), own)
+        fields = _fields_given(given, parser)
+        if {"model", "model-path"} & entries.keys():
+            raise ArgumentsError(f"{file}: model stands beside models: leave one of them out")
+        if {"model", "model_flag"} & fields:
+            raise ArgumentsError(f"{file} names the models that are served: leave the one on the command line out")
+        found = {}
+        for name, content in listed.items():
+            options = _options_of_model(content, f"{file}: models: {name}", own)
+            alone, _ = without_peer_flags(_words_of_entries(file, options.items(), own, fields), own)
+            common = _words_of_entries(file, entries.items(), own, fields | _fields_given(alone, parser))
+            found[str(name)] = [*given, *alone, *without_peer_flags(common, own)[0], "--served-model-name", str(name)]
+    except PeerFlagError as error:
+        raise ArgumentsError(str(error)) from None
+    return found
+
+
+def _options_of_model(content: Any, place: str, own: Mapping[str, str]) -> dict[str, Any]:
+    """What stands in the file of one of several models: its directory, or options, of which --model is one."""
+    options = {"model": content} if isinstance(content, str) else content
+    if not isinstance(options, dict):
+        raise ArgumentsError(f"{place}: a directory is wanted, or options with model: DIR")
+    options = {_option_of(key): value for key, value in options.items()}
+    if not {"model", "model-path"} & options.keys():
+        raise ArgumentsError(f"{place}: its model is missing, such as model: DIR")
+    if "served-model-name" in options:
+        raise ArgumentsError(f"{place}: it is served under the name it has here; model-aliases gives it more names")
+    for key in options:
+        if own.get(f"--{key}") in OF_THE_SERVER:
+            raise ArgumentsError(f"{place}: {key!r} is of the whole server: put it beside models")
+    return options
 
 
 def _with_dashes(word: str) -> str:
@@ -101,10 +159,12 @@ def _fields_given(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
     return frozenset(vars(parser.parse_intermixed_args(arguments)))
 
 
-def _from_file(file: Path, own: Mapping[str, str], given: frozenset[str]) -> list[str]:
+def _words_of_entries(
+    file: Path, entries: Iterable[tuple[str, Any]], own: Mapping[str, str], given: frozenset[str]
+) -> list[str]:
     """The flags of a file, without those that the command line gives: that wins."""
     words: list[str] = []
-    for key, value in _entries(file):
+    for key, value in entries:
         name = f"--{key}" if len(key) > 1 else f"-{key}"
         if name not in own and not is_known(name):
             raise ArgumentsError(f"{file}: {key!r} is no option of octavo serve; {_nearest(key, own)}")
@@ -134,15 +194,27 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
         loader = yaml.SafeLoader("")
         if not isinstance(node, yaml.MappingNode):
             raise ArgumentsError(f"{CONFIG} {file}: YAML of options is wanted, such as 'port: 8000'")
-        entries = [(_option_of(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
+        if twice := next(_twice(node, _option_of), None):
+            raise ArgumentsError(f"{CONFIG} {file}: {twice!r} stands there twice; leave one of them out")
+        return [(_option_of(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
     except OSError as error:
         raise ArgumentsError(f"{CONFIG} {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ArgumentsError(f"{CONFIG} {file} is not YAML: {' '.join(str(error).split())}") from None
-    names = Counter(name for name, _ in entries)
-    if twice := next((name for name, count in names.items() if count > 1), None):
-        raise ArgumentsError(f"{CONFIG} {file}: {twice!r} stands there twice; leave one of them out")
-    return entries
+
+
+def _twice(node: Any, named: Callable[[Any], str]) -> Iterator[str]:
+    """The keys that stand twice in a mapping of a YAML file, of which its loader would take the last one."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        names = Counter(named(key.value) for key, _ in node.value)
+        yield from (name for name, count in names.items() if count > 1)
+        for _, value in node.value:
+            yield from _twice(value, str)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _twice(value, str)
 
 
 def _option_of(key: object) -> str:

@@ -17,6 +17,7 @@ from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.speculation.config import METHODS, SpeculativeConfig, make_speculative
 from octavo.server.lora_options import LoraServerOptions
 from octavo.server.options import FairBy, ListenOptions, ModelOptions, ServerOptions, TextOptions
+from octavo.server.several_options import SeveralOptions
 from octavo.server.upkeep_options import UpkeepOptions
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
@@ -31,6 +32,7 @@ FLAGS = flags_of(
     ListenOptions,
     ServerOptions,
     UpkeepOptions,
+    SeveralOptions,
 )
 
 
@@ -45,6 +47,7 @@ class ServeOptions:
     server: ServerOptions
     lora: LoraServerOptions
     upkeep: UpkeepOptions
+    several: SeveralOptions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +151,7 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
         server=server,
         lora=lora,
         upkeep=read(UpkeepOptions, args),
+        several=read(SeveralOptions, args),
     )
 
 

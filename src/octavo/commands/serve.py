@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 from octavo.collector import uncollected
 from octavo.commands.failure import one_line
 from octavo.server.access import Access, api_keys, default_hosts
-from octavo.server.start.arguments import ArgumentsError, own_arguments
+from octavo.server.several_options import SeveralOptions
+from octavo.server.start.arguments import ArgumentsError, of_models, own_arguments
 from octavo.server.start.flags import (
     OptionsError,
     ServeError,
@@ -59,9 +60,13 @@ def own_words(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list
     """The command line as the parser takes it: with what --config says, and without flags that change nothing."""
     try:
         words, notes = own_arguments(arguments, parser)
+        several = of_models(arguments, parser)
     except ArgumentsError as error:
         parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
-    parser.set_defaults(notes=notes)
+    models = None
+    if several is not None:
+        models = {name: parser.parse_intermixed_args(own) for name, own in several.items()}
+    parser.set_defaults(notes=notes, models=models)
     return words
 
 
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{PROG}: {note}", file=sys.stderr)
     try:
         options = read_options(args)
+        models = None if args.models is None else {name: read_options(each) for name, each in args.models.items()}
     except OptionsError as error:
         print(f"{PROG}: {one_line(error)}", file=sys.stderr)
         return 2
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("octavo").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server listens; what is begun is cleared up
     try:
-        alive = _serve(options, begun)
+        alive = _serve(options, begun) if models is None else _serve_models(options, models)
     except (ServeError, OSError) as error:
         print(f"{PROG}: {one_line(error)}", file=sys.stderr)
         return 1
@@ -90,6 +96,8 @@ def _serve(options: ServeOptions, begun: float) -> bool:
     from octavo.server.start.engines import directory_of
 
     model = model_of(options.model)
+    if options.several != SeveralOptions():
+        raise ServeError("--max-loaded-models and --idle-unload are about the models of a --config file; there is one")
     if options.engine.parallel.headless:
         _compute_for_another_machine(options, directory_of(model, options.model))
         return True
@@ -102,6 +110,22 @@ def _serve(options: ServeOptions, begun: float) -> bool:
         directory = directory_of(model, options.model)
         serve = _serve_alone if options.listen.api_server_count == 1 else _serve_with_processes
         return serve(options, directory, access, listener, begun)
+    finally:
+        listener.socket.close()
+        if options.listen.uds:
+            Path(options.listen.uds).unlink(missing_ok=True)
+
+
+def _serve_models(options: ServeOptions, models: Mapping[str, ServeOptions]) -> bool:
+    """Several models, which are loaded as they are asked for."""
+    from octavo.commands.serve_several import check_several, serve_several
+
+    check_several(options, models)
+    _check_tls(options.listen)
+    access = access_of(options)
+    listener = _bind(options.listen)
+    try:
+        return serve_several(options, models, access, listener)
     finally:
         listener.socket.close()
         if options.listen.uds:

@@ -20,6 +20,7 @@ from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.server.lora_options import LoraServerOptions
 from octavo.server.options import ListenOptions, ModelOptions, ServerOptions, TextOptions
+from octavo.server.several_options import SeveralOptions
 from octavo.server.start.arguments import ArgumentsError, own_arguments, words_of
 from octavo.server.start.flags import OptionsError, ServeOptions, configure, read_options
 from octavo.server.start.peer_flags import is_known
@@ -30,7 +31,7 @@ NO_SERVER = "there is no server: octavo serve has it"
 NOT_BY_NAME = "a LoRARequest names the adapter and its directory: give generate or chat one as lora_request"
 REFUSED = {
     **dict.fromkeys(LoraServerOptions.__struct_fields__, NOT_BY_NAME),
-    **dict.fromkeys(("enable_weight_updates", "weights_root"), NO_SERVER),
+    **dict.fromkeys(("enable_weight_updates", "weights_root", *SeveralOptions.__struct_fields__), NO_SERVER),
     "config": NO_SERVER,
     "headless": NO_SERVER,
 }
