@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 from octavo.runtime.scheduling.plan import StepPlan
 from octavo.runtime.scheduling.sequence import Sequence
-from octavo.runtime.speculation.costs import GAIN, PROBE, StepCosts
+from octavo.runtime.speculation.costs import GAIN, StepCosts
 from octavo.runtime.speculation.draft_model import DraftModel
 from octavo.runtime.speculation.speculation import MOST_KIND, WEIGHT, WEIGHT_FOR_ALL, Chances, Followed
 
 COUNTS = (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 64)
 """Drafts of a sequence among which is chosen: few, so that each is measured often, and can be recorded."""
+PROBING = 0.005  # of the time that steps take, for asking where it doesn't pay: who wasn't asked has a text to read
 
 
 class Costs:
@@ -47,12 +48,14 @@ class ModelSpeculation:
         self._most = most
         self._costs = costs
         self._chances = Chances(most, WEIGHT_FOR_ALL)
-        self._num_choices = 0
+        self._seconds = 0.0  # of steps
+        self._seconds_probing = 0.0
 
     def after(self, plan: StepPlan, seconds: float | None) -> None:
         """As `Speculation.after`."""
         if self._costs is not None and seconds is not None:
             self._costs.steps.take(plan, seconds)
+            self._seconds += seconds
         running: list[tuple[Sequence, Followed]] = []
         for it in plan.scheduled:
             sequence = it.sequence
@@ -68,17 +71,22 @@ class ModelSpeculation:
         count = self._choose([followed for _, followed in running]) if running else 0
         if count:
             self._ask(running, count)
+        elif running and self._most_of(len(running)) and self._seconds_probing < PROBING * self._seconds:
+            self._seconds_probing += self._ask(running, 1)
 
-    def _ask(self, running: list[tuple[Sequence, Followed]], count: int) -> None:
+    def _ask(self, running: list[tuple[Sequence, Followed]], count: int) -> float:
+        """Get so many drafts of each; returns the seconds that it took."""
         begin = time.perf_counter()
         drafts = self._model.drafts([sequence for sequence, _ in running], count)
+        seconds = time.perf_counter() - begin
         if self._costs is not None and self._model.is_settled:
-            self._costs.drafts.observe(len(running), (time.perf_counter() - begin) / count)
+            self._costs.drafts.observe(len(running), seconds / count)
         for (sequence, followed), tokens in zip(running, drafts, strict=True):
             sequence.drafts = tokens
             if not followed.guess:
                 followed.guess = tokens
                 followed.kind = MOST_KIND
+        return seconds
 
     def _choose(self, running: list[Followed]) -> int:
         """How many drafts of each sequence bring most tokens a second."""
@@ -95,9 +103,4 @@ class ModelSpeculation:
             for count, of_step in zip(counts, seconds, strict=True)
         ]
         best = max(range(len(rates)), key=rates.__getitem__)
-        if rates[best] < GAIN * rates[0]:
-            best = 0
-        self._num_choices += 1
-        if self._num_choices % PROBE == 0:
-            best = 0 if best else 1
-        return counts[best] if most else 0
+        return counts[best] if rates[best] >= GAIN * rates[0] else 0

@@ -126,8 +126,7 @@ def test_as_many_drafts_are_asked_for_as_pay(draft_seconds: float, chance: float
         costs.drafts.observe(1, draft_seconds)
     model: Any = None
     speculation = ModelSpeculation(model, lambda _: 7, 7, costs)
-    assert {speculation._choose([followed(chance, 7)]) for _ in range(99)} == {expected}
-    assert speculation._choose([followed(chance, 7)]) == (0 if expected else 1), "now and then the other way round"
+    assert speculation._choose([followed(chance, 7)]) == expected
 
 
 def test_before_anything_is_measured_the_weights_say_what_a_draft_costs() -> None:
