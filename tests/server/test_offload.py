@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from octavo_server import Server, said_at_once, samples, serving
+import pytest
+from octavo_server import Server, by_engine, said_at_once, samples, serving
 
 WORDS = "the cat sat on the mat and the dog ran over the hill to the sea "
 PROMPT = {"prompt": (WORDS * 40)[:900], "max_tokens": 8, "temperature": 0, "logprobs": 2}
@@ -74,3 +75,25 @@ def test_a_directory_of_another_size_of_blocks_is_told(tmp_path: Path) -> None:
 def test_start_lines_of_vllm() -> None:
     tiny = str(Path(__file__).parents[1] / "fixtures" / "tiny")
     assert "--kv-offloading-path DIR blocks are kept in a file" in said_at_once(tiny, "--kv-offloading-size", "4")
+
+
+@pytest.mark.slow
+def test_each_of_several_engines_has_a_file(tmp_path: Path) -> None:
+    """Prompts of equal length go to both, as each has computed as much as the other or less."""
+    prompts = [[5 + i] * 200 for i in range(8)]
+    several = flags(tmp_path, "-dp", "2", "--api-key", "key")
+    key = {"Authorization": "Bearer key"}
+    with serving(*several) as server, server.client(headers=key) as client:
+        cold = [ask(client, prompt=prompt)[0] for prompt in prompts]
+        assert all(ask(client, prompt=prompt)[2] for prompt in prompts)
+        while not all(by_engine(client, "vllm:kv_offload_store_bytes_total").values()):
+            ask(client, prompt=[4] * 100, max_tokens=1)
+        kill(server)
+    assert {path.name for path in tmp_path.glob("*.kv")} == {"engine-0.kv", "engine-1.kv"}
+    with serving(*several) as server, server.client(headers=key) as client:
+        found = [ask(client, prompt=prompt) for prompt in prompts]
+        assert [answer["text"] for answer, *_ in found] == [answer["text"] for answer in cold]
+        hits = by_engine(client, "vllm:external_prefix_cache_hits_total")
+        assert sum(hits.values()) == sum(cached for *_, cached in found) > 0
+        assert client.post("/engines/0/drain").status_code == 200, "the next process has the file"
+        assert ask(client, prompt=prompts[0])[0]["text"] == cold[0]["text"]
