@@ -242,7 +242,7 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     if inputs.max_query_len <= MAX_TORCH_QUERIES:  # reads no tensor, so that it can be recorded
         tokens = q.shape[0]
         if tokens - MAX_TORCH_QUERIES * (len(inputs.seq_lens) - 1) <= most:  # else no sequence has so few
-            _run_decode(q, out, inputs, cache, shape, most)
+            decode(q, out, inputs, cache, shape, most)
         if inputs.max_query_len > most:
             prefill_cpu.attend(q, out, inputs, cache, shape, [tokens], most + 1)
         return out.view(tokens, -1)
