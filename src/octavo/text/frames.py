@@ -13,7 +13,7 @@ def frame_of(content: bytes) -> bytes:
 
 
 def receive_frame(link: socket.socket) -> bytes | None:
-    """The content of the next frame; None when the other process has closed the socket."""
+    """The content of the next frame; None when the other process has closed the socket, or ended."""
     size = _receive_exactly(link, LENGTH_BYTES)
     return None if size is None else _receive_exactly(link, int.from_bytes(size, "little"))
 
@@ -21,7 +21,10 @@ def receive_frame(link: socket.socket) -> bytes | None:
 def _receive_exactly(link: socket.socket, size: int) -> bytes | None:
     content = bytearray()
     while len(content) < size:
-        piece = link.recv(min(size - len(content), 1 << 20))
+        try:
+            piece = link.recv(min(size - len(content), 1 << 20))
+        except ConnectionResetError:  # it has ended, and something of ours was unread
+            return None
         if not piece:
             return None
         content += piece

@@ -98,7 +98,7 @@ def _answer(link: socket.socket, setup: Setup, frame: bytes | None) -> bool:
         content = OUT_OF_MEMORY
     try:
         link.sendall(frame_of(content))
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         return False  # the server was killed meanwhile
     return content != OUT_OF_MEMORY
 
