@@ -54,11 +54,12 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _frozen_heap() -> None:
-    """Nor through what the tests of other files have left.
+def _frozen_heap() -> Iterator[None]:
+    """Nor through what the tests of other files have left: what a file leaves open is found at its own end.
 
     All of that took an eighth of the suite's time, and began each of octavo bench's loads with seconds of it.
     """
+    yield
     gc.collect()
     gc.freeze()
 
