@@ -59,8 +59,14 @@ def test_a_program_runs(server: Server, page: str, text: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Text {i}."}) + "\n" for i in range(3)), "utf-8")
     program = re.sub('"(MODEL|OUT)"', '"tiny"', ADDRESS.sub(server.url, text))
-    with suppress(openai.LengthFinishReasonError):  # the client's word for an answer that ended with the context
-        exec(compile(program, page, "exec"), {"__name__": "__main__"})
+    names: dict[str, object] = {"__name__": "__main__"}
+    try:
+        with suppress(openai.LengthFinishReasonError):  # the client's word for an answer that ended with the context
+            exec(compile(program, page, "exec"), names)
+    finally:
+        for each in names.values():  # a program's end closes its clients
+            if isinstance(each, openai.OpenAI | httpx.Client):
+                each.close()
 
 
 def test_there_are_requests() -> None:

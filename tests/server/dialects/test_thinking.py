@@ -155,10 +155,8 @@ def test_a_budget_in_a_real_answer(tmp_path: Path, begin: str, end: str) -> None
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE.replace("<|im_start|>", begin).replace("<|endoftext|>", end))
     config = '{"reasoning_end_str": "Enough."}'
-    with serving(
-        "--served-model-name", "tiny", "--chat-template", str(template), "--reasoning-config", config
-    ) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x")
+    flags = ("--served-model-name", "tiny", "--chat-template", str(template), "--reasoning-config", config)
+    with serving(*flags) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
         for budget in (0, 5):
             answer = client.chat.completions.create(
                 model="tiny",
