@@ -94,13 +94,19 @@ def test_a_template_without_calls_leaves_all_of_it_content(forked: None, small: 
     assert (answer.content, answer.reasoning, answer.tool_calls) == (answer.text, None, [])
 
 
-def test_a_stream_tells_them_at_its_end(forked: None, small: dict[str, Any]) -> None:  # noqa: ARG001
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_a_stream_tells_them_at_its_end(forked: None, small: dict[str, Any], seconds: float) -> None:  # noqa: ARG001
+    """Also to a reader that is slower than the steps, who is told several of them together."""
     asked = params(structured_outputs=of("[g-m]{2}"), thinking_token_budget=5)
 
     async def read(kind: RequestOutputKind) -> list[CompletionOutput]:
         asked.output_kind = kind
+        found = []
         async with AsyncLLM(str(TINY), **PARSERS, **small) as llm:
-            return [output.outputs[0] async for output in llm.generate("Hello\n<think>\n", asked, "a")]
+            async for output in llm.generate("Hello\n<think>\n", asked, "a"):
+                found.append(output.outputs[0])
+                await asyncio.sleep(seconds)
+        return found
 
     *before, last = asyncio.run(read(RequestOutputKind.DELTA))
     assert all(it.content is None for it in before)

@@ -83,9 +83,6 @@ class GrowingRequest:
         whole = self._whole[said.index]
         if self._plain is not None:
             self._tell_apart(delta, said)
-            whole.reasoning = said.reasoning
-            whole.content = said.content
-            whole.tool_calls = said.tool_calls
         if whole.cumulative_logprob is not None and said.cumulative_logprob is not None:
             said.cumulative_logprob += whole.cumulative_logprob
         _extend(whole, said)
@@ -192,6 +189,9 @@ def _extend(output: CompletionOutput, later: CompletionOutput) -> None:
     output.cumulative_logprob = later.cumulative_logprob
     output.finish_reason = later.finish_reason
     output.stop_reason = later.stop_reason
+    output.reasoning = later.reasoning
+    output.content = later.content
+    output.tool_calls = later.tool_calls
 
 
 def _copy(output: CompletionOutput) -> CompletionOutput:
