@@ -131,10 +131,12 @@ class AsyncLLM:
 
     async def resume_generation(self) -> None:
         """Go on after `pause_generation`."""
+        await self.ready()
         self._model.fleet.resume()
 
     async def is_paused(self) -> bool:
         """Whether answers wait for `resume_generation`."""
+        await self.ready()
         return self._model.fleet.is_paused
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:

@@ -147,7 +147,10 @@ class LLM:
     def wait_for_completion(
         self, output_type: Any = RequestOutput, *, use_tqdm: bool | Progress = True
     ) -> list[RequestOutput]:
-        """The answers to all that was enqueued, in that order, as `generate` gives them."""
+        """The answers to all that was enqueued, in that order, as `generate` gives them.
+
+        Where it raises, what was enqueued is dropped.
+        """
         kinds = (output_type,) if isinstance(output_type, type) else output_type or (RequestOutput,)
         if RequestOutput not in kinds:
             raise ValueError(f"wait_for_completion: output_type {output_type!r}: there is RequestOutput alone")
@@ -264,6 +267,10 @@ class LLM:
         ]
 
     def _keep(self, jobs: list[Job]) -> list[str]:
+        """Raises ValueError where the name of an adapter means another one than in what is kept already."""
+        if any(job.asked.adapter for job in jobs):
+            queued = self._queued + jobs
+            checked_adapters([job.asked.adapter for job in queued], len(queued))
         self._queued += jobs
         return [job.request_id for job in jobs]
 

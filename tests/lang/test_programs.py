@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import signal
 import threading
-import time
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+from interrupting import interrupt
 from octavo_server import Server, num_in_flight, value, wait_until
 from tiny_oracle import Oracle
 
@@ -474,22 +473,13 @@ def long_answer(s: sgl.ProgramState) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.0003, 0.003, 0.03])
 def test_an_interrupt_ends_a_program_and_stops_no_other(server: Server, oracle: Oracle, delay: float) -> None:
     """Whenever it comes: what wakes whoever waits must not wait for a lock that the interrupt has left taken."""
-    main = threading.get_ident()
+
+    def answer_for_ever() -> None:
+        while True:
+            long_answer.run().sync()
+
     for _ in range(10):
-        begins = threading.Event()
-
-        def interrupt(begins: threading.Event = begins) -> None:
-            begins.wait()
-            time.sleep(delay)
-            signal.pthread_kill(main, signal.SIGINT)
-
-        interrupter = threading.Thread(target=interrupt)
-        interrupter.start()
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (it comes from here on)
-            begins.set()
-            while True:
-                long_answer.run().sync()
-        interrupter.join()
+        interrupt(answer_for_ever, delay)
     state = few_shot.run(question="What is a tuple?")
     assert state["answer"] == greedy(oracle, few_shot_text("What is a tuple?"), stop="\n")
     with server.client() as client:
@@ -506,20 +496,7 @@ def test_an_interrupt_ends_a_batch(server: Server, options: dict[str, Any], dela
         s += f"Number {index}" + sgl.gen("it", max_tokens=400, ignore_eos=True)
         s += s["it"]
 
-    main = threading.get_ident()
-    begins = threading.Event()
-
-    def interrupt() -> None:
-        begins.wait()
-        time.sleep(delay)
-        signal.pthread_kill(main, signal.SIGINT)
-
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (it comes from here on)
-        begins.set()
-        waits.run_batch([{"index": index} for index in range(300)], **options)
-    interrupter.join()
+    interrupt(lambda: waits.run_batch([{"index": index} for index in range(300)], **options), delay)
     with server.client() as client:
         wait_until(lambda: num_in_flight(client) == 0)
     wait_until(lambda: not any(thread.name == THREAD for thread in threading.enumerate()))

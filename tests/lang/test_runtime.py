@@ -54,6 +54,10 @@ def test_a_server_of_ones_own(oracle: Oracle) -> None:
         assert asyncio.run(pieces_of(runtime, "The list", asked)) == state["it"]
         with pytest.raises(sgl.BackendError, match="max_new_tokens"):
             asyncio.run(pieces_of(runtime, "a", {"max_new_tokens": -1}))
+        several: list[tuple[Any, dict[str, Any]]] = [(["a", "b"], asked), ([[1], [2]], asked), ("a", asked | {"n": 2})]
+        for prompt, how in several:
+            with pytest.raises(ValueError, match="async_generate: one prompt and one answer at a time"):
+                asyncio.run(pieces_of(runtime, prompt, how))
         assert runtime.get_tokenizer().encode("The list") == oracle.ids("The list")
         with pytest.raises(NotImplementedError, match="embed"):
             runtime.encode("a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,9 +38,11 @@ def test_layers_of_all_engines_are_shown(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_is_soon_loaded_or_no_terminal_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "LOOK_SECONDS", 0.001)
     for shown in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stderr", shown)
         loaded = engines(tmp_path)
         with loading.loading_shown(loaded):  # type: ignore[arg-type]
             loaded[0].progress.load(4, 4)
+            time.sleep(0.05)  # some looks
         assert shown.getvalue() == ""

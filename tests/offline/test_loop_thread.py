@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
+from interrupting import interrupt
 
 from octavo.offline.loop_thread import LoopThread
 
@@ -37,7 +35,6 @@ def test_results_and_errors_come_out(thread: LoopThread) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.0001, 0.0003, 0.001, 0.02])
 def test_an_interrupt_ends_the_work_before_it_comes_out(thread: LoopThread, delay: float) -> None:
     running = 0
-    main = threading.get_ident()
 
     async def work() -> None:
         nonlocal running
@@ -49,17 +46,5 @@ def test_an_interrupt_ends_the_work_before_it_comes_out(thread: LoopThread, dela
             running -= 1
 
     for _ in range(20):
-        is_about_to_call = threading.Event()
-
-        def interrupt(is_about_to_call: threading.Event = is_about_to_call) -> None:
-            is_about_to_call.wait()
-            time.sleep(delay)
-            signal.pthread_kill(main, signal.SIGINT)
-
-        interrupter = threading.Thread(target=interrupt)
-        interrupter.start()
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (it comes from here on)
-            is_about_to_call.set()
-            thread.call(work())
-        interrupter.join()
+        interrupt(lambda: thread.call(work()), delay)
         assert running == 0

@@ -79,6 +79,11 @@ def test_a_name_is_given_to_another_adapter_on_purpose_only(adapted: LLM, adapte
         adapted.generate(PROMPTS[0], lora_request=LoRARequest("mine", 7, first))
     with pytest.raises(ValueError, match="lora_request: 'a' is x and y; each adapter needs a name of its own"):
         adapted.generate(PROMPTS[:2], lora_request=[LoRARequest("a", 1, "x"), LoRARequest("a", 1, "y")])
+    adapted.enqueue(PROMPTS[0], GREEDY, LoRARequest("mine", 7, first, load_inplace=True))
+    with pytest.raises(ValueError, match=r"lora_request: 'mine' is .* and .*; each adapter needs a name of its own"):
+        adapted.enqueue(PROMPTS[0], GREEDY, LoRARequest("mine", 7, second, load_inplace=True))
+    (kept,) = adapted.wait_for_completion(use_tqdm=False)
+    assert kept.outputs[0].token_ids == adapters.greedy(kept.prompt_token_ids, 0)
 
 
 def test_what_can_t_be_is_said(adapted: LLM, llm: LLM, adapters: Adapters, tmp_path: Path) -> None:

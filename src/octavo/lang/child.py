@@ -60,7 +60,14 @@ class Runtime:
     async def async_generate(
         self, prompt: Prompts, sampling_params: Json | None = None, **options: Any
     ) -> AsyncIterator[str]:
-        """The pieces of one answer's text as they come. Who stops reading ends the answer. Raises BackendError."""
+        """The pieces of one answer's text as they come. Who stops reading ends the answer. Raises BackendError.
+
+        Raises ValueError for several prompts or answers, whose pieces nobody could tell apart; `generate` takes them.
+        """
+        if (sampling_params or {}).get("n", 1) != 1 or (
+            isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt[:1])
+        ):
+            raise ValueError("async_generate: one prompt and one answer at a time; generate takes several")
         pieces: deque[str] = deque()
         woken = asyncio.Event()
         wake = waker(woken)

@@ -100,9 +100,8 @@ class SglFunction:
         Raises TypeError for a function that looks into an argument that has no value, or into an answer.
         """
         self._check_names(given)
-        values = {**self._defaults(), **given, **self.bound}
         with tracing() as found:
-            self.func(ProgramState(found), **{name: values.get(name, Argument(name)) for name in self.arg_names})
+            self._say(found, given)
         return found
 
     def compile(self, **given: Any) -> SglFunction:
@@ -117,8 +116,7 @@ class SglFunction:
         No function that can be traced so far is needed: what it says up to there counts.
         """
         with tracing() as found, suppress(TypeError):
-            values = {**self._defaults(), **self.bound}
-            self.func(ProgramState(found), **{name: values.get(name, Argument(name)) for name in self.arg_names})
+            self._say(found, {})
         to = chosen(backend)
         if not isinstance(to, RuntimeEndpoint):
             raise TypeError(f"cache: {type(to).__name__} is no RuntimeEndpoint, which alone has it")
@@ -126,10 +124,12 @@ class SglFunction:
             to.cache_prefix(found.prefix)
         return found.prefix
 
-    def _defaults(self) -> dict[str, Any]:
-        """Of the function's parameters."""
+    def _say(self, found: Trace, given: Mapping[str, Any]) -> None:
+        """Call the function with these arguments, its defaults, and names in place of the others."""
         parameters = self._signature.parameters.values()
-        return {each.name: each.default for each in parameters if each.default is not each.empty}
+        defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+        values = {**defaults, **given, **self.bound}
+        self.func(ProgramState(found), **{name: values.get(name, Argument(name)) for name in self.arg_names})
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         unknown = [name for name in given if name not in self.arg_names]
@@ -272,8 +272,16 @@ class _Place:
 
 
 def start_thread(target: Callable[..., object], *args: Any, name: str | None = None) -> None:
-    """A thread that does not keep the interpreter from ending; the loop's thread starts it, which no Ctrl-C stops."""
-    loop.call(threading.Thread(target=target, args=args, name=name, daemon=True).start)
+    """A thread that does not keep the interpreter from ending; the loop's thread starts it, which no Ctrl-C stops.
+
+    Raises RuntimeError where the system has no room for one.
+    """
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+
+    async def start() -> None:
+        thread.start()
+
+    loop.run(start())
 
 
 def _with_progress(states: Iterator[ProgramState], total: int) -> Iterator[ProgramState]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from octavo.lang.ir import Expression, Text, writes
 
@@ -117,8 +117,8 @@ class Trace:
 
     # what a state asks of an execution
 
-    error: None = None
-    log: None = None
+    error: ClassVar[None] = None
+    log: ClassVar[None] = None
 
     @property
     def said(self) -> Trace:

@@ -1,0 +1,28 @@
+"""Ctrl-C at a moment of a test's own choice."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+
+def interrupt(work: Callable[[], object], delay: float) -> None:
+    """Let SIGINT come to this thread so many seconds after the work has begun; KeyboardInterrupt must come out."""
+    thread = threading.get_ident()
+    begins = threading.Event()
+
+    def send() -> None:
+        begins.wait()
+        time.sleep(delay)
+        signal.pthread_kill(thread, signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (it comes from here on)
+        begins.set()
+        work()
+    sender.join()
