@@ -58,7 +58,8 @@ def load_draft_model(config: EngineConfig, target: Model, limits: SchedulerConfi
         f"draft model {asked.model}: {model.architecture}, {model.weight_bytes / 1e6:,.0f} MB of weights, "
         f"a cache for {tokens:,} tokens"
     )
-    return DraftModel(model, caches, target.vocab_size, limits.max_model_len, config.seed), line
+    records = not config.enforce_eager
+    return DraftModel(model, caches, target.vocab_size, limits.max_model_len, config.seed, records=records), line
 
 
 def check_tokenizers(target: Path, draft: Path) -> None:

@@ -29,7 +29,7 @@ from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.worker.replays import MOST_TOKENS, StepReplays
 from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, draw_rows, select_sampling
 
-CHUNK = 512  # tokens of a text that is read at once
+CHUNK = 512  # tokens that are read at once
 
 
 @dataclass(slots=True)
@@ -50,8 +50,20 @@ class _Read:
 class DraftModel:
     """Drafts of sequences; each call says what follows all that is known of them."""
 
-    def __init__(self, model: Model, caches: list[LayerCache], vocab_size: int, max_model_len: int, seed: int) -> None:
-        """vocab_size: of the model that is served. max_model_len: no drafts reach beyond it. seed: the engine's."""
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        vocab_size: int,
+        max_model_len: int,
+        seed: int,
+        *,
+        records: bool = True,
+    ) -> None:
+        """vocab_size: of the model that is served. max_model_len: no drafts reach beyond it. seed: the engine's.
+
+        records: short steps are recorded, and replayed.
+        """
         self.model = model
         self._caches = caches
         self._block_size = caches[0].block_size
@@ -60,7 +72,7 @@ class DraftModel:
         self._seed = seed
         self._pool = BlockPool(caches[0].key.shape[0])
         self._read: OrderedDict[Sequence, _Read] = OrderedDict()  # who was asked about last is the last one
-        self._replays = StepReplays(model, caches, self._longest) if model.recordable else None
+        self._replays = StepReplays(model, caches, self._longest) if records and model.recordable else None
         self._ops = select_sampling(model.device)
 
     @property
@@ -120,10 +132,11 @@ class DraftModel:
 
     def _catch_up(self, batch: list[Sequence]) -> Tensor:
         """Compute what is missing of each; the logits behind its last token, [S, V]."""
+        few = max(1, CHUNK // len(batch))  # of each, at last, in one step
         for sequence in batch:
             read = self._read[sequence]
-            while len(sequence.token_ids) - read.num_computed > CHUNK:
-                end = read.num_computed + CHUNK
+            while (count := len(sequence.token_ids) - read.num_computed) > few:
+                end = read.num_computed + min(CHUNK, count - 1)
                 self._forward([sequence], [end], [sequence.token_ids[read.num_computed : end]])
                 read.num_computed = end
         missing = [sequence.token_ids[self._read[sequence].num_computed :] for sequence in batch]
@@ -137,7 +150,7 @@ class DraftModel:
             row[: len(blocks)] = blocks
         ends = list(accumulate(len(new) for new in tokens))
         last = np.array(ends) - 1
-        is_short = ends[-1] <= MOST_TOKENS  # then logits of all tokens cost less than a step that isn't recorded
+        is_short = self._replays is not None and ends[-1] <= MOST_TOKENS  # steps of all tokens' logits are recorded
         inputs = StepInputs.prefill(
             lengths,
             self._block_size,
@@ -147,10 +160,9 @@ class DraftModel:
             logits_index=np.arange(ends[-1]) if is_short else last,
         )
         if self._replays is None:
-            logits = self.model.forward(inputs.to(self.model.device), self._caches)
-        else:
-            logits = self.model.logits(self._replays.hidden(inputs))
-        return logits[torch.from_numpy(last)] if is_short and len(last) < len(logits) else logits
+            return self.model.forward(inputs.to(self.model.device), self._caches)
+        hidden = self._replays.hidden(inputs)
+        return self.model.logits(hidden[torch.from_numpy(last)] if is_short and len(last) < len(hidden) else hidden)
 
     def _choose(self, logits: Tensor, batch: list[Sequence], place: int) -> list[int]:
         """The draft of each sequence behind `place` others."""
