@@ -70,7 +70,8 @@ class BlockFile:
             self._data = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             self._lock()
             self._index = os.open(self.path.with_suffix(".index"), os.O_RDWR | os.O_CREAT, 0o600)
-            self._open(_page_of(description))
+            self._page = _page_of(description)
+            self._open()
             self.found = self._load()
         except OSError as error:
             raise BlockFileError(f"{error.filename or self.path}: {error.strerror}") from None
@@ -116,10 +117,11 @@ class BlockFile:
 
     def begin_anew(self, description: Mapping[str, Any] | None = None) -> None:
         """Empty both files; with a description, for blocks of something else. Raises OSError."""
-        page = os.pread(self._index, PAGE, 0) if description is None else _page_of(description)
+        if description is not None:
+            self._page = _page_of(description)
         os.ftruncate(self._index, 0)
         os.ftruncate(self._data, 0)
-        _write_all(self._index, np.frombuffer(page, np.uint8), 0)
+        _write_all(self._index, np.frombuffer(self._page, np.uint8), 0)
 
     def close(self) -> None:
         os.close(self._index)
@@ -142,21 +144,17 @@ class BlockFile:
             else:
                 return
 
-    def _open(self, page: bytes) -> None:
+    def _open(self) -> None:
         """Begin anew unless all that lies there is of the same. What a smaller size leaves no room for is dropped."""
         there = os.pread(self._index, PAGE, 0)
-        if there != page:
+        if there != self._page:
             if there:
-                self.note = f"{self.path}: {_difference(there, page)}, so it is begun anew"
-            os.ftruncate(self._index, 0)
-            os.ftruncate(self._data, 0)
-            _write_all(self._index, np.frombuffer(page, np.uint8), 0)
-        for descriptor, most in ((self._index, PAGE + self.num_slots * ENTRY.itemsize), (self._data, self._most())):
+                self.note = f"{self.path}: {_difference(there, self._page)}, so it is begun anew"
+            self.begin_anew()
+        sizes = ((self._index, PAGE + self.num_slots * ENTRY.itemsize), (self._data, self.num_slots * self.row_bytes))
+        for descriptor, most in sizes:
             if os.fstat(descriptor).st_size > most:
                 os.ftruncate(descriptor, most)
-
-    def _most(self) -> int:
-        return self.num_slots * self.row_bytes
 
     def _load(self) -> list[tuple[bytes, int]]:
         """What the entries say. A name that stands twice, as after a death between two writes, is the later one's."""

@@ -43,12 +43,17 @@ MOST_FINISHED = 256  # fetches that are taken at once
 
 
 class _Read(NamedTuple):
-    """What became of a fetch: of each of its blocks, whether it may be used. damaged: names of some that may not."""
+    """What became of a fetch: of each of its blocks, whether it may be used.
+
+    wrong: (name, slot) of those that don't lie where they should. num_damaged: of them, those that nothing else lies in
+    the place of.
+    """
 
     fetch: Fetch
     generation: int
     are_right: list[bool]
-    damaged: list[bytes]
+    wrong: list[tuple[bytes, int]]
+    num_damaged: int
     seconds: float
 
 
@@ -140,6 +145,8 @@ class Offload:
         try:
             self._writer.submit(self.file.begin_anew, description).result()
             self._is_broken = False
+            self._settle()
+            self._num_staged = 0  # what was left out behind a failure has said nothing
         except OSError as error:
             self._fail(error)
 
@@ -160,7 +167,7 @@ class Offload:
     def close(self) -> None:
         """Write what waits, and let go of the file."""
         self._write_order()
-        self._reader.shutdown()
+        self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown()
         self.file.close()
 
@@ -173,7 +180,8 @@ class Offload:
     def _read(self, fetch: Fetch, generation: int, most_seconds: float | None) -> None:
         """In the reader's thread. What would take longer than computing it is left."""
         are_right: list[bool] = []
-        damaged: list[bytes] = []
+        wrong: list[tuple[bytes, int]] = []
+        num_damaged = 0
         blocks = fetch.blocks
         begin = time.perf_counter()
         count = max(1, READ_BYTES // self.file.row_bytes)
@@ -184,10 +192,13 @@ class Offload:
                 if most_seconds is not None and time.perf_counter() - begin > most_seconds:
                     break
                 names = fetch.names[i : i + count]
-                wanted = zip(fetch.slots[i : i + count], names, rows, strict=False)
+                slots = fetch.slots[i : i + count]
+                wanted = zip(slots, names, rows, strict=False)
                 verdicts = [self.file.read(*it) for it in wanted]
                 right = [place for place, verdict in enumerate(verdicts) if verdict == "right"]
-                damaged += [name for name, verdict in zip(names, verdicts, strict=True) if verdict == "damaged"]
+                found = zip(names, slots, verdicts, strict=True)
+                wrong += [(name, slot) for name, slot, verdict in found if verdict != "right"]
+                num_damaged += verdicts.count("damaged")
                 chosen = rows[: len(names)] if len(right) == len(names) else rows[right]
                 self._rows.copy_in(self._bytes_in(chosen), [blocks[i + place] for place in right])
                 are_right += [verdict == "right" for verdict in verdicts]
@@ -196,7 +207,7 @@ class Offload:
         except Exception:  # whatever it is, a request waits for an answer
             log.exception("%s can't be read", self.file.path)
         are_right += [False] * (len(fetch.slots) - len(are_right))
-        self._finished.put(_Read(fetch, generation, are_right, damaged, time.perf_counter() - begin))
+        self._finished.put(_Read(fetch, generation, are_right, wrong, num_damaged, time.perf_counter() - begin))
         os.write(self._bell, b".")
 
     def _take(self, read: _Read) -> tuple[Fetch, list[bool]]:
@@ -208,11 +219,12 @@ class Offload:
         self._load_seconds += read.seconds
         if num_read:
             self._prefixes.costs.read(num_read, read.seconds)
-        if read.damaged:
-            self._num_damaged += len(read.damaged)
-            log.warning("%s: %d blocks are not what was written: they are left out", self.file.path, len(read.damaged))
-        for name in read.damaged:
-            self._index.discard(name)
+        if read.num_damaged:
+            self._num_damaged += read.num_damaged
+            log.warning("%s: %d blocks are not what was written: they are left out", self.file.path, read.num_damaged)
+        for name, slot in read.wrong:
+            if self._index.slot_of(name) == slot:  # or it has been written elsewhere meanwhile
+                self._index.discard(name)
         return read.fetch, read.are_right
 
     def _store(self, offered: Sequence[tuple[bytes, int]]) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
+from octavo.runtime.worker.cache_memory import tensors_of
 
 Bytes = NDArray[np.uint8]
 PIECE_BYTES = 1 << 17  # of one tensor, gathered at a time: they stay in a core's cache until they are copied on
@@ -23,8 +24,7 @@ class BlockRows:
     """The blocks of these caches, which are on the CPU. block_bytes: of a row."""
 
     def __init__(self, caches: Sequence[LayerCache]) -> None:
-        tensors = {tensor.data_ptr(): tensor for cache in caches for tensor in (cache.key, cache.value)}
-        self._pieces = [_bytes_of(tensor) for tensor in tensors.values()]  # of each tensor [num_blocks, bytes]
+        self._pieces = [_bytes_of(tensor) for tensor in tensors_of(caches)]  # of each tensor [num_blocks, bytes]
         ends = np.cumsum([piece.shape[1] for piece in self._pieces]).tolist()
         self._places = [slice(end - piece.shape[1], end) for piece, end in zip(self._pieces, ends, strict=True)]
         self.block_bytes: int = ends[-1]

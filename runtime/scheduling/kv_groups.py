@@ -125,9 +125,8 @@ class KVGroups:
             if not self._is_remembered(block_name(hashes[i], group))
         ]
 
-    def reserve(self, hashes: Several[bytes], missing: Iterable[tuple[int, int]]) -> BlockTables | None:
+    def reserve(self, hashes: Several[bytes], missing: Several[tuple[int, int]]) -> BlockTables | None:
         """Tables to go on from this prefix with, all held, with empty blocks for what is missing; None: no room."""
-        empty = set(missing)
         begins = self._begins(len(hashes))
         tables = BlockTables([[0] * len(hashes) for _ in self.windows], begins)
         found = {
@@ -136,10 +135,10 @@ class KVGroups:
             for i in range(begin, len(hashes))
             if (block := self.pool.find(block_name(hashes[i], group))) is not None
         }
-        if len(empty) + self.pool.num_unheld(found.values()) > self.pool.num_free:
+        if len(missing) + self.pool.num_unheld(found.values()) > self.pool.num_free:
             return None
         self.pool.hold(found.values())
-        blocks = found | dict(zip(sorted(empty), self.pool.allocate(len(empty)), strict=True))
+        blocks = found | dict(zip(missing, self.pool.allocate(len(missing)), strict=True))
         for (group, i), block in blocks.items():
             tables.tables[group][i] = block
         return tables

@@ -137,7 +137,9 @@ class PrefixCache:
         hashes = self._hashes(sequence, len(sequence.token_ids) - 1)
         if len(hashes) == len(cached):
             return False
-        self.num_file_queries += (len(hashes) - len(cached)) * size
+        begins = sequence.num_cached is None  # it is counted once, as it begins
+        if begins:
+            self.num_file_queries += (len(hashes) - len(cached)) * size
         length = self.groups.longest_prefix(hashes, self._is_anywhere)
         gained = (length - len(cached)) * size
         if gained <= 0:
@@ -150,22 +152,25 @@ class PrefixCache:
             return False
         names = [block_name(hashes[i], group) for group, i in missing]
         self.fetches.append(Fetch(sequence, hashes[:length], tables, missing, names, self.index.pin(names), gained))
-        sequence.num_fetched = gained
+        if begins:
+            sequence.num_fetched = gained
         sequence.is_ready = False
         return True
 
     def end_fetch(self, fetch: Fetch, are_right: Several[bool]) -> None:
         """Blocks have been read: let them be found, but for those that were not what they should be."""
         assert self.index is not None
-        read = [place for place, is_right in zip(fetch.places, are_right, strict=True) if is_right]
-        names = dict(zip(fetch.places, fetch.names, strict=True))
         tables = fetch.tables.tables
-        new = [(group, i) for group, i in read if self.pool.remember(tables[group][i], names[group, i])]
+        new = [
+            (group, i)
+            for (group, i), name, is_right in zip(fetch.places, fetch.names, are_right, strict=True)
+            if is_right and self.pool.remember(tables[group][i], name)
+        ]
         if self._events is not None:
             self._events.stored(fetch.sequence, fetch.hashes, new)
         self.index.unpin(fetch.names)
         self.groups.release(fetch.tables)
-        if len(read) < len(fetch.places):
+        if fetch.sequence.num_cached is None and not all(are_right):
             size = self._config.block_size
             found = len(self.groups.find_prefix(fetch.hashes)) * size
             fetch.sequence.num_fetched = max(0, found - (len(fetch.hashes) * size - fetch.num_tokens))

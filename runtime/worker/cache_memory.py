@@ -1,4 +1,4 @@
-"""The memory of a KV cache on a CPU, given back to the system while the engine sleeps.
+"""The memory of a KV cache, which on a CPU is given back to the system while the engine sleeps.
 
 The pages are given back and not the addresses: recorded steps go on pointing to them (replays.py), and what is read or
 written there next is a new page of zeros, as it was when the cache was made.
@@ -17,12 +17,17 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 
 
+def tensors_of(caches: Iterable[LayerCache]) -> list[Tensor]:
+    """All tensors of these caches once: layers of several groups share them (kv_layout.py)."""
+    return list({it.data_ptr(): it for cache in caches for it in (cache.key, cache.value)}.values())
+
+
 def give_back(caches: Iterable[LayerCache]) -> int:
     """Give back what these caches, on a CPU, hold. Returns the bytes of memory that the process has less then."""
-    tensors: dict[int, Tensor] = {it.data_ptr(): it for cache in caches for it in (cache.key, cache.value)}
     advise = ctypes.CDLL(None, use_errno=True).madvise
     before = resident_bytes()
-    for begin, tensor in tensors.items():
+    for tensor in tensors_of(caches):
+        begin = tensor.data_ptr()
         first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (begin + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end <= first:

@@ -117,7 +117,8 @@ class StepReplays:
             return self._directly(inputs, entering)
         self._replays[size] = replay
         if len(self._replays) > MOST_REPLAYS:
-            self._replays.popitem(last=False)
+            evicted, _ = self._replays.popitem(last=False)
+            del self._num_steps[evicted]  # it may be recorded again
         return replay.result
 
     def _prove(self, size: Size, replay: _Replay, inputs: StepInputs, entering: Tensor) -> Tensor:

@@ -98,6 +98,8 @@ def test_answers_are_the_same_over_restarts_with_a_full_pool_and_a_full_file(see
         assert {name: tokens_of(output) for name, output in outputs.items()} == {
             request.request_id: greedy(request) for request in requests
         }
+        firsts = [output[0] for output in outputs.values()]
+        assert all(0 <= it.num_fetched_tokens <= (it.num_cached_tokens or 0) for it in firsts)
         assert engine.scheduler.stats().prefix_cache_hits >= 0
         assert bytes_in(tmp_path) <= size_of(num_slots)
         engine.close()
@@ -270,6 +272,26 @@ def test_damaged_blocks_are_counted_and_written_anew(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_blocks_that_lie_in_each_other_s_place_are_written_anew(tmp_path: Path) -> None:
+    """As where a process dies between a block and the entry that names it."""
+    request = make_request("r", PROMPT)
+    engine = offloading(tmp_path)
+    run(engine, [request])
+    engine.close()
+    path = tmp_path / "engine-0.kv"
+    data = path.read_bytes()
+    path.write_bytes(data[: 3 * ROW] + data[4 * ROW : 5 * ROW] + data[3 * ROW : 4 * ROW] + data[5 * ROW :])
+    found = []
+    for _ in range(2):
+        engine = offloading(tmp_path)
+        outputs = run(engine, [request])["r"]
+        assert tokens_of(outputs) == greedy(request)
+        assert offload_of(engine).stats().num_damaged == 0
+        found.append(outputs[0].num_cached_tokens)
+        engine.close()
+    assert found == [12, 44]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_process_that_is_killed_leaves_nothing_that_is_wrong(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
@@ -404,8 +426,15 @@ def test_a_disk_that_is_full_ends_the_writing_alone(tmp_path: Path, caplog: pyte
     outputs |= run(engine, requests[2:])
     assert all(tokens_of(outputs[request.request_id]) == greedy(request) for request in requests)
     assert caplog.text.count("no further blocks are") == 1
-    engine.close()
+    settle(engine)
     assert (tmp_path / "engine-0.kv").stat().st_size == 5 * ROW
+    engine.forget_prefixes()
+    assert offload_of(engine)._num_staged == 0, "there is as much room as at first"
+    outputs = run(engine, requests[:1])
+    engine.close()
+    engine = offloading(tmp_path)
+    assert run(engine, requests[:1])["r0"][0].num_cached_tokens == 44, "written again, since all was forgotten"
+    engine.close()
 
 
 def test_reading_is_done_where_it_is_faster_than_computing() -> None:

@@ -142,6 +142,20 @@ def test_what_depends_on_a_value_is_not_replayed(
     assert not replays.proven
 
 
+def test_a_size_that_made_room_for_others_is_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.runtime.worker import replays as module
+
+    monkeypatch.setattr(module, "MOST_REPLAYS", 1)
+    model: Any = Reading(lambda _: 3)
+    replays = StepReplays(model, load_cache(), 64)
+    with torch.inference_mode():
+        for count in (1, 2, 1):
+            for token in range(10):
+                step = StepInputs.decode([20] * count, 4, token_ids=[token] * count)
+                assert replays.hidden(step).tolist() == [3 * token] * count
+            assert [size.seqs for size in replays.proven] == [count]
+
+
 def load_cache() -> list[Any]:
     from octavo.kernels.attention.cache import LayerCache
 
