@@ -206,6 +206,9 @@ RESPONSES = _responses(ErrorResponse)
 
 ANTHROPIC_RESPONSES = _responses(AnthropicErrorResponse)
 OLLAMA_RESPONSES = _responses(OllamaErrorResponse)
+CLOSED: dict[int | str, dict[str, Any]] = {
+    403: {"model": ErrorResponse, "description": "The server doesn't let requests do that"}
+}
 ANY_ERROR: dict[int | str, dict[str, Any]] = {"default": RESPONSES["default"]}
 
 

@@ -12,14 +12,13 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 
 from octavo.server.dialects.fields import Strict
-from octavo.server.errors import RESPONSES, ApiError, ErrorResponse
+from octavo.server.errors import CLOSED, RESPONSES, ApiError, ErrorResponse
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.sleep import ALL_MEMORY, Level, Memory, OpenRequests, Sleep, SleepError
 from octavo.server.operation import no_other_page
 
 T = TypeVar("T")
 
-CLOSED: dict[str, Any] = {"model": ErrorResponse, "description": "The server doesn't let requests do that"}
 OPEN_REQUESTS: dict[str, Any] = {"model": ErrorResponse, "description": "Requests are open"}
 
 
@@ -32,7 +31,7 @@ class MemoryTags(Strict):
 def routes(client: Fleet, found: Sleep | None) -> APIRouter:
     """/sleep, /wake_up, /is_sleeping, /release_memory_occupation, /resume_memory_occupation. found: None: not open."""
 
-    router = APIRouter(dependencies=[Depends(no_other_page)], responses=RESPONSES | {403: CLOSED})
+    router = APIRouter(dependencies=[Depends(no_other_page)], responses=RESPONSES | CLOSED)
 
     @router.post("/sleep")
     async def sleep(level: Annotated[int, Query(ge=1, le=2)] = 1, mode: OpenRequests = "abort") -> dict[str, object]:

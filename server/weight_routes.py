@@ -7,7 +7,7 @@ need the trainer's GPU.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -15,14 +15,13 @@ from pydantic import Field
 
 from octavo.server.dialects.fields import Flag, Strict, Text
 from octavo.server.encoding import encode_json
-from octavo.server.errors import RESPONSES, ApiError, ErrorResponse, bad_request
+from octavo.server.errors import CLOSED, RESPONSES, ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.renewal import UpdateError
 from octavo.server.hints import Hint
 from octavo.server.operation import no_other_page
 from octavo.server.served_model import WeightVersion
 
-CLOSED: dict[str, Any] = {"model": ErrorResponse, "description": "The server doesn't let requests do that"}
 Directory = Annotated[Text, Field(min_length=1, max_length=4096)]
 Version = Annotated[Text, Field(min_length=1, max_length=256)]
 TENSORS = (
@@ -108,7 +107,7 @@ class FinishUpdate(Strict):
 
 def routes(client: Fleet, found: Updates | None) -> APIRouter:
     """SGLang's routes and vLLM's. found: None: they are not open."""
-    router = APIRouter(dependencies=[Depends(no_other_page)], responses=RESPONSES | {403: CLOSED})
+    router = APIRouter(dependencies=[Depends(no_other_page)], responses=RESPONSES | CLOSED)
     _add_sglang_s(router, found)
     _add_vllm_s(router, found)
 

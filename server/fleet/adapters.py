@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from octavo.quant.adapter_files import AdapterError, digest_of
 from octavo.runtime.messages import AdapterLoaded, DropAdapter, LoadAdapter
+from octavo.server.given_directory import within
 from octavo.server.lora_options import LoraModule
 
 if TYPE_CHECKING:
@@ -131,12 +132,9 @@ class AdapterNames:
 
     def _allowed(self, path: str) -> Path:
         try:
-            directory = Path(path).expanduser().resolve()
-        except (OSError, RuntimeError, ValueError) as error:
-            raise AdapterError(f"{path[:200]!r} is no path: {error}") from None
-        if self.root is not None and not directory.is_relative_to(self.root):
-            raise AdapterError(f"{path[:200]!r} is not within --lora-root")
-        return directory
+            return within(path, self.root, "--lora-root")
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
 
     async def _load_everywhere(self, message: LoadAdapter) -> str:
         """What an engine has against it; "" where none has anything."""

@@ -311,11 +311,14 @@ class Fleet:
 
     def put_aside(self, member: Member) -> None:
         """Take an engine's open answers away from it: they go on where `place` finds an engine."""
-        mine = [it for it in self._open.values() if it.placed is not None and it.placed.engine == member.index]
+        mine = self._answers_of(member)
         if mine:
             member.client.send(AbortRequest([answer.request_id for answer in mine]))
         for answer in mine:
             self._take_away(answer)
+
+    def _answers_of(self, member: Member) -> list[OpenAnswer]:
+        return [it for it in self._open.values() if it.placed is not None and it.placed.engine == member.index]
 
     def _forget(self, answer: OpenAnswer) -> None:
         """An answer has ended, or goes to another engine."""
@@ -424,11 +427,7 @@ class Fleet:
 
     def _take_over(self, member: Member, num_queued: int, message: str) -> None:
         """Let other engines have the answers that a dead one had, or those that are there at first."""
-        lost = [
-            answer
-            for answer in self._open.values()
-            if answer.placed is not None and answer.placed.engine == member.index
-        ]
+        lost = self._answers_of(member)
         suspected = in_batch(lost, num_queued)
         limit = self._limits.migrations
         for answer in lost:

@@ -51,8 +51,7 @@ class Renewal:
         """
         begin = time.monotonic()
         async with self._changing:
-            if self._sleep.level == 2 and "weights" in self._sleep.given_back:
-                self._sleep.load_instead(start, undone)
+            if await self._sleep.load_instead(start, undone):
                 return 0
             self._check_up()
             count = await (self._renew_beside if self._beside else self._renew_in_turn)(start, aborts=aborts)

@@ -44,8 +44,8 @@ class Sleep:
     async def sleep(self, level: Level, open_requests: OpenRequests = "abort", *, refuses: bool = True) -> int:
         """Put all engines to sleep; returns the bytes of memory that are free for it. Raises SleepError.
 
-        Open requests end now (abort), are waited for (wait), or go on where they were after the wake-up (keep); new
-        ones are refused, or wait too. Engines that sleep already only fall deeper.
+        Open requests end now (abort), are waited for (wait), or go on where they were after the wake-up (keep), as do
+        those of a wait that stand still; new ones are refused, or wait too. Engines that sleep already fall deeper.
         """
         async with self._changing:
             if level < self.level or (level == self.level and self.given_back == ALL_MEMORY):
@@ -56,6 +56,7 @@ class Sleep:
             fleet.asleep = self._refusal if refuses else None
             try:
                 await self._end_open(open_requests)
+                self._check(level)  # one may have died meanwhile
                 freed = await self._rest(level)
             except SleepError:
                 fleet.asleep = self._refusal if before else None
@@ -102,14 +103,18 @@ class Sleep:
                 fleet.place()
         return time.monotonic() - begin
 
-    def load_instead(self, start: Callable[[int], Engine], undone: Callable[[], None]) -> None:
+    async def load_instead(self, start: Callable[[int], Engine], undone: Callable[[], None]) -> bool:
         """Let the wake-up start engines this way; if they can't be started, the one behind it does as before.
 
-        undone: is called then.
+        undone: is called then. False where no weights are asleep, and nothing is changed.
         """
-        if self._before is None:
-            self._before = self._fleet.start, undone
-        self._fleet.start = start
+        async with self._changing:  # a wake-up that is under way loads those of before
+            if self.level != 2 or "weights" not in self.given_back:
+                return False
+            if self._before is None:
+                self._before = self._fleet.start, undone
+            self._fleet.start = start
+            return True
 
     def _check(self, level: Level) -> None:
         """Raise SleepError for what these engines can't do."""
@@ -129,7 +134,7 @@ class Sleep:
         fleet = self._fleet
         if open_requests == "abort":
             fleet.abort()
-        while open_requests == "wait" and fleet.num_open:
+        while open_requests == "wait" and fleet.num_open and not fleet.stands_still:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _rest(self, level: Level) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -99,13 +100,17 @@ def _routes_of_models(models: Models, bodies: Bodies) -> APIRouter:
             name, rest = _split(models, path)
             return _HandedOver(models, name, {"path": rest, "raw_path": rest.encode()}, http.receive)
         content = bytearray()
+        let_go = partial(bodies.let_go, content)
         try:
             if not await bodies.receive(http, content):
+                let_go()
                 return Response(status_code=HUNG_UP)
             body = bytes(content)
-        finally:
-            bodies.let_go(content)
-        return _HandedOver(models, _named_in(models, body, path), {}, _again(body, http.receive))
+            name = _named_in(models, body, path)
+        except BaseException:
+            let_go()
+            raise
+        return _HandedOver(models, name, {}, _again(body, http.receive), let_go)
 
     return router
 
@@ -140,10 +145,12 @@ def _named_in(models: Models, content: bytes, path: str) -> str:
 
 def _checked(models: Models, name: str) -> str:
     """The model of this name, or of this alias. Raises ApiError."""
+    if name in models.slots:
+        return name
     for slot in models.slots.values():
-        adapters = {module.name for module in slot.options.lora.lora_modules}
-        if name == slot.name or name in slot.options.model.model_aliases or name in adapters:
+        if name in slot.own_names:
             return slot.name
+    for slot in models.slots.values():
         if slot.loaded is not None and slot.loaded.model.adapter(name) is not None:
             return slot.name
     raise ApiError(
@@ -155,20 +162,32 @@ def _checked(models: Models, name: str) -> str:
 
 
 class _HandedOver(Response):
-    """The answer of a model's own routes."""
+    """The answer of a model's own routes. let_go: is called when these have the request, or it has ended before."""
 
-    def __init__(self, models: Models, name: str, changed: Mapping[str, Any], receive: Receive) -> None:
+    def __init__(
+        self,
+        models: Models,
+        name: str,
+        changed: Mapping[str, Any],
+        receive: Receive,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self._models = models
         self._name = name
         self._changed = changed
         self._receive = receive
+        self._let_go = let_go
 
     async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer, once the model is loaded."""
-        async with self._models.used(self._name) as app:
-            own = {key: scope[key] for key in OF_SERVER if key in scope}
-            await app({**own, **self._changed}, self._receive, send)
+        try:
+            async with self._models.used(self._name) as app:
+                self._let_go()
+                own = {key: scope[key] for key in OF_SERVER if key in scope}
+                await app({**own, **self._changed}, self._receive, send)
+        finally:
+            self._let_go()
 
 
 def _again(content: bytes, receive: Receive) -> Receive:

@@ -41,7 +41,7 @@ class Models:
     @property
     def num_open(self) -> int:
         """Requests that are under way in any model, or wait for one."""
-        return sum(slot.num_users for slot in self.slots.values())
+        return sum(slot.num_users + slot.num_waiting for slot in self.slots.values())
 
     @asynccontextmanager
     async def used(self, name: str) -> AsyncIterator[ASGIApp]:
@@ -67,6 +67,8 @@ class Models:
         for slot in self.slots.values():
             if slot.loaded is not None:
                 slot.loaded.fleet.fail_all(message)
+            for admitted in slot.take_waiting():
+                admitted.set_exception(ApiError(503, message))
 
     def stop(self, message: str) -> None:
         """Render no more templates."""

@@ -22,7 +22,7 @@ from octavo.server.lifecycle import EngineStartError
 from octavo.server.metrics import Metrics
 from octavo.server.served_model import ServedModel
 from octavo.server.start.engines import directory_of, fleet_limits, launcher_of, set_adapters
-from octavo.server.start.flags import ServeError, ServeOptions, model_of
+from octavo.server.start.flags import ServeError, ServeOptions, model_of, other_names
 from octavo.server.start.served import made_metrics, served_model
 from octavo.server.start.text_side import TextSide, preparation, text_side
 from octavo.text.chat_template import ChatTemplateError
@@ -60,6 +60,7 @@ class Slot:
     def __init__(self, name: str, options: ServeOptions, access: Access, kept: Kept) -> None:
         self.name = name
         self.options = options
+        self.own_names = other_names(options)
         self.loaded: Loaded | None = None
         self.metrics: Metrics | None = None
         self.num_users = 0
@@ -84,6 +85,11 @@ class Slot:
     def is_busy(self) -> bool:
         """Whether it has something to do."""
         return self.num_users > 0 or (self.loaded is not None and self.loaded.fleet.num_open > 0)
+
+    @property
+    def num_waiting(self) -> int:
+        """Those that wait for it, but for clients that have left."""
+        return sum(not one.done() for one in self.waiting)
 
     @property
     def seconds_to_wait(self) -> float:

@@ -53,16 +53,19 @@ def own_arguments(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
     return given, notes
 
 
-def of_models(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, list[str]] | None:
+def of_models(
+    arguments: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[dict[str, list[str]] | None, list[str]]:
     """Where the file of --config names several models, the command line of each, by its name; None where it doesn't.
 
-    What stands beside `models` in the file is said to all of them, and the command line wins. Raises ArgumentsError.
+    What stands beside `models` in the file is said to all of them, and the command line wins. Also a line for each of a
+    model's own flags that changes nothing. Raises ArgumentsError.
     """
     own = {name: action.dest for action in parser._actions for name in action.option_strings}
     file, words = _config_of([_with_dashes(word) for word in arguments])
     entries = dict(_entries(file)) if file is not None else {}
     if file is None or MODELS not in entries:
-        return None
+        return None, []
     listed = entries.pop(MODELS)
     if not isinstance(listed, dict) or not listed:
         raise ArgumentsError(f"{file}: models: names with their options are wanted, such as 'small: {{model: DIR}}'")
@@ -74,14 +77,16 @@ def of_models(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict
         if {"model", "model_flag"} & fields:
             raise ArgumentsError(f"{file} names the models that are served: leave the one on the command line out")
         found = {}
+        notes: list[str] = []
         for name, content in listed.items():
             options = _options_of_model(content, f"{file}: models: {name}", own)
-            alone, _ = without_peer_flags(_words_of_entries(file, options.items(), own, fields), own)
+            alone, of_alone = without_peer_flags(_words_of_entries(file, options.items(), own, fields), own)
+            notes += [f"models: {name}: {note}" for note in of_alone]
             common = _words_of_entries(file, entries.items(), own, fields | _fields_given(alone, parser))
             found[str(name)] = [*given, *alone, *without_peer_flags(common, own)[0], "--served-model-name", str(name)]
     except PeerFlagError as error:
         raise ArgumentsError(str(error)) from None
-    return found
+    return found, notes
 
 
 def _options_of_model(content: Any, place: str, own: Mapping[str, str]) -> dict[str, Any]:

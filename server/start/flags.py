@@ -244,6 +244,11 @@ def engine_config(options: ServeOptions, directory: Path) -> EngineConfig:
     return msgspec.structs.replace(options.engine, model=str(directory), dtype=dtype)
 
 
+def other_names(options: ServeOptions) -> set[str]:
+    """What requests may call a model besides its name, loaded or not: aliases, and adapters of the start."""
+    return {*options.model.model_aliases, *(module.name for module in options.lora.lora_modules)}
+
+
 def check_upkeep(options: ServeOptions) -> None:
     """Raise ServeError where what requests may do to the engines can't be done to these."""
     parallel = options.engine.parallel

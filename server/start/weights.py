@@ -14,6 +14,7 @@ from octavo.quant.printable import shown
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.renewal import Renewal, UpdateError
 from octavo.server.fleet.sleep import Sleep
+from octavo.server.given_directory import within
 from octavo.server.served_model import ServedModel, WeightVersion
 from octavo.server.start.engines import launcher_of
 from octavo.server.start.flags import ServeError, ServeOptions
@@ -64,11 +65,9 @@ class Weights:
 
     def _allowed(self, path: str) -> Path:
         try:
-            directory = Path(path).expanduser().resolve()
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UpdateError(f"{path[:200]!r} is no path: {error}") from None
-        if self._root is not None and not directory.is_relative_to(self._root):
-            raise UpdateError(f"{path[:200]!r} is not within --weights-root")
+            directory = within(path, self._root, "--weights-root")
+        except ValueError as error:
+            raise UpdateError(str(error)) from None
         if not (directory / "config.json").is_file():
             raise UpdateError(f"{path[:200]!r} is no directory of a checkpoint: it has no config.json")
         return directory

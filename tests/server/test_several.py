@@ -102,12 +102,12 @@ def test_the_model_of_a_request_answers(server: Server, client: httpx.Client, or
         "small": "loaded", "other": "loaded", "broken": "", "nowhere": ""
     }  # fmt: skip
     assert len(server.engine_pids) == 2
-    sdk = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    said = sdk.chat.completions.create(
-        model="small", messages=[{"role": "user", "content": "Hi"}], max_tokens=4, stream=True
-    )
-    assert next(chunk.model for chunk in said) == "small"
-    assert {model.id for model in sdk.models.list()} == {"small", "other", "broken", "nowhere"}
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as sdk:
+        with sdk.chat.completions.create(
+            model="small", messages=[{"role": "user", "content": "Hi"}], max_tokens=4, stream=True
+        ) as said:
+            assert next(iter(said)).model == "small"
+        assert {model.id for model in sdk.models.list()} == {"small", "other", "broken", "nowhere"}
     streamed = client.post(
         "/v1/completions", json={"model": "small", "prompt": PROMPT, "max_tokens": 3, "stream": True, "temperature": 0}
     )
@@ -294,6 +294,7 @@ def test_a_file_that_is_wrong(
         (("--enable-sleep-mode",), "--enable-sleep-mode with several models is not supported"),
         (("--batch-dir", "x"), "--batch-dir x with several models is not supported"),
         (("--nnodes", "2", "--master-addr", "10.0.0.1"), "an engine on other machines with several models"),
+        (("--weights-root", "x"), "--weights-root x with several models is not supported"),
     ],
 )
 def test_what_several_models_can_t_have(flags: Sequence[str], words: str, tmp_path: Path) -> None:
@@ -302,6 +303,27 @@ def test_what_several_models_can_t_have(flags: Sequence[str], words: str, tmp_pa
     done = forked_commands().run("serve", "--config", file, "--port", "0", *flags, seconds=300)
     assert done.code == 1, done.stderr
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (
+            {"a": {"model": str(TINY), "model-aliases": {"b": "a"}}, "b": str(TINY)},
+            "a: the name 'b' is a model's already",
+        ),
+        (
+            {name: {"model": str(TINY), "model-aliases": {"gpt-4o": name}} for name in "ab"},
+            "b: the name 'gpt-4o' is that of a already",
+        ),
+    ],
+)
+def test_a_name_means_one_model(models: dict[str, Any], words: str, tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(yaml.safe_dump({"models": models}))
+    done = forked_commands().run("serve", "--config", file, "--port", "0", seconds=300)
+    assert done.code == 1, done.stderr
+    assert f"models: {words}; a name means one model" in done.stderr
 
 
 def test_limits_of_models_want_models() -> None:

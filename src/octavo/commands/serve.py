@@ -60,13 +60,13 @@ def own_words(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list
     """The command line as the parser takes it: with what --config says, and without flags that change nothing."""
     try:
         words, notes = own_arguments(arguments, parser)
-        several = of_models(arguments, parser)
+        several, more = of_models(arguments, parser)
     except ArgumentsError as error:
         parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
     models = None
     if several is not None:
         models = {name: parser.parse_intermixed_args(own) for name, own in several.items()}
-    parser.set_defaults(notes=notes, models=models)
+    parser.set_defaults(notes=notes + more, models=models)
     return words
 
 
@@ -105,15 +105,10 @@ def _serve(options: ServeOptions, begun: float) -> bool:
     _check_processes(options)
     check_upkeep(options)
     access = access_of(options)
-    listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
-    try:
+    with _bound(options.listen) as listener:
         directory = directory_of(model, options.model)
         serve = _serve_alone if options.listen.api_server_count == 1 else _serve_with_processes
         return serve(options, directory, access, listener, begun)
-    finally:
-        listener.socket.close()
-        if options.listen.uds:
-            Path(options.listen.uds).unlink(missing_ok=True)
 
 
 def _serve_models(options: ServeOptions, models: Mapping[str, ServeOptions]) -> bool:
@@ -123,13 +118,8 @@ def _serve_models(options: ServeOptions, models: Mapping[str, ServeOptions]) -> 
     check_several(options, models)
     _check_tls(options.listen)
     access = access_of(options)
-    listener = _bind(options.listen)
-    try:
+    with _bound(options.listen) as listener:
         return serve_several(options, models, access, listener)
-    finally:
-        listener.socket.close()
-        if options.listen.uds:
-            Path(options.listen.uds).unlink(missing_ok=True)
 
 
 def _check_processes(options: ServeOptions) -> None:
@@ -305,8 +295,21 @@ def allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+@contextmanager
+def _bound(options: ListenOptions) -> Iterator[Listener]:
+    """The socket to listen on, until the block ends: reserved before a model is loaded, so that a port that is taken is
+    told at once.
+    """
+    listener = _bind(options)
+    try:
+        yield listener
+    finally:
+        listener.socket.close()
+        if options.uds:
+            Path(options.uds).unlink(missing_ok=True)
+
+
 def _bind(options: ListenOptions) -> Listener:
-    """Reserve the socket to listen on."""
     from octavo.server.listen_sockets import BindError, Listener, reserve_path, reserve_port
 
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from octavo.server.access import Access
-from octavo.server.start.flags import ServeError, ServeOptions
+from octavo.server.start.flags import ServeError, ServeOptions, other_names
 from octavo.server.store import MEMORY, OFF, StoreError
 
 if TYPE_CHECKING:
@@ -25,10 +25,16 @@ def check_several(common: ServeOptions, of_models: Mapping[str, ServeOptions]) -
         f"--response-store {server.response_store}": server.response_store not in (MEMORY, OFF),
         "--enable-sleep-mode": upkeep.enable_sleep_mode,
         "--enable-weight-updates": upkeep.enable_weight_updates,
+        f"--weights-root {upkeep.weights_root}": upkeep.weights_root is not None,
     }
     for what in [what for what, is_so in wrong.items() if is_so]:
         raise ServeError(f"{what} {NOT_FOR_SEVERAL}: one server for each such model works")
+    whose = dict.fromkeys(of_models, "a model's")
     for name, options in of_models.items():
+        for own in sorted(other_names(options) - {name}):
+            if own in whose:
+                raise ServeError(f"models: {name}: the name {own!r} is {whose[own]} already; a name means one model")
+            whose[own] = f"that of {name}"
         parallel = options.engine.parallel
         is_elsewhere = parallel.is_on_ray or parallel.nnodes > 1 or parallel.headless
         if is_elsewhere or len(parallel.local_engines) < parallel.data_parallel_size:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import fake_engine
@@ -24,32 +24,36 @@ from fake_engine import (
     expected,
     token_at,
 )
+from fleets import (
+    PATIENCE,
+    QUICK,
+    VOCABULARY,
+    answer,
+    fleet_of,
+    num_tokens,
+    outputs_of,
+    pids,
+    request,
+    run,
+    tokens_of,
+    until,
+)
 
-from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput, Vocabulary
+from octavo.runtime.messages import SamplingParams
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.collector import FleetCollector
 from octavo.server.fleet.draining import drain
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.limits import FleetLimits
-from octavo.server.fleet.stream import Stream
 
 pytestmark = pytest.mark.long
-
-QUICK = FleetLimits(silence=60.0, first_restart=0.05)
-PATIENCE = 120.0  # seconds; not a measurement, only so that a hang is a failure
-VOCABULARY = Vocabulary([b"a"], [], [0], "{}")
 
 
 @asynccontextmanager
 async def opened(num_engines: int, limits: FleetLimits = QUICK) -> AsyncIterator[Fleet]:
     launcher = fake_engine.launcher(num_engines)
-    fleet = Fleet(launcher.start_all(), launcher.start, limits)
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await fleet.ready()
-            yield fleet
-    finally:
-        await fleet.close()
+    async with fleet_of(launcher.start_all(), launcher.start, limits) as fleet:
+        yield fleet
 
 
 @pytest.fixture(autouse=True)
@@ -58,43 +62,12 @@ def _slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fake_engine.STEP, "0.005")
 
 
-def request(name: str, prompt: list[int] | None = None, **params: object) -> AddRequest:
-    settings = {"max_tokens": 40, "temperature": 0.0} | params
-    return AddRequest(name, prompt or [len(name), 7], SamplingParams(**settings), 0.0)  # type: ignore[arg-type]
-
-
-async def outputs_of(stream: Stream, num_answers: int = 1) -> list[TokenOutput]:
-    """All of them, to the end of each answer."""
-    found: list[TokenOutput] = []
-    while sum(output.finish_reason is not None for output in found) < num_answers:
-        found += await stream.next()
-    return found
-
-
-async def answer(fleet: Fleet, asked: AddRequest) -> list[int]:
-    async with fleet.open([asked]) as stream:
-        return tokens_of(await outputs_of(stream))
-
-
-def tokens_of(outputs: list[TokenOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
 def pid_of(fleet: Fleet, index: int) -> int:
-    return fleet.members[index].client._engine.process.pid
+    return pids(fleet)[index]
 
 
 def kill(fleet: Fleet, index: int) -> None:
     os.kill(pid_of(fleet, index), signal.SIGKILL)
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
-        await asyncio.sleep(0.005)
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(test())  # type: ignore[arg-type]
 
 
 def test_no_stream_is_cut_when_engines_die_one_after_the_other() -> None:
@@ -105,7 +78,7 @@ def test_no_stream_is_cut_when_engines_die_one_after_the_other() -> None:
         async with opened(8, limits) as fleet:
             asked = [request(f"r{n}", [n, n + 1, n + 2], max_tokens=60 + n) for n in range(80)]
             tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
-            await until(lambda: sum(len(open_answer.tokens) for open_answer in fleet._open.values()) > 80 * 20)
+            await until(lambda: num_tokens(fleet) > 80 * 20)
             assert min(member.num_answers for member in fleet.members) > 0, "all have some"
             for index in (1, 4, 5):
                 kill(fleet, index)
@@ -147,7 +120,7 @@ def test_another_engine_does_not_wait_for_the_restart() -> None:
         async with opened(2, FleetLimits(silence=60.0, first_restart=10 * PATIENCE)) as fleet:
             asked = [request(f"r{n}", [n, 5], max_tokens=100) for n in range(10)]
             tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
-            await until(lambda: sum(len(one.tokens) for one in fleet._open.values()) > 100)
+            await until(lambda: num_tokens(fleet) > 100)
             kill(fleet, 0)
             assert await asyncio.gather(*tasks) == [expected(one) for one in asked]
             assert fleet.members[0].num_migrated > 0
@@ -219,7 +192,7 @@ def test_a_frozen_engine_is_replaced() -> None:
         async with opened(2, FleetLimits(silence=0.5, first_restart=0.05)) as fleet:
             asked = [request(f"r{n}", [n, 5], max_tokens=100) for n in range(6)]
             tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
-            await until(lambda: sum(len(one.tokens) for one in fleet._open.values()) > 60)
+            await until(lambda: num_tokens(fleet) > 60)
             frozen = pid_of(fleet, 1)
             os.kill(frozen, signal.SIGSTOP)
             assert await asyncio.gather(*tasks) == [expected(one) for one in asked]
@@ -361,7 +334,7 @@ def test_an_engine_is_drained_and_replaced() -> None:
         async with opened(2) as fleet:
             asked = [request(f"r{n}", [n, 5], max_tokens=100) for n in range(6)]
             tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
-            await until(lambda: sum(len(one.tokens) for one in fleet._open.values()) > 60)
+            await until(lambda: num_tokens(fleet) > 60)
             before = pid_of(fleet, 0)
             draining = asyncio.create_task(drain(fleet, 0))
             await asyncio.sleep(0)

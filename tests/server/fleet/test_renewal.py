@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import fake_engine
 import pytest
 from fake_engine import expected
+from fleets import answer, fleet_of, num_tokens, pids, request, run, until
 
 from octavo.runtime.launch import EngineProcess
-from octavo.runtime.messages import AddRequest, SamplingParams
+from octavo.runtime.messages import AddRequest
 from octavo.server.fleet.fleet import Fleet
-from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.renewal import Renewal, UpdateError
 from octavo.server.fleet.sleep import Level, Sleep, SleepError
 
-PATIENCE = 120.0  # seconds; not a measurement, only so that a hang is a failure
 NUM_ENGINES = 2
 
 
@@ -55,14 +54,9 @@ class Starts:
 
 @asynccontextmanager
 async def opened(starts: Starts, *, beside: bool) -> AsyncIterator[tuple[Fleet, Sleep, Renewal]]:
-    fleet = Fleet(starts.all(), starts.start, FleetLimits(silence=60.0, first_restart=0.05))
-    sleep = Sleep(fleet)
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await fleet.ready()
-            yield fleet, sleep, Renewal(fleet, sleep, beside=beside)
-    finally:
-        await fleet.close()
+    async with fleet_of(starts.all(), starts.start) as fleet:
+        sleep = Sleep(fleet)
+        yield fleet, sleep, Renewal(fleet, sleep, beside=beside)
     assert starts.num_alive == 0
 
 
@@ -70,38 +64,6 @@ async def opened(starts: Starts, *, beside: bool) -> AsyncIterator[tuple[Fleet, 
 def _slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that engines are replaced in the middle of what they do."""
     monkeypatch.setenv(fake_engine.STEP, "0.005")
-
-
-def request(name: str, prompt: list[int] | None = None, **params: object) -> AddRequest:
-    settings = {"max_tokens": 40, "temperature": 0.0} | params
-    return AddRequest(name, prompt or [len(name), 7], SamplingParams(**settings), 0.0)  # type: ignore[arg-type]
-
-
-async def answer(fleet: Fleet, asked: AddRequest) -> list[int]:
-    tokens: list[int] = []
-    async with fleet.open([asked]) as stream:
-        while True:
-            for output in await stream.next():
-                tokens += output.token_ids
-                if output.finish_reason is not None:
-                    return tokens
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
-        await asyncio.sleep(0.005)
-
-
-def num_tokens(fleet: Fleet) -> int:
-    return sum(len(one.tokens) for one in fleet._open.values())
-
-
-def pids(fleet: Fleet) -> list[int]:
-    return [member.client._engine.process.pid for member in fleet.members]
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(test())  # type: ignore[arg-type]
 
 
 async def begun(fleet: Fleet, count: int, max_tokens: int) -> list[tuple[AddRequest, asyncio.Task[list[int]]]]:
@@ -197,6 +159,29 @@ def test_engines_that_sleep_deep_wake_up_with_new_weights() -> None:
             await renewal.renew(starts.start)
             await sleep.wake()
             assert await answer(fleet, request("new")) == expected(request("new"))
+
+    run(test)
+
+
+def test_weights_that_come_while_engines_wake_up_take_the_place_of_those() -> None:
+    async def test() -> None:
+        starts = Starts()
+        async with opened(starts, beside=True) as (fleet, sleep, renewal):
+            await sleep.sleep(2)
+            waking = asyncio.create_task(sleep.wake())
+            await until(lambda: len(starts.processes) > NUM_ENGINES)
+            started: list[int] = []
+
+            def start(index: int) -> EngineProcess:
+                started.append(index)
+                return starts.start(index)
+
+            assert await renewal.renew(start) == 0
+            await waking
+            assert started == [0, 1]
+            assert fleet.start is start
+            assert await answer(fleet, request("new")) == expected(request("new"))
+            await until(lambda: starts.num_alive == NUM_ENGINES)
 
     run(test)
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import fake_engine
 import pytest
 from fake_engine import GIVEN_BACK, WANTS_VOCABULARY, expected
+from fleets import PATIENCE, VOCABULARY, answer, fleet_of, num_tokens, pids, request, run, until
 
 from octavo.runtime.launch import EngineProcess
-from octavo.runtime.messages import AddRequest, SamplingParams, Vocabulary
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.fleet import Fleet
-from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.sleep import Level, Sleep, SleepError
 
-PATIENCE = 120.0  # seconds; not a measurement, only so that a hang is a failure
-VOCABULARY = Vocabulary([b"a"], [], [0], "{}")
 NUM_ENGINES = 2
 LEVELS: tuple[Level, ...] = (1, 2)
 
@@ -45,51 +42,14 @@ class Starts:
 @asynccontextmanager
 async def opened(starts: Starts | None = None) -> AsyncIterator[tuple[Fleet, Sleep]]:
     starts = starts or Starts()
-    fleet = Fleet(starts.all(), starts.start, FleetLimits(silence=60.0, first_restart=0.05))
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await fleet.ready()
-            yield fleet, Sleep(fleet)
-    finally:
-        await fleet.close()
+    async with fleet_of(starts.all(), starts.start) as fleet:
+        yield fleet, Sleep(fleet)
 
 
 @pytest.fixture(autouse=True)
 def _slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that engines fall asleep in the middle of what they do."""
     monkeypatch.setenv(fake_engine.STEP, "0.005")
-
-
-def request(name: str, prompt: list[int] | None = None, **params: object) -> AddRequest:
-    settings = {"max_tokens": 40, "temperature": 0.0} | params
-    return AddRequest(name, prompt or [len(name), 7], SamplingParams(**settings), 0.0)  # type: ignore[arg-type]
-
-
-async def answer(fleet: Fleet, asked: AddRequest) -> list[int]:
-    tokens: list[int] = []
-    async with fleet.open([asked]) as stream:
-        while True:
-            for output in await stream.next():
-                tokens += output.token_ids
-                if output.finish_reason is not None:
-                    return tokens
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
-        await asyncio.sleep(0.005)
-
-
-def num_tokens(fleet: Fleet) -> int:
-    return sum(len(one.tokens) for one in fleet._open.values())
-
-
-def pids(fleet: Fleet) -> list[int]:
-    return [member.client._engine.process.pid for member in fleet.members]
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(test())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -238,5 +198,45 @@ def test_an_engine_that_is_not_up_lets_none_sleep() -> None:
             assert fleet.refusal is None
             await until(lambda: fleet.members[0].is_up)
             await sleep.sleep(1)
+
+    run(test)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_death_while_open_requests_are_waited_for(level: Level) -> None:
+    """Nobody sleeps then, since an engine that is being started again can't."""
+
+    async def test() -> None:
+        starts = Starts()
+        async with opened(starts) as (fleet, sleep):
+            asked = [request(f"r{n}", [n], max_tokens=300) for n in range(4)]
+            tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
+            await until(lambda: num_tokens(fleet) > 20)
+            starts.is_broken = True  # for as long as the others are waited for
+            sleeping = asyncio.create_task(sleep.sleep(level, "wait"))
+            await asyncio.sleep(0)
+            os.kill(pids(fleet)[1], signal.SIGKILL)
+            with pytest.raises(SleepError, match="not now: "):
+                await sleeping
+            assert await asyncio.gather(*tasks) == [expected(one) for one in asked]
+            assert sleep.level == 0
+            assert fleet.members[0].is_up
+            assert await answer(fleet, request("new")) == expected(request("new"))
+
+    run(test)
+
+
+def test_requests_that_stand_still_are_not_waited_for() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            asked = request("r", max_tokens=200)
+            task = asyncio.create_task(answer(fleet, asked))
+            await until(lambda: num_tokens(fleet) > 5)
+            await fleet.pause("keep")
+            await sleep.sleep(1, "wait")
+            assert fleet.num_open == 1
+            await sleep.wake()
+            fleet.resume()
+            assert await task == expected(asked)
 
     run(test)
