@@ -11,6 +11,8 @@ Reference: `attention.reference`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 import torch
@@ -30,12 +32,6 @@ MIN_READS = 8192
 _AHEAD = 8192  # bytes between the keys or values that are computed on and those that are fetched
 _LOG2E = 1.4426950408889634
 
-_S1B, _S2B, _S3B, _S4B = (make_scores(rows, BF16) for rows in (1, 2, 3, 4))
-_S1F, _S2F, _S3F, _S4F = (make_scores(rows, FP8) for rows in (1, 2, 3, 4))
-_S1I, _S2I, _S3I, _S4I = (make_scores(rows, INT8) for rows in (1, 2, 3, 4))
-_M1B, _M2B, _M3B, _M4B = (make_mix(rows, BF16) for rows in (1, 2, 3, 4))
-_M1F, _M2F, _M3F, _M4F = (make_mix(rows, FP8) for rows in (1, 2, 3, 4))
-_M1I, _M2I, _M3I, _M4I = (make_mix(rows, INT8) for rows in (1, 2, 3, 4))
 _SOFTMAX1, _SOFTMAX2, _SOFTMAX4 = (make_softmax(width) for width in (1, 2, 4))
 
 # Called by kernels only: without the wrappers for callers in Python and C, which take longer to compile than the body.
@@ -45,68 +41,66 @@ _inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapp
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _PARTS) = range(1, 11)
 (_TABLE_WIDTH, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW) = range(11, 20)
 (_MOST, _PLACES, _THREADS, _SCALE, _SOFT_CAP) = range(20, 25)
-# Where a place is found: the sequence, and the number of its first item.
-(_SEQ, _FIRST) = range(2)
+
+
+def _scores_of(kind: int) -> Any:
+    """The scores of up to 4 rows over keys of this kind."""
+    one, two, three, four = (make_scores(rows, kind) for rows in (1, 2, 3, 4))
+
+    @_inner
+    def score(rows, q, dim, runs, ahead, block, keys, scores, factor):  # type: ignore[no-untyped-def]
+        if rows == 4:
+            four(q, dim, runs, ahead, block, keys, scores, factor)
+        elif rows == 3:
+            three(q, dim, runs, ahead, block, keys, scores, factor)
+        elif rows == 2:
+            two(q, dim, runs, ahead, block, keys, scores, factor)
+        else:
+            one(q, dim, runs, ahead, block, keys, scores, factor)
+
+    return score
+
+
+def _mix_of(kind: int) -> Any:
+    """The outputs of up to 4 rows over values of this kind."""
+    one, two, three, four = (make_mix(rows, kind) for rows in (1, 2, 3, 4))
+
+    @_inner
+    def mix(rows, weights, dim, runs, ahead, block, keys, out):  # type: ignore[no-untyped-def]
+        if rows == 4:
+            four(weights, dim, runs, ahead, block, keys, out)
+        elif rows == 3:
+            three(weights, dim, runs, ahead, block, keys, out)
+        elif rows == 2:
+            two(weights, dim, runs, ahead, block, keys, out)
+        else:
+            one(weights, dim, runs, ahead, block, keys, out)
+
+    return mix
+
+
+_SCORE_BF16, _SCORE_FP8, _SCORE_INT8 = (_scores_of(kind) for kind in (BF16, FP8, INT8))
+_MIX_BF16, _MIX_FP8, _MIX_INT8 = (_mix_of(kind) for kind in (BF16, FP8, INT8))
 
 
 @_inner
 def _score(rows, kind, q, dim, runs, ahead, block, keys, scores, factor):  # type: ignore[no-untyped-def]
     if kind == BF16:
-        if rows == 4:
-            _S4B(q, dim, runs, ahead, block, keys, scores, factor)
-        elif rows == 3:
-            _S3B(q, dim, runs, ahead, block, keys, scores, factor)
-        elif rows == 2:
-            _S2B(q, dim, runs, ahead, block, keys, scores, factor)
-        else:
-            _S1B(q, dim, runs, ahead, block, keys, scores, factor)
+        _SCORE_BF16(rows, q, dim, runs, ahead, block, keys, scores, factor)
     elif kind == FP8:
-        if rows == 4:
-            _S4F(q, dim, runs, ahead, block, keys, scores, factor)
-        elif rows == 3:
-            _S3F(q, dim, runs, ahead, block, keys, scores, factor)
-        elif rows == 2:
-            _S2F(q, dim, runs, ahead, block, keys, scores, factor)
-        else:
-            _S1F(q, dim, runs, ahead, block, keys, scores, factor)
-    elif rows == 4:
-        _S4I(q, dim, runs, ahead, block, keys, scores, factor)
-    elif rows == 3:
-        _S3I(q, dim, runs, ahead, block, keys, scores, factor)
-    elif rows == 2:
-        _S2I(q, dim, runs, ahead, block, keys, scores, factor)
+        _SCORE_FP8(rows, q, dim, runs, ahead, block, keys, scores, factor)
     else:
-        _S1I(q, dim, runs, ahead, block, keys, scores, factor)
+        _SCORE_INT8(rows, q, dim, runs, ahead, block, keys, scores, factor)
 
 
 @_inner
 def _mix(rows, kind, weights, dim, runs, ahead, block, keys, out):  # type: ignore[no-untyped-def]
     if kind == BF16:
-        if rows == 4:
-            _M4B(weights, dim, runs, ahead, block, keys, out)
-        elif rows == 3:
-            _M3B(weights, dim, runs, ahead, block, keys, out)
-        elif rows == 2:
-            _M2B(weights, dim, runs, ahead, block, keys, out)
-        else:
-            _M1B(weights, dim, runs, ahead, block, keys, out)
+        _MIX_BF16(rows, weights, dim, runs, ahead, block, keys, out)
     elif kind == FP8:
-        if rows == 4:
-            _M4F(weights, dim, runs, ahead, block, keys, out)
-        elif rows == 3:
-            _M3F(weights, dim, runs, ahead, block, keys, out)
-        elif rows == 2:
-            _M2F(weights, dim, runs, ahead, block, keys, out)
-        else:
-            _M1F(weights, dim, runs, ahead, block, keys, out)
-    elif rows == 4:
-        _M4I(weights, dim, runs, ahead, block, keys, out)
-    elif rows == 3:
-        _M3I(weights, dim, runs, ahead, block, keys, out)
-    elif rows == 2:
-        _M2I(weights, dim, runs, ahead, block, keys, out)
+        _MIX_FP8(rows, weights, dim, runs, ahead, block, keys, out)
     else:
-        _M1I(weights, dim, runs, ahead, block, keys, out)
+        _MIX_INT8(rows, weights, dim, runs, ahead, block, keys, out)
 
 
 @_inner

@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from octavo.kernels.native.dtypes import BF16, FP8, INT8
+from octavo.kernels.native.dtypes import BF16, INT8
 from octavo.kernels.native.llvm import (
     BF16X32,
     F32,
@@ -30,6 +30,7 @@ from octavo.kernels.native.llvm import (
     I32,
     I32X16,
     I64,
+    all_lanes,
     broadcast,
     call,
     dot_pairs,
@@ -62,10 +63,6 @@ def _at(builder: Any, base: Any, index: Any, step: int) -> Any:
 
 def _load(builder: Any, address: Any, type_: Any) -> Any:
     return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
-
-
-def _zeros() -> Any:
-    return ir.Constant(F32X16, [0.0] * 16)
 
 
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
@@ -173,7 +170,7 @@ def make_scores(rows: int, kind: int) -> Any:
                     first = builder.add(address, builder.mul(loop.index, builder.mul(row_bytes, _int(_KEYS))))
                     places = [builder.add(first, builder.mul(row_bytes, _int(k))) for k in range(_KEYS)]
                     for total in (total for line in totals for total in line):
-                        builder.store(_zeros(), total)
+                        builder.store(all_lanes(0.0), total)
                     with cgutils.for_range(builder, builder.udiv(dim, _int(32))) as step:
                         parts = [_load_bf16(builder, _at(builder, x, step.index, 64), BF16) for x in queries]
                         for place, line in zip(places, totals, strict=True):
@@ -182,7 +179,9 @@ def make_scores(rows: int, kind: int) -> Any:
                             key = _load_bf16(builder, at, kind)
                             for part, total in zip(parts, line, strict=True):
                                 builder.store(dot_pairs(builder, builder.load(total), key, part), total)
-                    padded = [builder.load(line[r]) if r < rows else _zeros() for line in totals for r in range(width)]
+                    padded = [
+                        builder.load(line[r]) if r < rows else all_lanes(0.0) for line in totals for r in range(width)
+                    ]
                     result = builder.fmul(_sum_each(builder, padded), factor)
                     _store_first(builder, result, count, _at(builder, target, loop.index, 4 * count))
             return context.get_dummy_value()
@@ -213,7 +212,7 @@ def make_mix(rows: int, kind: int) -> Any:
             chunk = _Runs(builder, runs, ahead, block, keys)
             with cgutils.for_range(builder, builder.udiv(dim, _int(32))) as columns:
                 for total in (total for line in totals for total in line):
-                    builder.store(_zeros(), total)
+                    builder.store(all_lanes(0.0), total)
                 with cgutils.for_range(builder, chunk.count) as outer:
                     address, distance, count = chunk.run(outer.index)
                     address = _at(builder, address, columns.index, 32 * size)
@@ -272,7 +271,7 @@ def make_softmax(width: int) -> Any:
                 builder.store(larger(builder, x, builder.load(best)), best)
             largest = _fold(builder, builder.load(best), width, lambda a, b: larger(builder, a, b))
             store16(builder, largest, top)
-            added = cgutils.alloca_once_value(builder, _zeros())
+            added = cgutils.alloca_once_value(builder, all_lanes(0.0))
             with cgutils.for_range(builder, vectors) as loop:
                 at = _at(builder, scores, loop.index, 64)
                 weight = exp2(builder, builder.fsub(load16(builder, at, _FLOAT), largest))
@@ -284,6 +283,3 @@ def make_softmax(width: int) -> Any:
         return types.void(types.int64, types.int64, types.float32, types.int64, types.int64), codegen
 
     return softmax
-
-
-KINDS = (BF16, FP8, INT8)

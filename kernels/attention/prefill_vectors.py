@@ -29,6 +29,7 @@ from octavo.kernels.native.llvm import (
     I32,
     I32X16,
     I64,
+    all_lanes,
     broadcast,
     call,
     dot_pairs,
@@ -59,10 +60,6 @@ def _load(builder: Any, address: Any, type_: Any) -> Any:
 
 def _store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
-
-
-def _all(value: float) -> Any:
-    return ir.Constant(F32X16, [value] * 16)
 
 
 def _transpose(builder: Any, vectors: list[Any]) -> list[Any]:
@@ -114,7 +111,7 @@ def make_score_tile(rows: int, vectors: int) -> Any:
             totals = [[cgutils.alloca_once(builder, F32X16) for _ in range(vectors)] for _ in range(rows)]
             for line in totals:
                 for total in line:
-                    builder.store(_all(0.0), total)
+                    builder.store(all_lanes(0.0), total)
             _tile(builder, totals, keys, row, 4, q, steps)
             factor = broadcast(builder, factor)
             for r, line in enumerate(totals):
@@ -198,7 +195,7 @@ def mask16(typingctx: Any, scores: Any, keys: Any, first: Any, lowest: Any, high
             key = broadcast(builder, builder.trunc(builder.add(first, loop.index), I32))
             seen = builder.and_(builder.icmp_signed("<=", low, key), builder.icmp_signed("<=", key, high))
             at = _at(builder, scores, loop.index, LINE)
-            store16(builder, builder.select(seen, load16(builder, at, _ANY), _all(float("-inf"))), at)
+            store16(builder, builder.select(seen, load16(builder, at, _ANY), all_lanes(float("-inf"))), at)
 
     return _emit(5, body)
 

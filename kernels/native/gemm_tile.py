@@ -40,6 +40,7 @@ from octavo.kernels.native.llvm import (
     I64,
     broadcast,
     call,
+    dot_pairs,
     load16,
     masked_store,
     multiply_add,
@@ -69,7 +70,7 @@ def dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
     if kind == FLOAT:
         return multiply_add(builder, builder.bitcast(spread, F32X16), w, total)
     spread = builder.bitcast(spread, BF16X32)
-    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, spread, w)
+    return dot_pairs(builder, total, spread, w)
 
 
 def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
@@ -297,8 +298,7 @@ def sum_bf16(typingctx: Any, address: Any, vectors: Any) -> Any:
         builder.store(ir.Constant(F32X16, [0.0] * 16), total)
         with cgutils.for_range(builder, vectors) as loop:
             x = builder.bitcast(_load(builder, _at(builder, address, loop.index, 64), I32X16), BF16X32)
-            more = call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, builder.load(total), x, ones)
-            builder.store(more, total)
+            builder.store(dot_pairs(builder, builder.load(total), x, ones), total)
         return sum_lanes(builder, builder.load(total))
 
     return types.float32(types.int64, types.int64), codegen

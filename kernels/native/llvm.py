@@ -99,7 +99,8 @@ def prefetch(builder: Any, address: Any, level: int) -> None:
     call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, locality, data)
 
 
-def _all(value: float) -> Any:
+def all_lanes(value: float) -> Any:
+    """A vector of floats that has this one in all lanes."""
     return ir.Constant(F32X16, [value] * 16)
 
 
@@ -126,19 +127,19 @@ _POWERS = (
 
 def exp2(builder: Any, x: Any) -> Any:
     """2 ** x, 0 below -150, infinite above 128; NaN stays NaN."""
-    x = larger(builder, _all(-160.0), x)
+    x = larger(builder, all_lanes(-160.0), x)
     n = call(builder, "llvm.rint.v16f32", F32X16, x)
     r = builder.fsub(x, n)
-    p = _all(_POWERS[-1])
+    p = all_lanes(_POWERS[-1])
     for c in reversed(_POWERS[:-1]):
-        p = multiply_add(builder, p, r, _all(c))
+        p = multiply_add(builder, p, r, all_lanes(c))
     mask = ir.Constant(I16, -1)
     rounding = ir.Constant(I32, 4)
-    return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, p, n, _all(0.0), mask, rounding)
+    return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, p, n, all_lanes(0.0), mask, rounding)
 
 
 def soft_cap(builder: Any, x: Any, cap: Any) -> Any:
     """Of a vector 2 log2(e) x: cap * tanh(x), with tanh(x) = 1 - 2 / (e ** 2x + 1); cap has the same in all lanes."""
-    x = builder.select(builder.fcmp_ordered("<", _all(160.0), x), _all(160.0), x)
-    part = builder.fdiv(builder.fmul(cap, _all(-2.0)), builder.fadd(exp2(builder, x), _all(1.0)))
+    x = builder.select(builder.fcmp_ordered("<", all_lanes(160.0), x), all_lanes(160.0), x)
+    part = builder.fdiv(builder.fmul(cap, all_lanes(-2.0)), builder.fadd(exp2(builder, x), all_lanes(1.0)))
     return builder.fadd(cap, part)
