@@ -78,13 +78,17 @@ def vllm_server(name: str, model: Path, args: argparse.Namespace) -> Server:
     command = (args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model))
     common = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", NAME)
     length = ("--max-model-len", str(args.context), "--dtype", "bfloat16")
-    environment = {
-        "LD_PRELOAD": args.vllm_preload,
+    return Server(name, (*command, *common, *length), environment=vllm_environment(args.vllm_preload))
+
+
+def vllm_environment(preload: str) -> dict[str, str]:
+    """What vLLM on a CPU is told beside its options: as much KV cache as octavo has, and no network."""
+    return {
+        "LD_PRELOAD": preload,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return Server(name, (*command, *common, *length), environment=environment)
 
 
 def _llama(name: str, gguf: Path, args: argparse.Namespace) -> Server:

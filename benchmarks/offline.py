@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_servers import NAME, octavo_server, running
+from benchmarks.cpu_servers import NAME, octavo_server, running, vllm_environment
 from benchmarks.intervals import interval
 from benchmarks.load_client import WORDS, post
 
@@ -203,12 +203,7 @@ def ways_of(args: argparse.Namespace, folder: Path, stack: contextlib.ExitStack)
     if args.vllm_python:
         theirs = OPTIONS | {"dtype": "bfloat16"}
         command = [args.vllm_python, "-P", child, "vllm", str(args.model), json.dumps(theirs)]
-        environment = {
-            "LD_PRELOAD": args.vllm_preload,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        environment = vllm_environment(args.vllm_preload)
         ways["vLLM's LLM"] = stack.enter_context(offline(command, environment, folder / "vllm"))
     return ways
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.quant.linear import Linear
 from octavo.quant.shard import WHOLE, Shard
-from octavo.runtime.model.names import expert_roles, layer_linears
+from octavo.runtime.model.names import expert_role, layer_linears
 from octavo.runtime.model.sources import Source
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.parallel.layout import RankLayout
@@ -104,7 +104,7 @@ class ModelModules:
         self._experts: dict[tuple[str, int, str], str] = {}
         for name in self.by_name:
             if (match := _EXPERT.fullmatch(name)) is not None:
-                self._experts[match[1], int(match[3]), expert_roles(match[4])] = name
+                self._experts[match[1], int(match[3]), expert_role(match[4])] = name
 
     def layers(self, linears: Sequence[Mapping[str, Linear]], first_layer: int) -> Iterator[AdaptedLinear]:
         """Those here: linears of each layer, by their names in it."""
@@ -119,7 +119,7 @@ class ModelModules:
         expert = _EXPERT.fullmatch(own)
         if expert is None:
             return own
-        return self._experts.get((expert[1], int(expert[3]), expert_roles(expert[4])), own)
+        return self._experts.get((expert[1], int(expert[3]), expert_role(expert[4])), own)
 
     def stack(self, name: str, role: str) -> list[tuple[str, ...]]:
         """Of each expert of a layer the modules of `gate_up` or `down`; none where the name is no layer's experts."""

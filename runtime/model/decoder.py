@@ -121,7 +121,7 @@ class Decoder:
     @torch.inference_mode()
     def entering(self, step: StepInputs) -> Tensor:
         entering = self._embedding.forward(step.token_ids)
-        if self.adapters is not None and step.adapters is not None and isinstance(self._embedding, Embedding):
+        if self.adapters is not None and step.adapters is not None:
             self.adapters.embedding.add(entering, step.token_ids, step.adapters)
         return entering
 

@@ -98,7 +98,9 @@ class MoeMlp(_Plain):
         return self.experts[expert].forward(x, None)
 
     def _run_adapted(self, step: StepInputs, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.experts[expert].forward(x, step.of_rows(tokens))
+        mlp = self.experts[expert]
+        is_adapted = any(it.adapters is not None and it.adapters.is_used for it in (mlp.gate_up, mlp.down))
+        return mlp.forward(x, step.of_rows(tokens) if is_adapted else None)
 
 
 def add_shared(

@@ -43,12 +43,12 @@ class LinearParts:
 _NAMES = [layout.experts for layout in LAYOUTS.values() if layout.experts is not None]
 _OWNERS = dict.fromkeys(names.owner for names in _NAMES)
 _SPELLINGS = dict.fromkeys((names.gate, names.up, names.down) for names in _NAMES)
+_ROLES = {one: role for spelling in _SPELLINGS for one, role in zip(spelling, ("gate", "up", "down"), strict=True)}
 
 
-def expert_roles(name: str) -> str:
+def expert_role(name: str) -> str:
     """Which of `gate`, `up` and `down` an expert's module is, in any spelling; the name where it is none of them."""
-    roles = {one: role for spelling in _SPELLINGS for one, role in zip(spelling, ("gate", "up", "down"), strict=True)}
-    return roles.get(name, name)
+    return _ROLES.get(name, name)
 
 
 def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
