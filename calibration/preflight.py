@@ -63,6 +63,8 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
 def _block_memory(unit: Unit, recipe: Recipe) -> int:
     """A block's tensors, the same as the runner packs them, statistics, and the widest layer in float32 a few times."""
     inputs = _inputs(unit)
+    if not inputs:  # a block that stays as it is runs, and that is all
+        return 2 * unit.nbytes
     statistics = sum(4 * k * k for k, _ in inputs) if recipe.algorithm != "rtn" else 0
     widest = max(4 * n * k + (2 if recipe.solver == "gptq" else 0) * 2 * k * k for k, n in inputs)
     activations = 4 * BATCH_TOKENS * max(k + n for k, n in inputs)

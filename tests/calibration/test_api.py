@@ -59,6 +59,29 @@ def test_calibrated_algorithms_beat_rounding(fixtures: Path, tmp_path: Path, tex
     assert kl["awq"] < kl["rtn"], kl  # by little: channels of these models are much alike
 
 
+@pytest.mark.parametrize(
+    ("how", "kept"), [("gptq", 0), ("gptq", 1), ("awq", 0), ("smoothquant", 1), ("budget", 0), ("recipe", 1)]
+)
+def test_a_block_may_stay_as_it_is(fixtures: Path, tmp_path: Path, text: Path, how: str, kept: int) -> None:
+    """The first or the last block in bf16, the commonest recipe: by --ignore and by a recipe's `none`."""
+    pattern = f"*.layers.{kept}.*"
+    options: dict[str, Any] = {"data": str(text), "num_calibration_samples": 8, "max_seq_length": 64, "evaluate": False}
+    match how:
+        case "recipe":
+            options["recipe"] = Recipe("W4A16@32", algorithm="gptq", layers={pattern: "none"})
+        case "budget":
+            options |= {"scheme": "W4A16@32", "algorithm": "gptq", "bits_budget": 5.0, "ignore": pattern}
+        case _:
+            scheme = "W8A8" if how == "smoothquant" else "W4A16@32"
+            options |= {"scheme": scheme, "algorithm": how, "ignore": pattern}
+    report = octavo.quantize(fixtures / "tiny", tmp_path / "out", **options)
+    assert {row.block for row in report.layers} == {1 - kept}
+    before, after = (load_file(d / "model.safetensors") for d in (fixtures / "tiny", tmp_path / "out"))
+    names = [name for name in before if f".layers.{kept}." in name]
+    assert len(names) == 9
+    assert all(torch.equal(before[name], after[name]) for name in names)
+
+
 def test_a_prepared_job_has_all_but_the_weights(fixtures: Path, tmp_path: Path, text: Path) -> None:
     """Source, plan, text and cost are there before a byte is written, and doing the work is all that is left."""
     out = tmp_path / "out"
