@@ -65,9 +65,11 @@ class Server:
     def engine_pids(self) -> list[int]:
         """Of all engines, in the order in which they were started."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        programs = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
-        names = {int(pid): Path(f"/proc/{pid}/comm").read_text().strip() for pid in children}
-        return [pid for pid, program in programs.items() if ENGINE in program or names[pid] == FORKED_ENGINE]
+        return [
+            int(pid)
+            for pid in children
+            if ENGINE in _said_of(pid, "cmdline") or _said_of(pid, "comm").strip() == FORKED_ENGINE
+        ]
 
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -80,6 +82,14 @@ class Server:
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE, **options)
+
+
+def _said_of(pid: str, name: str) -> str:
+    """What the system says of a process, which may have just ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @contextmanager
