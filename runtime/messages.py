@@ -307,6 +307,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     is_refused: bool = False
     num_preemptions: int = 0  # of this request, so far
     num_fetched_tokens: int = 0  # of num_cached_tokens, those that were read from a file
+    checked: tuple[int, int] | None = None  # drafts that the step has checked, and how many were right; None: no drafts
 
 
 class OffloadStats(msgspec.Struct, frozen=True, array_like=True):

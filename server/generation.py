@@ -19,6 +19,7 @@ from octavo.runtime.constraint import FAILED
 from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
 from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
+from octavo.server.draft_metrics import DraftMetrics, request_metrics
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
@@ -112,6 +113,7 @@ class Choice:
     own_stops are the stop tokens that the client named, beside the model's own end tokens.
     length_penalty: that of a beam search; None: it is sampled.
     blamed: the field that an error about the answer's grammar names; "" where there is no grammar.
+    drafted: how its drafts fared; None where that is not told.
     """
 
     index: int
@@ -126,6 +128,7 @@ class Choice:
     blamed: str = ""
     num_cached: int = 0
     num_tokens: int = 0
+    drafted: DraftMetrics | None = None
     finish_reason: str | None = None
 
     def take(self, output: TokenOutput) -> Delta:
@@ -135,6 +138,8 @@ class Choice:
         is_first = output.num_cached_tokens is not None  # comes once, with the first token
         if output.num_cached_tokens is not None:
             self.num_cached = output.num_cached_tokens
+        if self.drafted is not None and output.checked is not None:
+            self.drafted.count(output.checked)
         token_ids: list[int] = []
         logprobs: list[Logprobs] = []
         offsets: list[int] = []
@@ -217,6 +222,7 @@ def make_choices(
             )
             choice = _make_choice(len(choices), answer, sent, request, num_wanted, parser)
             choice.blamed = blamed
+            choice.drafted = model.draft_reports.begin()
             choices.append(choice)
     return choices
 
@@ -408,6 +414,11 @@ async def fold(steps: Steps, num_choices: int) -> list[Delta]:
                 else:
                     whole[delta.index] = delta
     return [whole[index] for index in range(num_choices)]
+
+
+def drafted_of(choices: Sequence[Choice]) -> dict[str, Any]:
+    """vLLM's entry `metrics` of a whole HTTP request; nothing where --per-request-spec-decode-metrics is none."""
+    return request_metrics([choice.drafted for choice in choices])
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:

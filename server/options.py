@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from octavo.flags import parse_json_object, parse_size
 from octavo.quant.scheme import AT_LOAD
+from octavo.server.draft_metrics import Level
 
 FairBy = Literal["key", "user", "none"]
 MAX_SERVERS = 64
@@ -268,6 +269,13 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
     return_tokens_as_token_ids: Annotated[
         bool, Meta(description="log-probabilities name tokens as token_id:ID, where a request doesn't say how")
     ] = False
+    per_request_spec_decode_metrics: Annotated[
+        Level,
+        Meta(
+            description="what answers tell of their drafts, as metrics.speculative_decoding: nothing, a summary, or "
+            "also what each step has checked; with --speculative-config",
+        ),
+    ] = "none"
 
 
 class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from octavo.quant.model_files import read_object_if_any
 from octavo.quant.printable import shown
 from octavo.runtime.messages import StartupReport, Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
+from octavo.server.draft_metrics import DraftReports
 from octavo.server.errors import explain
 from octavo.server.fleet.adapters import AdapterNames, ServedAdapter
 from octavo.server.hints import ALL_HINTS
@@ -54,6 +55,7 @@ class ServedModel:
     reasoning_end_str  what a model is made to say where its budget of thoughts is spent, before their end
     weights        what answers call them
     adapters       those that are served beside the model itself; None: there are none
+    draft_reports  what answers tell of their drafts
     server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
                  (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
     """
@@ -82,6 +84,7 @@ class ServedModel:
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     tool_strict_level: Literal["auto", "function", "parameter"] = "parameter"
     reasoning_end_str: str = ""
+    draft_reports: DraftReports = field(default_factory=DraftReports)
     server_name: str = ""
     response_ending: str = ""
     adapters: AdapterNames | None = None

@@ -43,10 +43,13 @@ class DraftCounts:
         self.num_tokens = 0
         self.accepted_per_pos: list[int] = []
 
-    def count(self, scheduled: ScheduledSequence, tokens: list[int]) -> int:
-        """Count what a step has brought for a sequence, and return how many of its drafts were right."""
-        if not scheduled.num_drafts:
-            return 0
+    def count(self, scheduled: ScheduledSequence, tokens: list[int]) -> tuple[int, int] | None:
+        """Count what a step has brought for a sequence: (its drafts that were checked, how many of them were right).
+
+        None where none were: a step that brought no token has checked nothing.
+        """
+        if not scheduled.num_drafts or not tokens:
+            return None
         drafts = scheduled.tokens[-scheduled.num_drafts :]
         right = num_right(tokens, drafts)
         self.num_drafts += 1
@@ -54,4 +57,4 @@ class DraftCounts:
         self.accepted_per_pos += [0] * (len(drafts) - len(self.accepted_per_pos))
         for position in range(right):
             self.accepted_per_pos[position] += 1
-        return right
+        return len(drafts), right

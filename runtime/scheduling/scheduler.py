@@ -424,9 +424,11 @@ class Scheduler:
         finish_reason = append_tokens(sequence, tokens, self.config.max_model_len)
         if is_ended and len(sequence.token_ids) - num_known == len(tokens):  # whole, be it at its last token
             finish_reason = "stop"
+        checked = None
         if sequence.slot >= 0:
             # The last token is computed in the next step, which its logits are wanted of, be it a draft or not.
-            num_right = max(0, min(self._drafted.count(scheduled, tokens), len(tokens) - 1))
+            checked = self._drafted.count(scheduled, tokens)
+            num_right = 0 if checked is None else max(0, min(checked[1], len(tokens) - 1))
             sequence.num_planned += num_right
             end = scheduled.end - scheduled.num_drafts + num_right
             self.prefixes.offer(sequence, scheduled.start, min(end, sequence.num_planned, len(sequence.token_ids)))
@@ -435,7 +437,7 @@ class Scheduler:
         taken = sequence.token_ids[num_known:]
         if not taken and finish_reason is None:
             return None
-        return sequence.output(taken, finish_reason, logprobs, now)
+        return sequence.output(taken, finish_reason, logprobs, now, checked)
 
     def _end_with_error(self, sequence: Sequence, error: str, *, is_refused: bool) -> TokenOutput:
         self.prefixes.forget(sequence)

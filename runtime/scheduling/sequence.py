@@ -152,8 +152,12 @@ class Sequence:
         finish_reason: FinishReason | None,
         logprobs: list[Logprobs] | None,
         now: float,
+        checked: tuple[int, int] | None = None,
     ) -> TokenOutput:
-        """What the server is told of these new tokens; with the first ones, when they came and what was cached."""
+        """What the server is told of these new tokens; with the first ones, when they came and what was cached.
+
+        checked: as in TokenOutput.
+        """
         listed = None if logprobs is None else logprobs[: len(tokens)]
         stops = finish_reason == "stop" and tokens and tokens[-1] in self.params.stop_token_ids
         stop_token_id = tokens[-1] if stops else None
@@ -172,6 +176,7 @@ class Sequence:
             scheduled_time=self.scheduled_time if is_first else None,
             first_token_time=now if is_first else None,
             num_preemptions=self.num_preemptions,
+            checked=checked,
         )
 
     def go_back(self) -> None:

@@ -27,7 +27,7 @@ from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head
 from octavo.server.dialects.thinking import NoReasoning
 from octavo.server.errors import EVENTS, RESPONSES, bad_request, field_error
 from octavo.server.fim import Fim, fim_of, needed_fim, suffix_ids
-from octavo.server.generation import Delta, make_choices, usage_of
+from octavo.server.generation import Delta, drafted_of, make_choices, usage_of
 from octavo.server.message.parts import text_of
 from octavo.server.prompts import Prompt, Wanted, check_total, encode, fitted
 from octavo.server.served_model import ServedModel
@@ -176,7 +176,8 @@ class CompletionAnswer(OpenAIAnswer):
 
     def whole(self, deltas: list[Delta]) -> Json:
         choices = (self._choice(delta) | {"index": index} for index, delta in enumerate(self._best(deltas)))
-        return {**self._head, "choices": choices, "usage": usage_of(self.choices).as_json()}
+        usage = usage_of(self.choices).as_json()
+        return {**self._head, "choices": choices, "usage": usage, **drafted_of(self.choices)}
 
     def _best(self, deltas: list[Delta]) -> list[Delta]:
         """The answers that are sent: of each prompt's those whose tokens are likeliest on average; beams are sorted."""

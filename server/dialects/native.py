@@ -229,6 +229,8 @@ class NativeAnswer(Answer):
             "weight_version": self._model.weights.name,
             "e2e_latency": time.time() - timeline.arrival,
         }
+        if choice.drafted is not None:
+            about |= choice.drafted.of_sglang(len(delta.token_ids))
         if item.returns_logprob:
             about |= self._logprobs(delta, choice, item)
         return {"text": text_of(delta.parts), "output_ids": list(delta.token_ids), "meta_info": about}

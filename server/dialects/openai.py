@@ -16,7 +16,7 @@ from fastapi import Request
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.dialects.logprobs import prompt_logprobs
 from octavo.server.encoding import encode_in_turns
-from octavo.server.generation import Choice, Delta, Steps, in_batches, usage_of
+from octavo.server.generation import Choice, Delta, Steps, drafted_of, in_batches, usage_of
 from octavo.server.hints import hints_in
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Answer
@@ -61,7 +61,7 @@ class OpenAIAnswer(Answer):
                 elif frames:
                     yield b"".join(map(event, frames))
         if counts_tokens:
-            yield event(self.frame([]) | {"usage": usage_of(self.choices).as_json()})
+            yield event(self.frame([]) | {"usage": usage_of(self.choices).as_json()} | drafted_of(self.choices))
 
 
 async def _event_in_turns(frame: Json) -> bytes:

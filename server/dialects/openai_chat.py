@@ -13,7 +13,7 @@ from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head
 from octavo.server.dialects.thinking import ShownReasoning
 from octavo.server.dialects.tools import custom_fields, finish_reason_of, message_fields, part_fields
 from octavo.server.errors import EVENTS, RESPONSES
-from octavo.server.generation import Choice, Delta, usage_of
+from octavo.server.generation import Choice, Delta, drafted_of, usage_of
 from octavo.server.message.parts import Part
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
@@ -52,7 +52,8 @@ class ChatAnswer(OpenAIAnswer):
     def whole(self, deltas: list[Delta]) -> Json:
         about = self._about_prompt(deltas[0])
         choices = (self._choice(delta) for delta in deltas)
-        return {**self._head, "choices": choices, **about, "usage": usage_of(self.choices).as_json()}
+        usage = usage_of(self.choices).as_json()
+        return {**self._head, "choices": choices, **about, "usage": usage, **drafted_of(self.choices)}
 
     def chunks(self, delta: Delta) -> list[Json]:
         chunks: list[Json] = []

@@ -13,7 +13,7 @@ from typing import Any
 from octavo.server.dialects.responses_events import Numbered, Output, encoded
 from octavo.server.dialects.responses_request import ResponsesRequest
 from octavo.server.errors import ApiError, interrupted
-from octavo.server.generation import Choice, Steps, in_batches, usage_of
+from octavo.server.generation import Choice, Steps, drafted_of, in_batches, usage_of
 from octavo.server.hints import hints_in
 from octavo.server.served_model import ServedModel
 from octavo.server.store import StoreError
@@ -77,7 +77,8 @@ class ResponseAnswer:
         if not self.has_ended:
             items = [item for item in items if item["status"] != "in_progress"]
         usage = _usage(self.choices) if self.has_ended else None
-        return {**self._head, "status": self.status, **self._end, "output": items, "usage": usage}
+        drafted = drafted_of(self.choices) if self.has_ended else {}
+        return {**self._head, "status": self.status, **self._end, "output": items, "usage": usage, **drafted}
 
     async def complete(self, steps: Steps) -> Json:
         """The whole response. Raises ApiError where it has failed."""

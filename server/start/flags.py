@@ -132,6 +132,7 @@ def _speculative_algorithm(text: str) -> str:
 def read_options(args: argparse.Namespace) -> ServeOptions:
     """What a command line means. Raises OptionsError."""
     server = read(ServerOptions, args)
+    text = read(TextOptions, args)
     lora = _served_adapters(args)
     own = read(LoraOptions, args)
     adapters = msgspec.structs.replace(own, enable_lora=own.enable_lora or bool(lora.lora_modules))
@@ -143,10 +144,16 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
         "deterministic": _deterministic(args),
         "speculative_config": _speculative_config(args, server.fair_by),
     }
+    level = text.per_request_spec_decode_metrics
+    if level != "none" and given["speculative_config"] is None:
+        raise OptionsError(
+            f"--per-request-spec-decode-metrics {level} without --speculative-config: there are no drafts to tell of; "
+            "add one, or leave it out"
+        )
     return ServeOptions(
         model=read(ModelOptions, args),
         engine=read(EngineConfig, args, model="", **given),
-        text=read(TextOptions, args),
+        text=text,
         listen=read(ListenOptions, args),
         server=server,
         lora=lora,

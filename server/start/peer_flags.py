@@ -253,8 +253,8 @@ TABLE: tuple[PeerFlag, ...] = (
     _refused("--max-lora-cls-labels --uno-lora-path --lora-use-virtual-experts --enable-mixed-moe-lora-format "
              "--enable-moe-shared-loras --enable-tower-connector-lora --experts-shared-outer-loras",
              NO_SUCH_ADAPTERS),
-    _refused("--speculative-* --spec-* --num-speculative-tokens --speculative-model --enable-multi-layer-eagle "
-             "--per-request-spec-decode-metrics", DRAFTS),
+    _refused("--speculative-* --spec-* --num-speculative-tokens --speculative-model --enable-multi-layer-eagle",
+             DRAFTS),
     _refused("--mm-* --allowed-local-media-path --allowed-media-domains --media-* --enable-mm-* --enable-multimodal "
              "--language-model-only --language-only --interleave-mm-strings --skip-mm-profiling --video-pruning-* "
              "--trust-mm-* --trust-request-mm-kwargs --image-processor-backend --disable-fast-image-processor "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import Ready
+from octavo.server.draft_metrics import DraftReports
 from octavo.server.fleet.adapters import AdapterNames
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.message.model_formats import ModelFormats
@@ -53,10 +54,17 @@ def served_model(
         template_variables=options.text.default_chat_template_kwargs,
         tool_strict_level=options.text.tool_strict_level,
         reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
+        draft_reports=_draft_reports(options),
         server_name=names[0],
         response_ending=names[1],
         adapters=adapters,
     )
+
+
+def _draft_reports(options: ServeOptions) -> DraftReports:
+    speculative = options.engine.speculative_config
+    most = 0 if speculative is None else speculative.num_speculative_tokens
+    return DraftReports(options.text.per_request_spec_decode_metrics, most)
 
 
 def made_metrics(

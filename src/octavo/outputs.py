@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.lora_request import LoRARequest
+from octavo.server.draft_metrics import DraftMetrics
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class CompletionOutput:
     finish_reason: stop, length, repetition or abort; None while it goes on.
     reasoning, content, tool_calls: what the text is made of, with LLM(reasoning_parser=...) or tool_call_parser, once
     the answer has ended; vLLM's has none of them.
+    spec_decode_metrics: how its drafts fared, with LLM(per_request_spec_decode_metrics=...), once it has ended.
     """
 
     index: int
@@ -54,6 +56,7 @@ class CompletionOutput:
     reasoning: str | None = None
     content: str | None = None
     tool_calls: list[ToolCall] | None = None
+    spec_decode_metrics: DraftMetrics | None = None
 
     def finished(self) -> bool:
         """Whether it has ended."""

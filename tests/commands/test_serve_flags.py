@@ -185,6 +185,7 @@ def test_speculation_is_asked_for_by_either_name() -> None:
     ("flags", "why"),
     [
         (("--speculative-num-draft-tokens", "5"), "--speculative-algorithm is missing, such as NGRAM"),
+        (("--per-request-spec-decode-metrics", "summary"), "summary without --speculative-config: there are no drafts"),
         (
             ("--speculative-algorithm", "NGRAM", "--speculative-num-steps", "5"),
             "--speculative-num-steps 5: it is of --speculative-algorithm STANDALONE",
@@ -210,7 +211,7 @@ def test_what_speculation_can_t_be_is_one_line(
 ) -> None:
     assert main(["serve", "m", *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("octavo serve: --s")
+    assert line.startswith(("octavo serve: --s", "octavo serve: --per-request-spec-decode-metrics"))
     assert why in line
 
 

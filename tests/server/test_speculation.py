@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from octavo_server import Server, events, samples, serving
+from octavo_server import Server, events, samples, serving, stream
 
 WORDS = "one two three one two three one two three one two"
 COMPLETION = {"prompt": WORDS, "max_tokens": 60, "ignore_eos": True, "return_token_ids": True}
@@ -28,7 +29,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=["ngram", "suffix"])
 def speculating(request: pytest.FixtureRequest) -> Iterator[Server]:
     config = f'{{"method": "{request.param}", "num_speculative_tokens": 5}}'
-    with serving("--served-model-name", "tiny", "--speculative-config", config) as server:
+    told = ("--per-request-spec-decode-metrics", "detailed")
+    with serving("--served-model-name", "tiny", "--speculative-config", config, *told) as server:
         assert f"speculation: {request.param}, up to 5 drafts" in server.said
         yield server
 
@@ -68,6 +70,54 @@ def test_answers_are_those_of_a_server_without(client: httpx.Client, speculating
     assert 0 < right == sum(by_position.values()) <= tokens <= 5 * drafts
     assert list(by_position) == list(range(len(by_position)))
     assert list(by_position.values()) == sorted(by_position.values(), reverse=True)
+
+
+def counters(client: httpx.Client) -> list[float]:
+    """Steps that checked drafts, these drafts, and those that were right, of all requests."""
+    found = samples(client)
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    return [found[f"vllm:spec_decode_num_{name}_total", ()] for name in names]
+
+
+def told_by(body: dict[str, Any]) -> dict[str, Any]:
+    """What an answer tells of its drafts, after a look at whether it agrees with itself."""
+    told: dict[str, Any] = body["metrics"]["speculative_decoding"]
+    drafted, right = told["per_step_drafted"], told["per_step_accepted"]
+    assert told["num_spec_steps"] == len(drafted) == len(right) > 0
+    assert (told["num_draft_tokens"], told["num_accepted_draft_tokens"]) == (sum(drafted), sum(right))
+    assert told["acceptance_histogram"] == [right.count(number) for number in range(6)]
+    assert told["num_spec_tokens"] == 5
+    return told
+
+
+def test_each_answer_tells_how_its_drafts_fared(client: httpx.Client, speculating: Server) -> None:
+    """As much as the server's counters grow with it, whole and streamed, in each dialect that has a place for it."""
+    names = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
+    body = COMPLETION | {"temperature": 0}
+    chat = CHAT | {"temperature": 0}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    response = {"input": WORDS, "max_output_tokens": 40, "temperature": 0}
+    with speculating.client() as another:
+        for path, asked in {"/v1/completions": body, "/v1/chat/completions": chat, "/v1/responses": response}.items():
+            before = counters(another)
+            told = told_by(another.post(path, json=asked).json())
+            after = counters(another)
+            assert [told[name] for name in names] == [one - other for one, other in zip(after, before, strict=True)]
+        *_, last = stream(another, "/v1/chat/completions", chat | streamed)
+        assert last["usage"]
+        told_by(last)
+        *_, last = another.post("/v1/responses", json=response | {"stream": True}).text.split("\ndata: ")
+        told_by(json.loads(last)["response"])
+        before = counters(another)
+        asked = {"text": WORDS, "sampling_params": {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True}}
+        about = another.post("/generate", json=asked).json()["meta_info"]
+        names = ("spec_verify_ct", "spec_draft_token_num", "spec_accept_token_num")
+        assert [about[name] for name in names] == [
+            one - other for one, other in zip(counters(another), before, strict=True)
+        ]
+        assert about["spec_accept_length"] == 60 / about["spec_verify_ct"]
+        assert another.post("/v1/completions", json=body | {"n": 2}).json()["metrics"] is None
+    assert "metrics" not in client.post("/v1/completions", json=body).json()
 
 
 def test_log_probabilities_are_those_without(client: httpx.Client, speculating: Server) -> None:

@@ -127,7 +127,10 @@ class GrowingRequest:
         index = delta.index - self._first
         text = "" if self._texts is None else self._all_of(index, delta) if self._plain else text_of(delta.parts)
         reasons = (delta.finish_reason, delta.stop_reason)
-        return CompletionOutput(index, text, delta.token_ids, total, logprobs, *reasons, self._asked.adapter)
+        said = CompletionOutput(index, text, delta.token_ids, total, logprobs, *reasons, self._asked.adapter)
+        if delta.finish_reason is not None:
+            said.spec_decode_metrics = self.choices[index].drafted
+        return said
 
     def _all_of(self, index: int, delta: Delta) -> str:
         """The text of an answer's tokens, whatever it is."""
@@ -192,6 +195,7 @@ def _extend(output: CompletionOutput, later: CompletionOutput) -> None:
     output.reasoning = later.reasoning
     output.content = later.content
     output.tool_calls = later.tool_calls
+    output.spec_decode_metrics = later.spec_decode_metrics
 
 
 def _copy(output: CompletionOutput) -> CompletionOutput:
