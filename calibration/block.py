@@ -201,9 +201,9 @@ class Block:
         search = recipe.search_of(scheme)
         stored = scale_dtype(recipe, parts[0].dtype)
         input_scale = None
-        if scheme.activation is not None and not scheme.activation.dynamic:
+        if scheme.activation is not None and scheme.activation.has_stored_scale:
             assert stats is not None
-            input_scale = static_input_scale(stats.absmax, scheme.activation.dtype)
+            input_scale = static_input_scale(stats.absmax, scheme.activation)
         if recipe.algorithm == "awq":
             assert stats is not None
             solved = [awq_clip(part, stats, scheme, search=search, scale_dtype=stored) for part in parts]

@@ -157,7 +157,7 @@ class Recipe(msgspec.Struct, frozen=True):
     @property
     def needs_statistics(self) -> bool:
         """True if anything depends on the inputs of linear layers."""
-        static = any(s.activation is not None and not s.activation.dynamic for s in self.schemes)
+        static = any(s.activation is not None and s.activation.has_stored_scale for s in self.schemes)
         return self.algorithm != "rtn" or static
 
     @property

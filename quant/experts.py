@@ -127,7 +127,7 @@ def _stored_scheme(weight: Weight) -> QuantScheme | None:
 def _lacks_input_scale(weight: Weight) -> bool:
     if isinstance(weight, Tensor) or weight.scheme.activation is None:
         return False
-    return not weight.scheme.activation.dynamic and weight.input_scale is None
+    return weight.scheme.activation.has_stored_scale and weight.input_scale is None
 
 
 def _pack(experts: list[Weight], kernel: Kernel, target: Target) -> Any:
@@ -154,7 +154,7 @@ def _stack_codes(experts: list[QuantizedWeight], device: torch.device) -> Any:
     if scheme.weight.granularity == CHANNEL:
         scale = scale.squeeze(2)
     stored = None
-    if scheme.activation is not None and not scheme.activation.dynamic:
+    if scheme.activation is not None and scheme.activation.has_stored_scale:
         inputs = [weight.input_scale for weight in experts if weight.input_scale is not None]
         stored = collapse_equal(torch.stack(inputs).flatten().to(device, torch.float32))
     return Experts(codes, scale.float().contiguous(), stored)

@@ -74,6 +74,7 @@ def _can_join(last: Weight, part: Weight) -> bool:
         and part.scale.dtype == last.scale.dtype
         and _same(part.g_idx, last.g_idx)
         and _same(part.input_scale, last.input_scale)
+        and _same(part.global_scale, last.global_scale)
         and (part.zero_point is None) == (last.zero_point is None)
     )
 

@@ -249,7 +249,7 @@ def choose_kernel(scheme: QuantScheme | None, shape: LayerShape, target: Target)
     kernels and none serves the weight.
     """
     activation = activation_of(scheme)
-    if activation is not None and activation.dynamic:
+    if activation is not None and not activation.has_stored_scale:
         dynamic_rounding(activation)  # a scheme that nothing rounds by is refused whoever serves it
     for kernel in TABLE:
         if _serves(kernel, scheme, shape, target):

@@ -21,7 +21,8 @@ class QuantizedWeight:
     scale       scheme.weight.granularity.scale_shape(N, K), in the type that the checkpoint stores
     zero_point  None when symmetric, else int8 of scale's shape, in the same signed range as codes
     g_idx       None, or [K] int32: the group of each column (GPTQ act-order)
-    input_scale None, or [] float32: the static scale of the input
+    input_scale None, or [] float32: the static scale of the input; of an input with e4m3 scales what divides them all
+    global_scale None, or [] float32: what divided all the stored e4m3 scales to give `scale`, which is float32 then
     note        what whoever read it from a file has to tell a person about that file
     Owned here: this is the one meaning of the numbers; formats map files to it, kernels pack from it.
     """
@@ -32,6 +33,7 @@ class QuantizedWeight:
     zero_point: Tensor | None = None
     g_idx: Tensor | None = None
     input_scale: Tensor | None = None
+    global_scale: Tensor | None = None
     note: str = ""
 
     @property
@@ -52,7 +54,7 @@ class QuantizedWeight:
         """The same on a device."""
         moved = {
             name: value.to(device)
-            for name in ("codes", "scale", "zero_point", "g_idx", "input_scale")
+            for name in ("codes", "scale", "zero_point", "g_idx", "input_scale", "global_scale")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 WeightDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8", "int4", "int3", "int2", "bf16"]
-ActivationDtype = Literal["fp8_e4m3", "int8"]
+ActivationDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8"]
+Scales = Literal["float", "e4m3", "e8m0"]  # what a format has for scales: numbers, NVFP4's, powers of two (MX)
 Search = Literal["absmax", "mse"]  # how a scale is chosen: to cover every weight, or for the least squared error
 
 BITS: dict[str, int] = {"fp8_e4m3": 8, "fp4_e2m1": 4, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "bf16": 16}
@@ -101,18 +102,21 @@ def group(size: int) -> Granularity:
 class WeightScheme:
     """Integers: w = (q - zero_point) * scale, zero_point 0 when symmetric. Floats: w = q * scale.
 
-    fp4_e2m1 (NVFP4, MXFP4) is read from checkpoints and served; nothing here makes it.
+    scales  float: any number. e8m0: a power of two (MXFP4, MXFP8). e4m3: an e4m3 number over one float32 for the whole
+            weight (NVFP4)
     """
 
     dtype: WeightDtype
     granularity: Granularity
     symmetric: bool = True
+    scales: Scales = "float"
 
     def __post_init__(self) -> None:
         if self.is_float and not self.symmetric:
             raise SchemeError(f"{self.dtype} weights have no zero point: symmetric must be true")
         if self.dtype == "bf16":
             raise SchemeError("an unquantized layer has no scheme: use None instead of a bf16 scheme")
+        _check_scales(self.dtype, self.granularity, self.scales)
 
     @property
     def bits(self) -> int:
@@ -137,17 +141,34 @@ class ActivationScheme:
 
     granularity: 'tensor' with dynamic=False (a stored scale), or dynamic per token ('channel': one scale per row of
     the input) or per token and group of columns ('group').
+    scales: as a weight's; of e4m3 ones each group's is computed, and what all are divided by is stored.
     """
 
     dtype: ActivationDtype
     granularity: Granularity
     dynamic: bool = True
+    scales: Scales = "float"
 
     def __post_init__(self) -> None:
         if self.granularity.kind == "block":
             raise SchemeError("activations have no block granularity; a token's groups are 'group'")
         if not self.dynamic and self.granularity.kind != "tensor":
             raise SchemeError(f"static activation scales are per tensor, not per {self.granularity}")
+        if self.dtype == "fp4_e2m1" and self.scales == "float":
+            raise SchemeError("fp4_e2m1 activations have e4m3 scales (NVFP4) or e8m0 scales (MXFP4)")
+        _check_scales(self.dtype, self.granularity, self.scales)
+
+    @property
+    def has_stored_scale(self) -> bool:
+        """Whether a checkpoint stores a number for the input, which calibration finds."""
+        return not self.dynamic or self.scales == "e4m3"
+
+
+def _check_scales(dtype: str, granularity: Granularity, scales: Scales) -> None:
+    """Which numbers have scales of 8 bits: NVFP4's e4m3 for fp4_e2m1, MX's e8m0 for both floats, in groups."""
+    floats = {"float": None, "e4m3": ("fp4_e2m1",), "e8m0": ("fp4_e2m1", "fp8_e4m3")}[scales]
+    if floats is not None and (dtype not in floats or granularity.kind != "group"):
+        raise SchemeError(f"{scales} scales are for {' and '.join(floats)} in groups, not {dtype} per {granularity}")
 
 
 @dataclass(frozen=True)
@@ -164,11 +185,15 @@ class QuantScheme:
             raise SchemeError(f"int8 activations with {w.dtype} weights: no format and no kernel has that")
         if a is not None and w.granularity.kind == "block" and a.granularity.kind != "group":
             raise SchemeError("block-scaled weights go with activations in groups of the block's columns")
+        if a is not None and a.dtype == "fp4_e2m1" and w.dtype != "fp4_e2m1":
+            raise SchemeError(f"fp4_e2m1 activations with {w.dtype} weights: no format and no kernel has that")
 
     def __str__(self) -> str:
         name = f"{self.weight.dtype}/{self.weight.granularity}" + ("" if self.weight.symmetric else "/asym")
+        name += "" if self.weight.scales == "float" else f"/{self.weight.scales}"
         if self.activation is not None:
             how = "token" if self.activation.granularity == CHANNEL else str(self.activation.granularity)
+            how += "" if self.activation.scales == "float" else f"/{self.activation.scales}"
             name += f" x {self.activation.dtype}/{'' if self.activation.dynamic else 'static '}{how}"
         return name
 

@@ -96,7 +96,7 @@ class ScaleTrials:
         inputs = self.stats.rows / scales
         if inputs.shape[0] == 0:
             raise ValueError("the scheme rounds inputs, and the statistics hold no rows to try it on")
-        stored = None if activation.dynamic else static_input_scale(self.stats.absmax / scales, activation.dtype)
+        stored = static_input_scale(self.stats.absmax / scales, activation) if activation.has_stored_scale else None
         rounds = input_rounding(activation, stored, inputs.device)
         return inputs if rounds is None else rounds(inputs).sub_(inputs)
 

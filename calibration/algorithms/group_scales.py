@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.fp4.reference import nvfp4_global_scale
 from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
 from octavo.quant.qparams import FP8_MAX, WeightError
-from octavo.quant.scheme import LARGEST, ActivationDtype, Search, WeightScheme
+from octavo.quant.scheme import LARGEST, ActivationScheme, Search, WeightScheme
 
 # Fractions of a group's range that the search tries, the whole range first so that it wins a tie. Above 1 the largest
 # weight is not clipped to the 7 of -8..7, and there is room for the errors that GPTQ adds to columns; below 0.5 nothing
@@ -121,9 +122,10 @@ def search_scales_jointly(
     return scales.gather(0, pick)[0], None if zeros is None else zeros.gather(0, pick)[0]
 
 
-def static_input_scale(absmax: Tensor, dtype: ActivationDtype) -> Tensor:
+def static_input_scale(absmax: Tensor, activation: ActivationScheme) -> Tensor:
     """The scale [] float32 of an input that is rounded with a stored one: it covers all that was seen, absmax [K].
 
+    Of an input with e4m3 scales it is what divides them: the largest of them is 448 where the largest input is.
     Raises WeightError when the input was zero throughout, or not finite.
     """
     amax = absmax.amax().float().cpu()
@@ -134,4 +136,6 @@ def static_input_scale(absmax: Tensor, dtype: ActivationDtype) -> Tensor:
             "its input was zero in the whole calibration text: there is no static scale; more text "
             "helps, or a scheme whose inputs are dynamic, such as FP8_DYNAMIC"
         )
-    return amax / LARGEST[dtype]
+    if activation.scales == "e4m3":
+        return nvfp4_global_scale(amax)
+    return amax / LARGEST[activation.dtype]

@@ -11,14 +11,14 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
-from octavo.quant.formats.compressed_tensors_fp4 import GROUP, Fp4Format
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError, QuantFormat
+from octavo.quant.formats.microscaling import INPUTS, NAMES, WEIGHTS, Kind, MicroscalingFormat
 from octavo.quant.formats.patterns import Regexes
 from octavo.quant.printable import some
 from octavo.quant.scheme import (
@@ -28,6 +28,7 @@ from octavo.quant.scheme import (
     ActivationScheme,
     Granularity,
     QuantScheme,
+    Scales,
     SchemeError,
     WeightDtype,
     WeightScheme,
@@ -46,6 +47,7 @@ class _Args(msgspec.Struct):
     block_structure: str | list[int] | None = None
     dynamic: bool | str | None = None
     actorder: bool | str | None = None
+    scale_dtype: str | None = None
 
 
 class _Group(msgspec.Struct):
@@ -67,9 +69,9 @@ class _Config(msgspec.Struct):
 
 
 INT_DTYPES: dict[int, WeightDtype] = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
-FP4_FORMATS: dict[str, Literal["nvfp4", "mxfp4"]] = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
+MICROSCALING: dict[str, Kind] = {name: kind for kind, name in NAMES.items()}
+E8M0 = "torch.uint8"  # the scale_dtype of MX
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
-ANY_FORMAT = (*FP4_FORMATS, "mixed-precision")
 
 
 class Targets:
@@ -169,8 +171,8 @@ def _parse_group(name: str, entry: Mapping[str, Any], stored: str) -> ConfigGrou
         if not (weights := entry.get("weights")):
             raise SchemeError("it has no weights entry: quantized activations alone are not supported")
         activation = parse_activations(entry.get("input_activations"))
-        if stored in FP4_FORMATS or (weights.get("num_bits"), weights.get("type")) == (4, "float"):
-            return ConfigGroup(name, targets, _fp4_format(weights, activation, stored))
+        if stored in MICROSCALING or _is_microscaled(weights):
+            return ConfigGroup(name, targets, _microscaling(weights, activation, stored))
         if stored not in FORMATS:
             raise SchemeError(f"format {stored!r} is not supported")
         scheme = QuantScheme(parse_weights(weights), activation)
@@ -180,18 +182,31 @@ def _parse_group(name: str, entry: Mapping[str, Any], stored: str) -> ConfigGrou
     return ConfigGroup(name, targets, CompressedTensorsFormat(scheme, act_order=act_order))
 
 
-def _fp4_format(weights: Mapping[str, Any], activation: ActivationScheme | None, stored: str) -> Fp4Format:
-    """NVFP4 or MXFP4, weights alone. Raises SchemeError with the reason."""
-    kind: Literal["nvfp4", "mxfp4"] = "nvfp4" if weights.get("strategy") == "tensor_group" else "mxfp4"
-    found = tuple(weights.get(key) for key in ("num_bits", "type", "group_size"))
-    if found != (4, "float", GROUP[kind]) or FP4_FORMATS.get(stored, kind) != kind or stored not in ANY_FORMAT:
+def _is_microscaled(args: Mapping[str, Any]) -> bool:
+    """Whether a weight's numbers are floats of 4 bits, or of 8 with scales that are powers of two."""
+    if args.get("type") != "float":
+        return False
+    return args.get("num_bits") == 4 or (args.get("num_bits") == 8 and args.get("scale_dtype") == E8M0)
+
+
+def _microscaling(weights: Mapping[str, Any], activation: ActivationScheme | None, stored: str) -> MicroscalingFormat:
+    """NVFP4, MXFP4 or MXFP8. Raises SchemeError with the reason."""
+    bits, kind, size = (weights.get(key) for key in ("num_bits", "type", "group_size"))
+    strategy = weights.get("strategy")
+    known: dict[tuple[Any, ...], Kind] = {
+        (4, "float", "tensor_group", 16): "nvfp4",
+        (4, "float", "group", 32): "mxfp4",
+        (8, "float", "group", 32): "mxfp8",
+    }
+    found = known.get((bits, kind, strategy, size))
+    if found is None or MICROSCALING.get(stored, found) != found or stored not in (*MICROSCALING, "mixed-precision"):
         raise SchemeError(
-            f"format {stored!r} with {found[0]}-bit {found[1]} weights, strategy {weights.get('strategy')}, group_size "
-            f"{found[2]} is not supported; NVFP4 (tensor_group of 16) and MXFP4 (group of 32) are"
+            f"format {stored!r} with {bits}-bit {kind} weights, strategy {strategy}, group_size {size} is not "
+            "supported; NVFP4 (tensor_group of 16), MXFP4 and MXFP8 (group of 32) are"
         )
-    if activation is not None:
-        raise SchemeError("4-bit float weights with quantized activations are not supported; NVFP4A16 and MXFP4A16 are")
-    return Fp4Format(kind)
+    if activation is not None and not activation.dynamic:
+        raise SchemeError(f"{found} weights with a static scale for inputs are not supported")
+    return MicroscalingFormat(QuantScheme(WEIGHTS[found], activation))
 
 
 def parse_weights(args: Mapping[str, Any]) -> WeightScheme:
@@ -240,21 +255,37 @@ def parse_activations(args: Mapping[str, Any] | None) -> ActivationScheme | None
     kind = args.get("type", "int")
     strategy = args.get("strategy")
     dynamic = args.get("dynamic", False)
-    if bits != 8:
-        raise SchemeError(f"{bits}-bit {kind} activations are not supported; 8 bits are")
     if not args.get("symmetric", True):
         raise SchemeError("asymmetric activations are not supported")
+    if (bits, kind) == (4, "float"):
+        return _fp4_activations(args)
+    if bits != 8:
+        raise SchemeError(f"{bits}-bit {kind} activations are not supported; 8 bits, and floats of 4 bits, are")
     dtype: Any = "fp8_e4m3" if kind == "float" else "int8"
     match strategy, dynamic:
         case "token", True:
             return ActivationScheme(dtype, CHANNEL)
         case "group", True if args.get("group_size"):
-            return ActivationScheme(dtype, group(args["group_size"]))
+            scales: Scales = "e8m0" if kind == "float" and args.get("scale_dtype") == E8M0 else "float"
+            return ActivationScheme(dtype, group(args["group_size"]), scales=scales)
         case (("tensor" | None), False):
             return ActivationScheme(dtype, TENSOR, dynamic=False)
         case (("tensor" | None), True):
             raise SchemeError("dynamic activation scales per tensor would make an answer depend on its batch")
     raise SchemeError(f"activation strategy {strategy!r} with dynamic {dynamic!r} is not supported")
+
+
+def _fp4_activations(args: Mapping[str, Any]) -> ActivationScheme:
+    """NVFP4's inputs or MXFP4's. Raises SchemeError for others."""
+    found = tuple(args.get(key) for key in ("strategy", "dynamic", "group_size"))
+    if found == ("tensor_group", "local", 16):
+        return INPUTS["nvfp4"]
+    if found == ("group", True, 32):
+        return INPUTS["mxfp4"]
+    raise SchemeError(
+        f"4-bit float activations with strategy {found[0]!r}, dynamic {found[1]!r}, group_size {found[2]} are not "
+        "supported; NVFP4's (tensor_group of 16, local) and MXFP4's (group of 32, dynamic) are"
+    )
 
 
 def _parse_kv_cache(args: Mapping[str, Any] | None) -> str | None:

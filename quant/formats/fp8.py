@@ -56,7 +56,7 @@ class Fp8Format:
 
     @property
     def _is_static(self) -> bool:
-        return self.scheme.activation is not None and not self.scheme.activation.dynamic
+        return self.scheme.activation is not None and self.scheme.activation.has_stored_scale
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
@@ -185,7 +185,7 @@ def write_fp8_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: l
     check_writable(scheme)
     block = scheme.weight.granularity.block
     activation = scheme.activation
-    static = activation is not None and not activation.dynamic
+    static = activation is not None and activation.has_stored_scale
     return {
         "activation_scheme": "static" if static else "dynamic",
         "fmt": "e4m3",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from octavo.quant.formats import awq, compressed_tensors, fp8, gptq
+from octavo.quant.formats import awq, compressed_tensors, fp8, gptq, microscaling
 from octavo.quant.formats.auto_round import parse_auto_round
 from octavo.quant.formats.awq import parse_awq
 from octavo.quant.formats.compressed_tensors_config import parse_config
@@ -22,10 +22,16 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "intel/auto-round": parse_auto_round,  # before auto-round 0.5
     "fp8": parse_fp8,
     "modelopt": parse_modelopt,
+    "modelopt_fp4": parse_modelopt,  # vLLM's names of what `quant_algo` says
+    "modelopt_mxfp8": parse_modelopt,
 }
 
 # The suffixes of a linear layer's tensors, in any format.
-SUFFIXES = tuple(dict.fromkeys(compressed_tensors.SUFFIXES + gptq.SUFFIXES + awq.SUFFIXES + fp8.SUFFIXES))
+SUFFIXES = tuple(
+    dict.fromkeys(
+        compressed_tensors.SUFFIXES + gptq.SUFFIXES + awq.SUFFIXES + fp8.SUFFIXES + microscaling.MODELOPT_SUFFIXES
+    )
+)
 
 
 def parse_quantization(raw: Mapping[str, Any]) -> QuantizationConfig:

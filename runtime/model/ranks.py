@@ -232,7 +232,7 @@ def make_part(weights: list[Weight], biases: list[Tensor | None], target: Target
     """
     (weight,) = weights
     activation = weight.scheme.activation if isinstance(weight, QuantizedWeight) else None
-    if activation is None or not activation.dynamic or activation.granularity != CHANNEL:
+    if activation is None or activation.has_stored_scale or activation.granularity != CHANNEL:
         return make_linear(weights, biases, target, out_dtype=torch.float32)
     assert isinstance(weight, QuantizedWeight)
     padded, added = pad(weight)

@@ -150,7 +150,7 @@ class DummySource:
         if scheme is None:
             return weight
         activation = scheme.activation
-        static = activation is not None and not activation.dynamic
+        static = activation is not None and activation.has_stored_scale
         quantized = quantize_weight(weight, scheme, "absmax")
         input_scale = torch.ones((), device=self._device) if static else None
         return dataclasses.replace(quantized, input_scale=input_scale)

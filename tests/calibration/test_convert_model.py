@@ -103,7 +103,7 @@ def test_there_and_back_again(fixtures: Path, tmp_path: Path, name: str) -> None
         ("tiny--llmc-fp8-dynamic", "gptq_v2", "gptq holds integer weights"),
         ("tiny--llmc-fp8-dynamic", "fp8", "native fp8 scales per block or tensor, not per channel"),
         ("tiny--llmc-fp8-kv", "fp8", "has scales for a fp8_e4m3 KV cache .* which the config of fp8 has no word for"),
-        ("tiny--llmc-nvfp4a16", "compressed-tensors", "fp4_e2m1/g16 is read and served, but not written"),
+        ("tiny--llmc-nvfp4a16", "compressed-tensors", "fp4_e2m1/g16/e4m3 is read and served, but not written"),
     ],
 )
 def test_what_cannot_be_carried_is_refused(

@@ -12,18 +12,21 @@ from octavo.calibration.algorithms.input_statistics import InputStats, StatsColl
 from octavo.calibration.algorithms.smoothquant import ALPHAS, smooth_scales, smoothquant_scales
 from octavo.quant.input_rounding import input_rounding
 from octavo.quant.qparams import WeightError
-from octavo.quant.scheme import PRESETS, QuantScheme
+from octavo.quant.scheme import PRESETS, TENSOR, ActivationScheme, QuantScheme, group
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("fp8_e4m3", 448), ("int8", 127)])
 def test_static_scales_cover_all_that_was_seen(dtype: str, largest: int) -> None:
     absmax = torch.tensor([0.5, 13.0, 2.0])
-    scale = static_input_scale(absmax, dtype)  # type: ignore[arg-type]
+    activation = ActivationScheme(dtype, TENSOR, dynamic=False)  # type: ignore[arg-type]
+    scale = static_input_scale(absmax, activation)
     assert scale.shape == ()
     assert scale.item() == pytest.approx(13 / largest, rel=2**-23)
     for bad, message in ((torch.zeros(3), "zero in the whole"), (absmax * torch.nan, "NaN or infinity")):
         with pytest.raises(WeightError, match=message):
-            static_input_scale(bad, dtype)  # type: ignore[arg-type]
+            static_input_scale(bad, activation)
+    nvfp4 = ActivationScheme("fp4_e2m1", group(16), scales="e4m3")
+    assert static_input_scale(absmax, nvfp4).item() == pytest.approx(448 * 6 / 13, rel=2**-23)
 
 
 def collect(x: Tensor) -> InputStats:
@@ -86,7 +89,7 @@ def test_what_rounding_inputs_costs_is_measured(preset: str) -> None:
     x, weight = layer()
     scheme, ones = PRESETS[preset], torch.ones(x.shape[1])
     stats = collect(x)
-    scale = static_input_scale(stats.absmax, "fp8_e4m3")
+    scale = static_input_scale(stats.absmax, PRESETS["FP8"].activation)
     rounds = input_rounding(scheme.activation, scale, x.device)
     assert rounds is not None
     truth = x.double() @ weight.double().T

@@ -72,7 +72,7 @@ def test_against_the_original_it_tells_all(fixtures: Path, tmp_path: Path, capsy
     [
         ("tiny--llmc-w4a16-g32", "int4/g32"),
         ("tiny--llmc-w4a8-g32", "int4/g32 x int8/token"),
-        ("tiny--llmc-nvfp4a16", "fp4_e2m1/g16"),
+        ("tiny--llmc-nvfp4a16", "fp4_e2m1/g16/e4m3"),
         ("tiny--llmc-fp8-static", "fp8_e4m3/tensor x fp8_e4m3/static tensor"),
         ("tiny--autogptq-w4g32", "int4/g32"),
         ("tiny--gptqmodel-w3g32", "int3/g32"),

@@ -44,8 +44,8 @@ MOE = {
     "tiny-moe--llmc-w4a16-g32": QuantScheme(WeightScheme("int4", group(32))),
 }
 READ_ONLY = {
-    "tiny--llmc-mxfp4a16": QuantScheme(WeightScheme("fp4_e2m1", group(32))),
-    "tiny--llmc-nvfp4a16": QuantScheme(WeightScheme("fp4_e2m1", group(16))),
+    "tiny--llmc-mxfp4a16": QuantScheme(WeightScheme("fp4_e2m1", group(32), scales="e8m0")),
+    "tiny--llmc-nvfp4a16": QuantScheme(WeightScheme("fp4_e2m1", group(16), scales="e4m3")),
 }
 ACTORDER = {"tiny--llmc-w8a8": "static", "tiny--llmc-w4a16-g32-actstatic": "static"}
 SCHEMES = [
@@ -306,7 +306,8 @@ def test_names_win_over_regexes_and_regexes_over_the_class() -> None:
         ({"weights": {"num_bits": 6, "type": "float"}}, "6-bit float weights"),
         ({"weights": {"strategy": "attn_head"}}, "weight strategy 'attn_head'"),
         ({"group": {"format": "nvfp4-pack-quantized"}}, "format 'nvfp4-pack-quantized' with 4-bit int weights"),
-        ({"group": {"format": "mxfp8-quantized"}}, "format 'mxfp8-quantized' is not supported"),
+        ({"group": {"format": "mxfp6-pack-quantized"}}, "format 'mxfp6-pack-quantized' is not supported"),
+        ({"group": {"format": "mxfp8-quantized"}}, "format 'mxfp8-quantized' with 4-bit int weights"),
         ({"group": {"input_activations": {"num_bits": 8, "symmetric": False}}}, "asymmetric activations"),
         ({"group": {"input_activations": {"num_bits": 4}}}, "4-bit int activations"),
         ({"group": {"input_activations": {"strategy": "tensor", "dynamic": True}}}, "depend on its batch"),

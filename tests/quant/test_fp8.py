@@ -187,7 +187,7 @@ def test_modelopt_by_channel_and_token() -> None:
 @pytest.mark.parametrize(
     ("inner", "message"),
     [
-        ({"quant_algo": "NVFP4"}, "quant_algo 'NVFP4' is not supported; FP8, FP8_PER_CHANNEL_PER_TOKEN are"),
+        ({"quant_algo": "NVFP4_AWQ"}, "quant_algo 'NVFP4_AWQ' is not supported; FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4"),
         ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo 'NVFP4'"),
         ({"quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "kv_cache_scheme"),
         ({"quant_algo": ["FP8"]}, "at `quant_algo`"),
