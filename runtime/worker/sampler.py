@@ -94,10 +94,10 @@ class Sampler:
         errors = _find_bad(plan, best.logits)
         prompt_logprobs = self._prompt_logprobs(logits, plan, errors)
         brought = _Brought([[] for _ in plan.scheduled])
-        self._sample_rows(logits, best.ids, those, constrained, brought)
+        self._sample_rows(logits, best, those, constrained, brought)
         while (those := _next_rows(plan, those, brought, best.logits)).places:
             constrained = self._grammars.before(those.scheduled, those.rows, logits.shape[1])
-            self._sample_rows(logits, best.ids, those, constrained, brought)
+            self._sample_rows(logits, best, those, constrained, brought)
         return StepResult(
             brought.tokens,
             self._listed(brought),
@@ -108,7 +108,7 @@ class Sampler:
         )
 
     def _sample_rows(
-        self, logits: Tensor, best: np.ndarray, those: _Sampling, constrained: Constrained, brought: _Brought
+        self, logits: Tensor, best: Best, those: _Sampling, constrained: Constrained, brought: _Brought
     ) -> None:
         """Draw one token for each sequence, and add what that brings."""
         wanting = [i for i, it in enumerate(those.scheduled) if it.sequence.params.logprobs is not None]
@@ -147,12 +147,15 @@ class Sampler:
         return listed
 
     def _choose(
-        self, logits: Tensor, best: np.ndarray, those: _Sampling, constrained: Constrained
+        self, logits: Tensor, best: Best, those: _Sampling, constrained: Constrained
     ) -> tuple[list[int], list[int]]:
-        """The next token of each, and which of them may have none (theirs is a stand-in)."""
+        """The next token of each, and which of them may have none (theirs is a stand-in).
+
+        Where the model's logits are not finite the sequence ends with an error, a step later: its stand-in is a token.
+        """
         rows = those.rows
         sampling = those.scheduled
-        chosen: list[int] = best[rows].tolist()
+        chosen: list[int] = best.ids[rows].tolist()
         stuck: list[int] = []
         changed = [i for i, it in enumerate(sampling) if it.sequence.params.changes_logits]
         states = [self._state(sampling[i], logits.shape[1]) for i in changed]
@@ -166,9 +169,9 @@ class Sampler:
                 chosen[i] = token
                 if peak == float("-inf"):
                     stuck.append(i)
-        random = [
-            i for i, it in enumerate(sampling) if it.sequence.params.temperature >= GREEDY_BELOW and i not in stuck
-        ]
+        drawable = np.isfinite(best.logits[rows])
+        drawable[stuck] = False
+        random = [i for i in np.flatnonzero(drawable).tolist() if sampling[i].sequence.params.temperature >= GREEDY_BELOW]
         if random:
             drawing = [sampling[i] for i in random]
             drawn = draw_rows(

@@ -165,7 +165,10 @@ def test_logprobs_are_the_models_own_whatever_changes_the_choice() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"logprobs": 1}, {"repetition_penalty": 2.0}])
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"logprobs": 1}, {"repetition_penalty": 2.0}],
+)
 def test_a_row_that_is_not_finite_is_an_error_of_its_request(bad: float, params: dict[str, object]) -> None:
     logits = torch.zeros(3, VOCAB)
     logits[:, 3] = 1
@@ -173,6 +176,7 @@ def test_a_row_that_is_not_finite_is_an_error_of_its_request(bad: float, params:
     sampled = sample(logits, sequence([1]), sequence([1], **params), sequence([1]))
     assert set(sampled.errors) == {1}
     assert (sampled.tokens[0], sampled.tokens[2]) == ([3], [3])
+    assert 0 <= sampled.tokens[1][0] < VOCAB  # the next step has begun with it
 
 
 def test_uniform_is_uniform_and_depends_on_key_and_position() -> None:
