@@ -3,7 +3,7 @@
 Sensitivity of a unit (the layers of a block that share an input) is the KL divergence of the model's next-token
 distribution from the original's when that unit alone is rounded. It is measured with one scheme; for the others it is
 scaled by the unit's output error, since a small change of logits costs KL in proportion to its square. The choice is a
-knapsack, solved exactly up to a thousandth of the budget.
+knapsack, and is compared with the best single scheme of no more bits, both measured as a whole.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import quantize_weight
 
 MAX_TOKENS = 1024  # whose KL is measured: units differ by far more than its error over so many
-STEPS = 4000  # of the knapsack's budget
+STATES = 10_000  # of the knapsack
 LOGIT_ROWS = 256
+UNCOUNTED = ("weight_shape", "g_idx")  # tensors that are no part of a weight's bits: W4A16@32 has 4.5, to the bit
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Sensitivity:
 
 
 def candidates(recipe: Recipe, budget: float) -> list[str]:
-    """The schemes to choose from. Three bits and two, which few engines read, only where the budget asks for them.
+    """The schemes to choose from. Three bits and two, which lose most, only where the budget asks for them.
 
     Raises RecipeError for a budget that is no number of bits, and for a recipe that leaves no choice.
     """
@@ -115,9 +116,7 @@ def measure(
     plan = planned.plan
     recipe = planned.recipe
     runner = calibration.runner
-    token_ids = calibration.token_ids
-    samples = token_ids[: max(1, MAX_TOKENS // token_ids.shape[1])]
-    original = runner.embed(samples, checkpoint.tensor(runner.embedding_name))
+    original = _first_hidden(checkpoint, calibration)
     variants: list[Tensor] = []
     units: list[Sensitivity] = []
     blocks = [unit for unit in plan.units if unit.index is not None]
@@ -199,12 +198,13 @@ def _round(
 
 
 def _bits(items: Sequence[Item], recipe: Recipe, scheme: str) -> int:
-    """Bits that the unit's layers take on the disk."""
+    """Bits that the unit's layers take on the disk: codes, scales and zero points."""
     total = 0
     for item in items:
         assert item.linear is not None
         format_ = make_format(recipe, parse_scheme(scheme), item.spec.dtype)
-        total += sum(s.nbytes for s in format_.tensors(item.linear.out_features, item.linear.in_features).values())
+        tensors = format_.tensors(item.linear.out_features, item.linear.in_features)
+        total += sum(spec.nbytes for name, spec in tensors.items() if name not in UNCOUNTED)
     return 8 * total
 
 
@@ -229,39 +229,112 @@ def _divergences(
 def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
     """Unit -> scheme: the least sum of KL with at most `budget` bits per weight on average.
 
-    Dynamic programming over units and STEPS of the budget above the cheapest choice; bits are rounded up to steps, so
-    the budget holds. Raises RecipeError for a budget that the cheapest schemes exceed.
+    Unit by unit, over sums so far of which none has both more bits and more KL than another. Bits are counted exactly.
+    Where sums are more than STATES, the best of each STATES-th of their range goes on, and the result is still no worse
+    than any one scheme for all that fits. Raises RecipeError for a budget that the cheapest schemes exceed.
     """
     weights = sum(unit.weights for unit in units)
-    least = sum(min(choice.bits for choice in unit.choices) for unit in units)
-    _check_least(least, weights, budget)
-    room = budget * weights - least
-    step = max(room / STEPS, 1e-9)
-    best = torch.zeros(STEPS + 1, dtype=torch.float64)
-    picks: list[Tensor] = []
+    left = sum(min(choice.bits for choice in unit.choices) for unit in units)
+    _check_least(left, weights, budget)
+    most = math.floor(budget * weights)
+    bits = torch.zeros(1, dtype=torch.int64)
+    kl = torch.zeros(1, dtype=torch.float64)
+    kept: list[Tensor] = []
     for unit in units:
-        cheapest = min(choice.bits for choice in unit.choices)
-        costs = []
-        for choice in unit.choices:
-            steps = -int(-(choice.bits - cheapest) // step)
-            shifted = torch.full_like(best, torch.inf)
-            if steps <= STEPS:
-                shifted[steps:] = best[: STEPS + 1 - steps] + choice.kl
-            costs.append(shifted)
-        best, pick = torch.stack(costs).min(0)
-        picks.append(pick)
+        left -= min(choice.bits for choice in unit.choices)
+        bits = (bits[:, None] + torch.tensor([choice.bits for choice in unit.choices])).flatten()
+        kl = (kl[:, None] + torch.tensor([choice.kl for choice in unit.choices], dtype=torch.float64)).flatten()
+        best = _best_sums(bits, kl, most - left)
+        bits = bits[best]
+        kl = kl[best]
+        kept.append(best)
     chosen = {}
-    left = STEPS
-    for unit, pick in zip(reversed(units), reversed(picks), strict=True):
-        choice = unit.choices[int(pick[left])]
-        chosen[unit.name] = choice.scheme
-        left -= -int(-(choice.bits - min(c.bits for c in unit.choices)) // step)
-    return chosen
+    state = len(kl) - 1  # the most bits, the least KL
+    for unit, best in zip(reversed(units), reversed(kept), strict=True):
+        state, pick = divmod(int(best[state]), len(unit.choices))
+        chosen[unit.name] = unit.choices[pick].scheme
+    return min([chosen, *uniform_choices(units, budget)], key=lambda schemes: expected_kl(units, schemes))
 
 
-def budgeted(recipe: Recipe, units: Sequence[Sensitivity], budget: float) -> Recipe:
-    """The recipe with the scheme of each unit's layers that `choose` gives them."""
+def _best_sums(bits: Tensor, kl: Tensor, most: int) -> Tensor:
+    """Indices of the sums of at most `most` bits that no other beats, by their bits; thinned out to STATES."""
+    order = kl.argsort(stable=True)
+    order = order[bits[order].argsort(stable=True)]
+    order = order[bits[order] <= most]
+    least = kl[order].cummin(0).values
+    order = order[torch.cat([torch.ones(1, dtype=torch.bool), kl[order][1:] < least[:-1]])]
+    if len(order) <= STATES:
+        return order
+    slices = (bits[order] - bits[order[0]]) * STATES // (bits[order[-1]] - bits[order[0]] + 1)
+    return order[torch.cat([slices[1:] != slices[:-1], torch.ones(1, dtype=torch.bool)])]
+
+
+def uniform_choices(units: Sequence[Sensitivity], budget: float) -> list[dict[str, str]]:
+    """One scheme for all units, each that the budget allows."""
+    weights = sum(unit.weights for unit in units)
+    schemes = [choice.scheme for choice in units[0].choices]
+    bits = {s: sum(choice.bits for unit in units for choice in unit.choices if choice.scheme == s) for s in schemes}
+    return [{unit.name: s for unit in units} for s in schemes if bits[s] <= budget * weights]
+
+
+def expected_kl(units: Sequence[Sensitivity], schemes: Mapping[str, str]) -> float:
+    """The sum of KL of a choice, unit -> scheme."""
+    return sum(choice.kl for unit in units for choice in unit.choices if choice.scheme == schemes[unit.name])
+
+
+def best_in_budget(
+    planned: Prepared, calibration: Calibration, units: Sequence[Sensitivity], budget: float, progress: Progress
+) -> Recipe:
+    """The recipe of `choose`, or of one scheme for all where that is measured to be better.
+
+    KLs of single units add up to that of the model only as long as they are small, so the model is measured with the
+    choice as a whole, and with the best single scheme that the budget allows.
+    """
     chosen = choose(units, budget)
+    uniform = min(uniform_choices(units, budget), key=lambda schemes: expected_kl(units, schemes), default=chosen)
+    recipes = [_with_schemes(planned.recipe, units, schemes) for schemes in (chosen, uniform)]
+    if chosen == uniform:
+        return recipes[0]
+    kl = measure_recipes(planned, calibration, recipes, progress)
+    return recipes[0] if kl[0] <= kl[1] else recipes[1]
+
+
+def measure_recipes(
+    planned: Prepared, calibration: Calibration, recipes: Sequence[Recipe], progress: Progress
+) -> list[float]:
+    """Mean KL of the model, its weights rounded to nearest as each recipe says, over the first MAX_TOKENS."""
+    checkpoint = planned.checkpoint
+    runner = calibration.runner
+    original = _first_hidden(checkpoint, calibration)
+    variants = [original] * len(recipes)
+    blocks = [unit for unit in planned.plan.units if unit.index is not None]
+    for number, unit in enumerate(blocks):
+        progress(number, len(blocks), f"choice in {unit.name}")
+        tensors = {item.name: item.file.read(item.name) for item in unit.items}
+        for i, recipe in enumerate(recipes):
+            rounded = {}
+            for item in unit.items:
+                linear = item.linear
+                scheme = None if linear is None else recipe.scheme_of(linear.module, linear.kind)
+                if scheme is not None:
+                    weight = tensors[item.name]
+                    stored = scale_dtype(recipe, weight.dtype)
+                    back = quantize_weight(weight, scheme, recipe.search_of(scheme), scale_dtype=stored).dequantize()
+                    rounded[item.name] = back.to(weight.dtype)
+            variants[i] = _forward(runner, runner.build(number, tensors | rounded), variants[i])
+        original = _forward(runner, runner.build(number, tensors), original)
+    return _divergences(checkpoint, runner, original, variants, progress)
+
+
+def _first_hidden(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:
+    """The first block's input over the first MAX_TOKENS of the text."""
+    token_ids = calibration.token_ids
+    samples = token_ids[: max(1, MAX_TOKENS // token_ids.shape[1])]
+    return calibration.runner.embed(samples, checkpoint.tensor(calibration.runner.embedding_name))
+
+
+def _with_schemes(recipe: Recipe, units: Sequence[Sensitivity], chosen: Mapping[str, str]) -> Recipe:
+    """The recipe with the scheme of each unit's layers that was chosen."""
     layers = {module: chosen[unit.name] for unit in units for module in unit.modules}
     counted = [chosen[unit.name] for unit in units for _ in unit.modules]
     most = max(dict.fromkeys(counted), key=counted.count)

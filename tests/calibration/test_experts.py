@@ -7,37 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from calibrated import calibration, held_out_tokens
 from hf_oracle import CASES, Sequences, make_hf
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
-import octavo.calibration
 from octavo.calibration.experts import rare_experts
-from octavo.calibration.prepare import Calibration, prepare
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
-from octavo.calibration.text.data import from_token_ids
 from octavo.calibration.workspace import read_manifest
-from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model.blocks import BlockRunner
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.weights import load_model
 
 SEQ_LEN, NUM_SAMPLES = 64, 32
-
-
-def calibration(model: Path, token_ids: Tensor) -> Calibration:
-    config = Checkpoint.open(model).config
-    data = from_token_ids(list(token_ids), vocab_size=config["vocab_size"], source="a test")
-    return Calibration(data, BlockRunner(config, "model.", token_ids.shape[1]))
-
-
-def text(model: Path) -> Tensor:
-    held_out = Path(octavo.calibration.__file__).with_name("held_out.txt").read_text()
-    token_ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(held_out).ids
-    return torch.tensor(token_ids[: NUM_SAMPLES * SEQ_LEN]).view(NUM_SAMPLES, SEQ_LEN)
 
 
 def log_probabilities(model: Path, token_ids: Tensor) -> Tensor:
@@ -52,7 +36,7 @@ def test_gptq_loses_less_than_rounding(fixtures: Path, tmp_path: Path, true_sequ
     model = fixtures / "tiny-moe"
     gptq = Recipe("W4A16@32", algorithm="gptq", true_sequential=true_sequential)
     quantize_model(prepare(model, tmp_path / "rtn", Recipe("W4A16@32")))
-    quantize_model(prepare(model, tmp_path / "gptq", gptq, calibration=calibration(model, text(model))))
+    quantize_model(prepare(model, tmp_path / "gptq", gptq, calibration=calibration(model, held_out_tokens(model))))
     token_ids = load_file(model / "expected.safetensors")["input_ids"]
     original, rtn, solved = (
         log_probabilities(directory, token_ids) for directory in (model, tmp_path / "rtn", tmp_path / "gptq")

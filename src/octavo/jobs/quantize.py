@@ -286,13 +286,13 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
 
 def _recipe_in_budget(job: Job, budget: float, planned: Prepared, calibration: Calibration) -> Recipe:
     """The recipe that the model's sensitivity and the budget give."""
-    from octavo.calibration.budget import budgeted, candidates, carried_bytes, measure
+    from octavo.calibration.budget import best_in_budget, candidates, carried_bytes, measure
 
     job.listener.phase("measuring sensitivity")
     _check_memory(carried_bytes(calibration.runner), "a smaller model or a recipe of your own works")
     schemes = candidates(job.recipe, budget)
     units = measure(planned, calibration, schemes, job.listener.progress)
-    return budgeted(job.recipe, units, budget)
+    return best_in_budget(planned, calibration, units, budget, job.listener.progress)
 
 
 def _check_memory(needed: int, what_works: str) -> None:
