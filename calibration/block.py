@@ -27,7 +27,7 @@ from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
 from octavo.quant.block_map import Fold, InputGroup
-from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
 MAX_ROWS = 1 << 15  # of layers that are solved together, or one layer
@@ -170,10 +170,12 @@ class Block:
         modules = [m for m in group.modules if m in self.schemes]
         for scheme in dict.fromkeys(self.schemes[m] for m in modules):
             self.step(modules[0].rpartition(".")[2])
-            for alike in self._runs([m for m in modules if self.schemes[m] == scheme]):
+            members = [m for m in modules if self.schemes[m] == scheme]
+            whole = global_scale_of((self.tensors[f"{m}.weight"] for m in members), scheme.weight)
+            for alike in self._runs(members):
                 parts = [self.tensors[f"{m}.weight"] for m in alike]
                 try:
-                    solved = self._solve(parts, scheme, stats)
+                    solved = self._solve(parts, scheme, stats, whole)
                 except WeightError as e:
                     raise QuantizeError(f"{alike[0]}.weight can't be quantized: {e}") from e
                 for module, weight, quantized in zip(alike, parts, solved, strict=True):
@@ -196,7 +198,10 @@ class Block:
             rows += count
         yield run
 
-    def _solve(self, parts: list[Tensor], scheme: QuantScheme, stats: InputStats | None) -> Iterable[QuantizedWeight]:
+    def _solve(
+        self, parts: list[Tensor], scheme: QuantScheme, stats: InputStats | None, whole: Tensor | None
+    ) -> Iterable[QuantizedWeight]:
+        """Codes of layers that share an input; whole: what divides the e4m3 scales of all of them."""
         recipe = self.recipe
         search = recipe.search_of(scheme)
         stored = scale_dtype(recipe, parts[0].dtype)
@@ -206,18 +211,20 @@ class Block:
             input_scale = static_input_scale(stats.absmax, scheme.activation)
         if recipe.algorithm == "awq":
             assert stats is not None
-            solved = [awq_clip(part, stats, scheme, search=search, scale_dtype=stored) for part in parts]
+            solved = [
+                awq_clip(part, stats, scheme, search=search, scale_dtype=stored, global_scale=whole) for part in parts
+            ]
         elif recipe.solver == "rtn" or stats is None:
-            solved = [quantize_weight(part, scheme, search, scale_dtype=stored) for part in parts]
+            solved = [quantize_weight(part, scheme, search, stored, whole) for part in parts]
         elif scheme.weight.granularity.kind in ("tensor", "block"):  # scales that rows of another layer mustn't share
-            solved = [self._gptq(part, stats, scheme) for part in parts]
+            solved = [self._gptq(part, stats, scheme, None) for part in parts]
         else:
-            whole = self._gptq(torch.cat(parts), stats, scheme)
+            joined = self._gptq(torch.cat(parts), stats, scheme, whole)
             begins = [sum(p.shape[0] for p in parts[:i]) for i in range(len(parts))]
-            solved = [whole.rows(b, b + p.shape[0]) for b, p in zip(begins, parts, strict=True)]
+            solved = [joined.rows(b, b + p.shape[0]) for b, p in zip(begins, parts, strict=True)]
         return [replace(q, input_scale=input_scale) for q in solved]
 
-    def _gptq(self, weight: Tensor, stats: InputStats, scheme: QuantScheme) -> QuantizedWeight:
+    def _gptq(self, weight: Tensor, stats: InputStats, scheme: QuantScheme, whole: Tensor | None) -> QuantizedWeight:
         recipe = self.recipe
         return gptq_weight(
             weight.to(stats.moments.device),
@@ -227,6 +234,7 @@ class Block:
             search=recipe.search_of(scheme),
             dampening=recipe.dampening,
             scale_dtype=scale_dtype(recipe, weight.dtype),
+            global_scale=whole,
         ).weight
 
     def advance(self, hidden: Hidden, target: Hidden) -> KVCollector | None:

@@ -23,7 +23,7 @@ from octavo.calibration.progress import Progress, silent
 from octavo.calibration.workspace import Workspace, check_output, check_space, recover, workspace
 from octavo.quant.checkpoint import INDEX, KV_SCALES, SINGLE, Checkpoint
 from octavo.quant.formats.awq import AWQFormat, write_awq_config
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
+from octavo.quant.formats.compressed_tensors import format_for, write_config
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
 from octavo.quant.formats.gptq import GPTQFormat, write_gptq_config
@@ -156,11 +156,9 @@ def _formats(found: Mapping[str, _Found], target: Format) -> dict[str, QuantForm
 def _format(found: _Found, target: Format, desc_act: bool) -> QuantFormat:
     """The format of a layer. Raises FormatError for a scheme that it doesn't have."""
     scheme = found.scheme
-    if scheme.weight.dtype == "fp4_e2m1":
-        raise FormatError(f"{scheme} is read and served, but not written")
     match target:
         case "compressed-tensors":
-            return CompressedTensorsFormat(scheme, found.scale_dtype)
+            return format_for(scheme, found.scale_dtype)
         case "gptq":
             return GPTQFormat(scheme, 1, desc_act)
         case "gptq_v2":
@@ -178,7 +176,7 @@ def _check_exact(weight: QuantizedWeight, format_: QuantFormat) -> None:
     if {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in written.items()} != specs:
         raise FormatError("it has no input scale, which its scheme needs")
     again = format_.read(written)
-    for what in ("codes", "scale", "zero_point", "g_idx", "input_scale"):
+    for what in ("codes", "scale", "zero_point", "g_idx", "input_scale", "global_scale"):
         if not _same_numbers(getattr(weight, what), getattr(again, what)):
             raise FormatError(f"its {what.replace('_', ' ')} would change")
 

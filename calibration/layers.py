@@ -22,6 +22,8 @@ ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|route
 EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed|wte|wpe")
 MOST_LAYERS = 10_000
+FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+"""Layers that engines make one of, by their names in a block."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -139,6 +141,12 @@ def check_group_size(scheme: QuantScheme, linears: dict[str, LinearLayer]) -> No
     bad = Counter((x.kind, x.in_features) for x in linears.values() if x.in_features % size)
     if not bad:
         return
+    if scheme.weight.scales != "float":
+        layers = ", ".join(f"{kind} {k} ({count} layers)" for (kind, k), count in bad.items())
+        kinds = " ".join(dict.fromkeys(kind for kind, _ in bad))
+        raise QuantizeError(
+            f"{scheme} has groups of {size}, which doesn't divide in_features of {layers}; --ignore {kinds} leaves them"
+        )
     fitting = [g for g in GROUP_SIZES if all(x.in_features % g == 0 for x in linears.values())]
     best = f"{max(fitting)} is the largest that fits all" if fitting else "-1, a whole row, is all that fits"
     layers = ", ".join(f"{kind} {k} ({count} layers)" for (kind, k), count in bad.items())
@@ -146,6 +154,16 @@ def check_group_size(scheme: QuantScheme, linears: dict[str, LinearLayer]) -> No
         f"group_size {size} does not divide in_features of {layers}; {best}: "
         f"--group-size {max(fitting) if fitting else -1}"
     )
+
+
+def joined_with(module: str) -> tuple[str, ...]:
+    """A layer and those that engines make one with it, by their full names; an expert's stand beside it."""
+    owner, _, name = module.rpartition(".")
+    for fused in FUSED:
+        names = tuple(kind.rpartition(".")[2] for kind in fused)
+        if name in names:
+            return tuple(f"{owner}.{each}" for each in names)
+    return (module,)
 
 
 def portability_warnings(scheme: QuantScheme, selection: Selection, format: str = "compressed-tensors") -> list[str]:
@@ -166,7 +184,7 @@ def portability_warnings(scheme: QuantScheme, selection: Selection, format: str 
                 "disk and which octavo serves, but vLLM and transformers don't load such a model; FP8_DYNAMIC is "
                 "what they do load"
             )
-    for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+    for fused in FUSED:
         kept = {m.rpartition(".layers.")[2] for m in selection.ignore}
         partly = [m for m in selection.linears.values() if m.kind in fused and kept & {f"{m.index}.{k}" for k in fused}]
         if partly:

@@ -9,7 +9,7 @@ import torch
 
 from octavo.calibration.recipe import Recipe
 from octavo.quant.formats.awq import AWQFormat, write_awq_config
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
+from octavo.quant.formats.compressed_tensors import format_for, write_config
 from octavo.quant.formats.format import QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
 from octavo.quant.formats.gptq import GPTQFormat, Version, write_gptq_config
@@ -20,7 +20,7 @@ def make_format(recipe: Recipe, scheme: QuantScheme, dtype: torch.dtype) -> Quan
     """The format of a layer with this scheme, whose weight is of this type in the source."""
     match recipe.format:
         case "compressed-tensors":
-            return CompressedTensorsFormat(scheme, scale_dtype(recipe, dtype))
+            return format_for(scheme, scale_dtype(recipe, dtype))
         case "gptq" | "gptq_v2":
             return GPTQFormat(scheme, _version(recipe), _desc_act(recipe), scale_dtype(recipe, dtype))
         case "awq":

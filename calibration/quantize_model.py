@@ -22,7 +22,14 @@ from octavo.calibration.block import Block
 from octavo.calibration.experts import rare_experts
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.kv import KVError, KVReport, kv_advice
-from octavo.calibration.layers import FLOATS, LinearLayer, QuantizeError, Selection, portability_warnings
+from octavo.calibration.layers import (
+    FLOATS,
+    LinearLayer,
+    QuantizeError,
+    Selection,
+    joined_with,
+    portability_warnings,
+)
 from octavo.calibration.output import make_format, quantization_config, scale_dtype
 from octavo.calibration.plan import Item, Plan, Unit, weight_map
 from octavo.calibration.prepare import Calibration, Prepared
@@ -31,7 +38,8 @@ from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
 from octavo.calibration.workspace import ResumeError, Workspace, finished, partial_of, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint
-from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
+from octavo.quant.scheme import QuantScheme
 
 
 @dataclass
@@ -148,6 +156,7 @@ def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
                     item.scheme,
                     run.recipe.search_of(item.scheme),
                     scale_dtype=scale_dtype(run.recipe, weight.dtype),
+                    global_scale=_global_scale(unit, item.linear, item.scheme),
                 )
             except WeightError as e:
                 raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
@@ -157,6 +166,13 @@ def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
         run.done += item.spec.nbytes
         run.progress(run.done, run.plan.bytes_before, item.name)
     return rows
+
+
+def _global_scale(unit: Unit, linear: LinearLayer, scheme: QuantScheme) -> Tensor | None:
+    """What divides the e4m3 scales of a layer and of those of its scheme that engines make one with it."""
+    joined = joined_with(linear.module)
+    alike = (item for item in unit.items if item.linear is not None and item.linear.module in joined)
+    return global_scale_of((item.file.view(item.name) for item in alike if item.scheme == scheme), scheme.weight)
 
 
 def _block(

@@ -214,13 +214,13 @@ def _check_format(recipe: Recipe) -> None:
     for scheme in recipe.schemes:
         w = scheme.weight
         a = scheme.activation
-        if name in ("gptq", "gptq_v2") and (w.dtype == "fp8_e4m3" or a is not None):
+        if name in ("gptq", "gptq_v2") and (w.is_float or a is not None):
             raise RecipeError(f"format {name} holds integer weights with plain inputs, not {scheme}; W4A16 is one")
         if name == "gptq" and not w.symmetric:
             raise RecipeError("format gptq stores each zero point minus 1, so it can't store 0; --format gptq_v2 can")
         if name == "awq" and (w.dtype != "int4" or a is not None or w.granularity.kind != "group"):
             raise RecipeError(f"format awq holds 4-bit weights in groups, not {scheme}; W4A16 and W4A16_ASYM are")
-        if name == "fp8" and (w.dtype != "fp8_e4m3" or w.granularity.kind == "channel"):
+        if name == "fp8" and (w.dtype != "fp8_e4m3" or w.granularity.kind in ("channel", "group")):
             raise RecipeError(f"format fp8 holds FP8_BLOCK and FP8, not {scheme}")
     if recipe.format in ("awq", "fp8") and len(set(recipe.schemes)) > 1:
         raise RecipeError(f"format {name} has one scheme for all layers; compressed-tensors has several")
@@ -243,8 +243,16 @@ def parse_scheme(spelled: str) -> QuantScheme:
         return scheme
     if not re.fullmatch(r"-1|[1-9]\d{0,5}", size):
         raise RecipeError(f"scheme {spelled!r}: {size!r} is no group size; 32, 64, 128 and -1 are")
+    if scheme.weight.scales != "float":
+        raise RecipeError(
+            f"group_size {size}: {name.upper()} has groups of {scheme.weight.granularity.group_size} only"
+        )
     if scheme.weight.granularity.kind != "group":
-        grouped = [name for name, preset in PRESETS.items() if preset.weight.granularity.kind == "group"]
+        grouped = [
+            name
+            for name, preset in PRESETS.items()
+            if preset.weight.granularity.kind == "group" and preset.weight.scales == "float"
+        ]
         raise RecipeError(
             f"group_size {size}: {name.upper()} scales per {scheme.weight.granularity}; a group size is for "
             f"{', '.join(grouped)}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.quant.scheme import LARGEST, Granularity, QuantScheme, SchemeError, Search, WeightScheme
+from octavo.kernels.fp4 import reference as fp4
+from octavo.quant.scheme import LARGEST, Granularity, QuantScheme, Search, WeightScheme
 
 FP8_MAX = LARGEST["fp8_e4m3"]
 
@@ -134,28 +136,35 @@ class WeightError(ValueError):
 # Fractions of the full range that the MSE search tries, the full range first so that it wins a tie. Below a half no
 # group of a trained weight was seen to gain.
 SHRINK = tuple(1 - 0.025 * i for i in range(21))
+# e2m1's numbers are far apart at its top, so a group may gain where its largest is not the 6: at 1.5 it is the 4.
+FP4_SHRINK = (1.0, *(1 + 0.05 * i for i in range(1, 11)), *(1 - 0.05 * i for i in range(1, 9)))
+POWERS = (1.0, 0.5, 2.0)
 CHUNK = 1 << 20  # elements worked on at a time: a few times this in float32 stays near the cores' caches
 
 
 def quantize_weight(
-    weight: Tensor, scheme: QuantScheme, search: Search = "absmax", scale_dtype: torch.dtype | None = None
+    weight: Tensor,
+    scheme: QuantScheme,
+    search: Search = "absmax",
+    scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round a weight [N, K] onto a scheme, without data: every scale comes from the weights that share it.
 
     absmax: scales cover the whole range, as compressed-tensors' min-max observers choose them: integers [-2^(b-1),
-    2^(b-1) - 1] with scale absmax / (2^b - 1) * 2, or (max - min) / (2^b - 1) and a zero point; fp8 absmax / 448.
-    mse: of the scales that cover 1 to 0.5 of it, the one with the least squared error.
-    Scales are kept in `scale_dtype` (None: the weight's own type), and codes are computed against the scale as stored,
-    in float32, rounded half to even; both on the weight's device. Raises WeightError for NaN or infinity, and for a
-    scale too large for its type.
+    2^(b-1) - 1] with scale absmax / (2^b - 1) * 2, or (max - min) / (2^b - 1) and a zero point; fp8 absmax / 448, fp4
+    absmax / 6, and of powers of two the one that `fp4.mx_exponents` has.
+    mse: of the scales that cover a fraction in `fractions_of`, the one with the least squared error.
+    global_scale: what divides e4m3 scales; None: this weight's own. Scales of any number are kept in `scale_dtype`
+    (None: the weight's own type). Codes are computed against the scale as stored, in float32, rounded half to even;
+    both on the weight's device. Raises WeightError for NaN or infinity, and for a scale too large for its type.
     """
     n, k = weight.shape
     w = scheme.weight
-    stored = scale_dtype or weight.dtype
-    if w.dtype == "fp4_e2m1":
-        raise SchemeError("fp4_e2m1 weights are read from checkpoints and served, but not made here")
-    codes = weight.new_empty(n, k, dtype=torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8)
-    scale = weight.new_empty(w.granularity.scale_shape(n, k), dtype=stored)
+    stored = scale_type(w, scale_dtype or weight.dtype)
+    weight, whole = over_global_scale(weight, w, global_scale)
+    codes = weight.new_empty(n, k, dtype=code_type(w))
+    scale = weight.new_empty(w.granularity.scale_shape(n, k), dtype=torch.float32 if stored.itemsize == 1 else stored)
     zero_point = None if w.symmetric else torch.empty_like(scale, dtype=torch.int8)
     rows, columns = w.granularity.tile(n, k)
     step = rows * max(1, CHUNK // (rows * k))
@@ -168,7 +177,52 @@ def quantize_weight(
         scale[groups] = s.flatten(1)
         if zero_point is not None:
             zero_point[groups] = z.flatten(1).to(torch.int8)
-    return QuantizedWeight(scheme, codes, scale, zero_point)
+    return of_global_scale(QuantizedWeight(scheme, codes, scale, zero_point), whole)
+
+
+def scale_type(w: WeightScheme, otherwise: torch.dtype) -> torch.dtype:
+    """The type that stores the scales of a weight; `otherwise` where they may be any number."""
+    return {"float": otherwise, "e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}[w.scales]
+
+
+def code_type(w: WeightScheme) -> torch.dtype:
+    """The type of a canonical weight's codes."""
+    return torch.float8_e4m3fn if w.is_float else torch.int8
+
+
+def fractions_of(w: WeightScheme, otherwise: tuple[float, ...]) -> tuple[float, ...]:
+    """Fractions of a group's range that a search of scales tries, the whole first so that it wins a tie."""
+    if w.scales == "e8m0":
+        return POWERS
+    return FP4_SHRINK if w.dtype == "fp4_e2m1" else otherwise
+
+
+def global_scale_of(weights: Iterable[Tensor], w: WeightScheme) -> Tensor | None:
+    """What divides the e4m3 scales of weights that engines join (q, k, v; gate, up), []; None for other scales."""
+    if w.scales != "e4m3":
+        return None
+    return fp4.nvfp4_global_scale(torch.stack([weight.abs().amax().float().cpu() for weight in weights]).amax())
+
+
+def over_global_scale(weight: Tensor, w: WeightScheme, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A weight times the number that divides its e4m3 scales, and that number []; other weights as they are, and None.
+
+    Of the product scales are plain e4m3 numbers, so whatever searches them need not know of the number.
+    """
+    if w.scales != "e4m3":
+        return weight, None
+    values = weight.float()
+    whole = fp4.nvfp4_global_scale(values.abs().amax()) if global_scale is None else global_scale
+    return values * whole.to(values.device), whole
+
+
+def of_global_scale(weight: QuantizedWeight, whole: Tensor | None) -> QuantizedWeight:
+    """The weight whose multiple by `over_global_scale` was rounded."""
+    return (
+        weight
+        if whole is None
+        else replace(weight, scale=weight.scale.float() / whole.to(weight.scale.device), global_scale=whole)
+    )
 
 
 class _Tiles:
@@ -197,8 +251,12 @@ class _Tiles:
     def absmax(self, w: WeightScheme, dtype: torch.dtype, shrink: float) -> tuple[Tensor, Tensor]:
         """Scales that cover `shrink` of each tile's range, float32 but rounded to `dtype`, and zero points."""
         zero = torch.zeros_like(self.low)
-        if w.dtype == "fp8_e4m3":
-            return _storable(torch.maximum(-self.low, self.high) * (shrink / FP8_MAX), dtype), zero
+        if w.scales == "e8m0":
+            exponents = fp4.mx_exponents(torch.maximum(-self.low, self.high) * shrink, w.dtype)
+            return fp4.e8m0_to_float(exponents), zero
+        if w.is_float:
+            most = fp4.E2M1_MAX if w.dtype == "fp4_e2m1" else FP8_MAX
+            return _storable(torch.maximum(-self.low, self.high) * (shrink / most), dtype), zero
         steps = (1 << w.bits) - 1
         if w.symmetric:
             return _storable(torch.maximum(-self.low, self.high) * (2 * shrink / steps), dtype), zero
@@ -207,10 +265,11 @@ class _Tiles:
         return scale, (least - self.low * shrink / scale).round().clamp(least, most)
 
     def search(self, w: WeightScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of the scales that cover some fraction in SHRINK, each tile's with the least squared error."""
-        best_scale, best_zero = self.absmax(w, dtype, SHRINK[0])
+        """Of the scales that cover some fraction of the range, each tile's with the least squared error."""
+        fractions = fractions_of(w, SHRINK)
+        best_scale, best_zero = self.absmax(w, dtype, fractions[0])
         best = self._error(w, best_scale, best_zero)
-        for shrink in SHRINK[1:]:
+        for shrink in fractions[1:]:
             scale, zero = self.absmax(w, dtype, shrink)
             error = self._error(w, scale, zero)
             better = error < best
@@ -223,6 +282,8 @@ class _Tiles:
         """Codes of all tiles, in their own type."""
         if w.dtype == "fp8_e4m3":
             return (self.values / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        if w.dtype == "fp4_e2m1":
+            return fp4.round_to_e2m1(self.values / scale).to(torch.float8_e4m3fn)
         return self._integers(w, scale, zero_point).to(torch.int8)
 
     def _integers(self, w: WeightScheme, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -233,7 +294,7 @@ class _Tiles:
 
     def _error(self, w: WeightScheme, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Squared error of each tile, [R, 1, C, 1]."""
-        if w.dtype == "fp8_e4m3":
+        if w.is_float:
             decoded = self.round(w, scale, zero_point).float()
         else:
             decoded = self._integers(w, scale, zero_point)
@@ -246,8 +307,10 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales rounded to the type that they will be stored in, never 0 (a tile of zeros) nor near it.
 
     float16 is subnormal below 6e-5, where scales of 8-bit weights lie, so there subnormals are allowed down to where
-    rounding moves a scale by 1 in 128.
+    rounding moves a scale by 1 in 128. e4m3 saturates, and has its subnormals.
     """
+    if dtype == torch.float8_e4m3fn:
+        return scale.clamp(2.0**-9, FP8_MAX).to(dtype).float()
     least = 2.0**-18 if dtype == torch.float16 else torch.finfo(dtype).tiny
     stored = scale.to(dtype).float().clamp(min=least)
     if not bool(stored.isfinite().all()):

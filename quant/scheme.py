@@ -220,6 +220,9 @@ class KVScheme:
         return f"{name}/{'head' if self.per_head else 'tensor'}"
 
 
+NVFP4 = WeightScheme("fp4_e2m1", group(16), scales="e4m3")
+MXFP4 = WeightScheme("fp4_e2m1", group(32), scales="e8m0")
+MXFP8 = WeightScheme("fp8_e4m3", group(32), scales="e8m0")
 _W8A8 = QuantScheme(WeightScheme("int8", CHANNEL), ActivationScheme("int8", CHANNEL))
 
 PRESETS: dict[str, QuantScheme] = {
@@ -237,6 +240,12 @@ PRESETS: dict[str, QuantScheme] = {
     "FP8_BLOCK": QuantScheme(
         WeightScheme("fp8_e4m3", Granularity("block", block=(128, 128))), ActivationScheme("fp8_e4m3", group(128))
     ),
+    "NVFP4": QuantScheme(NVFP4, ActivationScheme("fp4_e2m1", group(16), scales="e4m3")),
+    "NVFP4A16": QuantScheme(NVFP4),
+    "MXFP4": QuantScheme(MXFP4, ActivationScheme("fp4_e2m1", group(32), scales="e8m0")),
+    "MXFP4A16": QuantScheme(MXFP4),
+    "MXFP8": QuantScheme(MXFP8, ActivationScheme("fp8_e4m3", group(32), scales="e8m0")),
+    "MXFP8A16": QuantScheme(MXFP8),
 }
 
 AT_LOAD = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "int4": "W4A16"}

@@ -14,7 +14,15 @@ from torch import Tensor
 from octavo.calibration.algorithms.channel_scale_search import ScaleSearch, ScaleTrials, Tie, normalized, untied
 from octavo.calibration.algorithms.group_scales import round_to_groups, search_scales, search_scales_jointly
 from octavo.calibration.algorithms.input_statistics import InputStats
-from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.quant.qparams import (
+    QuantizedWeight,
+    WeightError,
+    code_type,
+    of_global_scale,
+    over_global_scale,
+    quantize_weight,
+    scale_type,
+)
 from octavo.quant.scheme import QuantScheme, Search
 
 ROUND_ROWS = 1 << 21  # elements of a weight whose scales are searched at a time
@@ -69,18 +77,22 @@ def awq_clip(
     *,
     search: Search = "mse",
     scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round a weight [N, K] to nearest, with scales that clip each group where the outputs' error is least.
 
     mse: a group's error is d^T H d, H its own block of the moments (a whole row: its diagonal alone). absmax: no
-    clipping. Raises WeightError for NaN or infinity.
+    clipping. global_scale: what divides e4m3 scales; None: this weight's own. Raises WeightError for NaN or infinity.
     """
     w = scheme.weight
     dtype = scale_dtype or weight.dtype
     if w.granularity.kind in ("tensor", "block") or search == "absmax":
-        return quantize_weight(weight, scheme, search, scale_dtype=dtype)
+        return quantize_weight(weight, scheme, search, scale_dtype=dtype, global_scale=global_scale)
     if not bool(weight.isfinite().all()):
         raise WeightError("it holds NaN or infinity")
+    dtype = scale_type(w, dtype)
+    weight, whole = over_global_scale(weight, w, global_scale)
+    kept = torch.float32 if dtype.itemsize == 1 else dtype
     k = weight.shape[1]
     size = w.granularity.group_size or k
     codes = []
@@ -93,12 +105,12 @@ def awq_clip(
         else:
             scale, zero = search_scales(values, _importance(stats), size, w, dtype, "mse")
         rounded = round_to_groups(values, scale, zero, size, w)[0]
-        codes.append(rounded.t().to(torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8))
-        scales.append(scale.t().to(dtype))
+        codes.append(rounded.t().to(code_type(w)))
+        scales.append(scale.t().to(kept))
         zeros.append(torch.empty(0) if zero is None else zero.t().to(torch.int8))
     joined = torch.cat([c.contiguous().view(torch.uint8) for c in codes]).view(codes[0].dtype)
     zero_point = None if w.symmetric else torch.cat(zeros).contiguous()
-    return QuantizedWeight(scheme, joined, torch.cat(scales).contiguous(), zero_point)
+    return of_global_scale(QuantizedWeight(scheme, joined, torch.cat(scales).contiguous(), zero_point), whole)
 
 
 def _importance(stats: InputStats) -> Tensor:

@@ -19,7 +19,7 @@ from octavo.calibration.algorithms.group_scales import (
 )
 from octavo.calibration.algorithms.input_statistics import InputStats
 from octavo.quant.input_rounding import input_rounding
-from octavo.quant.qparams import WeightError, quantize_weight
+from octavo.quant.qparams import WeightError, over_global_scale, quantize_weight, scale_type
 from octavo.quant.scheme import ActivationScheme, QuantScheme, Search
 
 ROWS = (
@@ -115,13 +115,16 @@ class ScaleTrials:
         if w.granularity.kind in ("tensor", "block"):
             return quantize_weight(values.t().contiguous(), scheme, self._search).dequantize().t()
         size = w.granularity.group_size or values.shape[0]
+        stored = scale_type(w, self._stored)
+        values, whole = over_global_scale(values, w, None)
         if joint and self._search == "mse" and size < values.shape[0]:
             moments = self.stats.moments / torch.outer(scales, scales)
-            scale, zero = search_scales_jointly(values, moments, size, w, self._stored)
+            scale, zero = search_scales_jointly(values, moments, size, w, stored)
         else:
             importance = (self.stats.moments.diagonal() / scales.square()).contiguous()
-            scale, zero = search_scales(values, importance, size, w, self._stored, self._search)
-        return round_to_groups(values, scale, zero, size, w)[1]
+            scale, zero = search_scales(values, importance, size, w, stored, self._search)
+        rounded = round_to_groups(values, scale, zero, size, w)[1]
+        return rounded if whole is None else rounded / whole
 
 
 def normalized(scales: Tensor) -> Tensor:

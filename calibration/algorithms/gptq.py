@@ -16,7 +16,15 @@ from torch import Tensor
 from octavo.calibration.algorithms.group_scales import grid_of, rounding_body, search_scales, storable
 from octavo.calibration.algorithms.input_statistics import InputStats
 from octavo.kernels.gptq import reference
-from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.quant.qparams import (
+    QuantizedWeight,
+    WeightError,
+    code_type,
+    of_global_scale,
+    over_global_scale,
+    quantize_weight,
+    scale_type,
+)
 from octavo.quant.scheme import QuantScheme, Search
 
 ActOrder = Literal["none", "static", "group"]
@@ -40,20 +48,20 @@ def gptq_weight(
     scheme: QuantScheme,
     *,
     act_order: ActOrder = "static",
-    static_groups: bool = False,
     search: Search = "mse",
     dampening: float = 0.01,
     block_size: int = 128,
     sweeps: int = 2,
     scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
 ) -> GptqResult:
     """Round a weight [N, K] onto a scheme so that its outputs on the calibration text change little.
 
     act_order: the order in which columns are rounded. none: as they stand. static: those with the largest inputs
         first, groups being those of the columns as they stand; their scales are chosen before anything is rounded.
         group: the same order, and groups are runs of columns in that order, told by g_idx (AutoGPTQ's desc_act).
-    static_groups: choose all scales before anything is rounded with the other orders too; otherwise a group's are
-        chosen when its first column is due, from columns that have taken up the errors of those before.
+        With the others a group's scales are chosen when its first column is due, from columns that have taken up the
+        errors of those before.
     search: absmax or mse, the latter with each column's squared errors weighted by what they cost once the columns
         to come have made up for them, 1 / U[i, i]^2 (measured: a tenth less loss than with the moments' diagonal).
     dampening: what is added to the moments' diagonal, as a fraction of its mean; doubled while the moments are not
@@ -62,16 +70,19 @@ def gptq_weight(
         (3 to 5% less loss on text that wasn't seen).
     scale_dtype: the type that will store the scales, the weight's own unless given. Codes are computed against them
         as stored.
+    global_scale: what divides e4m3 scales; None: this weight's own.
     Columns that were never seen (moments of zero) are rounded to nearest. Besides the weight's own size in float32 and
     two of that, some 2 K^2 float32 are allocated. Raises WeightError for NaN, infinity, or wrong shapes.
     """
     _check(weight, stats)
     w = scheme.weight
     k = weight.shape[1]
-    run = _Run(weight, stats, scheme, act_order, scale_dtype or weight.dtype, search)
+    stored = scale_type(w, scale_dtype or weight.dtype)
+    weight, whole = over_global_scale(weight, w, global_scale)
+    run = _Run(weight, stats, scheme, act_order, stored, search)
     inverse, used = _inverse_factor(stats.moments, run.order, dampening)
     run.importance = inverse.diagonal().flip(0).square().reciprocal()
-    if act_order == "static" or static_groups or w.granularity.kind in ("tensor", "block"):
+    if act_order == "static" or w.granularity.kind in ("tensor", "block"):
         run.set_all_scales(weight)
     for begin, stop in _blocks(k, run.group_size, block_size):
         factor = inverse[k - stop : k - begin].flip(0, 1)  # U's rows begin..stop, and its columns from begin on
@@ -82,7 +93,7 @@ def gptq_weight(
     del inverse
     if sweeps and bool(stats.moments.any()):
         run.descend(weight, stats.moments, used, sweeps, block_size)
-    return GptqResult(run.result(), used)
+    return GptqResult(of_global_scale(run.result(), whole), used)
 
 
 def gptq_loss(weight: Tensor, dequantized: Tensor, stats: InputStats) -> float:
@@ -236,7 +247,7 @@ class _Run:
 
     def result(self) -> QuantizedWeight:
         """The codes in the order of the columns, and the scales as they are stored."""
-        codes = self.values.to(torch.float8_e4m3fn if self.scheme.weight.dtype == "fp8_e4m3" else torch.int8)
+        codes = self.values.to(code_type(self.scheme.weight))
         raw = codes.view(torch.uint8).t()
         g_idx = None
         if self.order is not None:
@@ -245,8 +256,9 @@ class _Run:
                 g_idx = self.groups[self.order.argsort()].to(torch.int32)
         scale = self.scales.t() if self.stored is None else self.stored
         zero_point = None if self.zeros is None else self.zeros.t().contiguous().to(torch.int8)
+        kept = torch.float32 if self.dtype.itemsize == 1 else self.dtype
         return QuantizedWeight(
-            self.scheme, raw.contiguous().view(codes.dtype), scale.contiguous().to(self.dtype), zero_point, g_idx
+            self.scheme, raw.contiguous().view(codes.dtype), scale.contiguous().to(kept), zero_point, g_idx
         )
 
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.fp4.reference import nvfp4_global_scale
+from octavo.kernels.fp4 import reference as fp4
 from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
-from octavo.quant.qparams import FP8_MAX, WeightError
+from octavo.quant.qparams import FP8_MAX, WeightError, fractions_of
 from octavo.quant.scheme import LARGEST, ActivationScheme, Search, WeightScheme
 
 # Fractions of a group's range that the search tries, the whole range first so that it wins a tie. Above 1 the largest
@@ -34,6 +34,8 @@ def grid_of(w: WeightScheme) -> Grid:
     """The codes of a weight's scheme."""
     if w.dtype == "fp8_e4m3":
         return Grid(-int(FP8_MAX), int(FP8_MAX), fp8=True)
+    if w.dtype == "fp4_e2m1":
+        return Grid(-int(fp4.E2M1_MAX), int(fp4.E2M1_MAX), fp4=True)
     return Grid(*w.int_range)
 
 
@@ -42,11 +44,11 @@ def search_scales(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [G, N] float32 (as `dtype` will store them) and zero points [G, N] float32 or None of values [K, N].
 
-    absmax: they cover each group's whole range. mse: of the scales that cover a fraction in FRACTIONS, the one with the
+    absmax: they cover each group's whole range. mse: of the scales that cover a fraction of it, the one with the
     least sum of importance [K] times squared error. G = ceil(K / group_size); the last group may be short.
     """
     low, high = _ranges(values, group_size)
-    fractions = FRACTIONS if search == "mse" else FRACTIONS[:1]
+    fractions = fractions_of(w, FRACTIONS) if search == "mse" else FRACTIONS[:1]
     scales, zeros = _candidates(low, high, w, dtype, torch.tensor(fractions, device=values.device))
     if len(fractions) == 1:
         return scales[0], None if zeros is None else zeros[0]
@@ -68,7 +70,9 @@ def _candidates(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales, and zero points when asymmetric, that cover each fraction of the range: [C, G, N]."""
     fractions = shrinks.view(-1, 1, 1)
-    steps = FP8_MAX if w.dtype == "fp8_e4m3" else ((1 << w.bits) - 1) / 2
+    if w.scales == "e8m0":
+        return fp4.e8m0_to_float(fp4.mx_exponents(torch.maximum(-low, high) * fractions, w.dtype)), None
+    steps = grid_of(w).most if w.is_float else ((1 << w.bits) - 1) / 2
     if w.symmetric:
         return storable(torch.maximum(-low, high) * (fractions / steps), dtype), None
     scales = storable((high - low) * (fractions / (2 * steps)), dtype)
@@ -77,7 +81,12 @@ def _candidates(
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal."""
+    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal.
+
+    e4m3 saturates, and has its subnormals.
+    """
+    if dtype == torch.float8_e4m3fn:
+        return scale.clamp(2.0**-9, FP8_MAX).to(dtype).float()
     return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
 
 
@@ -101,7 +110,7 @@ def search_scales_jointly(
     """
     k, n = values.shape
     low, high = _ranges(values, group_size)
-    scales, zeros = _candidates(low, high, w, dtype, torch.tensor(FRACTIONS, device=values.device))
+    scales, zeros = _candidates(low, high, w, dtype, torch.tensor(fractions_of(w, FRACTIONS), device=values.device))
     groups = scales.shape[1]
     tiles = F.pad(values, (0, 0, 0, groups * group_size - k)).view(groups, group_size, n)  # zeros round to zeros
     blocks = torch.zeros(groups, group_size, group_size, device=values.device)
@@ -137,5 +146,5 @@ def static_input_scale(absmax: Tensor, activation: ActivationScheme) -> Tensor:
             "helps, or a scheme whose inputs are dynamic, such as FP8_DYNAMIC"
         )
     if activation.scales == "e4m3":
-        return nvfp4_global_scale(amax)
+        return fp4.nvfp4_global_scale(amax)
     return amax / LARGEST[activation.dtype]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from octavo.calibration.report.weight_error import LayerRow, worst_first
 from octavo.calibration.verify import NotFiniteError, Quality, added_noise
-from octavo.quant.scheme import GROUP_SIZES, QuantScheme
+from octavo.quant.scheme import GROUP_SIZES, ActivationScheme, QuantScheme
 
 WORST = 3  # layers and blocks that are named
 
@@ -25,6 +25,7 @@ MOST_OF_WEIGHTS: dict[str, float] = {
     "int2": 1.0,  # W2A16@32: 14, 16
 }
 MOST_OF_INPUTS = 0.04  # W8A8: 0.032, 0.014; FP8_DYNAMIC: 0.026, 0.012; FP8_BLOCK: 0.024, 0.013
+MOST_OF_FP4_INPUTS = 0.4
 MOST_OF_STATIC_INPUTS = 0.06  # FP8: 0.032, 0.013
 MOST_OF_KV_CACHE = 0.05  # fp8: 0.007, 0.026; int8: 0.007, 0.075 (Qwen2's keys have outliers: it is meant to fail)
 MOST = 1.0  # at 1.2, SmolLM2's perplexity has tripled: that is another model
@@ -108,10 +109,16 @@ def default_max_kl(scheme: QuantScheme | None, kv_cache: str | None = None) -> f
     if scheme is not None:
         limit = MOST_OF_WEIGHTS[scheme.weight.dtype]
         if scheme.activation is not None:
-            limit += MOST_OF_INPUTS if scheme.activation.dynamic else MOST_OF_STATIC_INPUTS
+            limit += _most_of_inputs(scheme.activation)
     if kv_cache is not None:
         limit += MOST_OF_KV_CACHE
     return min(limit, MOST) or EXACT
+
+
+def _most_of_inputs(activation: ActivationScheme) -> float:
+    if activation.dtype == "fp4_e2m1":
+        return MOST_OF_FP4_INPUTS
+    return MOST_OF_INPUTS if activation.dynamic else MOST_OF_STATIC_INPUTS
 
 
 def _remedies(
@@ -142,7 +149,7 @@ def _other_ways(scheme: QuantScheme, algorithm: str, layers: Sequence[LayerRow])
     weight = scheme.weight
     activation = scheme.activation
     integers = weight.dtype.startswith("int")
-    if integers and weight.bits < 8 and "gptq" not in algorithm:
+    if weight.bits < 8 and "gptq" not in algorithm:
         ways.append("--algorithm gptq rounds by what the layers' inputs are, at the same size")
     if activation is not None and activation.dtype == "int8" and "smoothquant" not in algorithm:
         ways.append("--algorithm smoothquant moves outliers of the inputs into the weights")

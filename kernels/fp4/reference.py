@@ -90,8 +90,7 @@ def nvfp4_scale(absmax: Tensor, global_scale: Tensor) -> Tensor:
 
 def nvfp4_global_scale(absmax: Tensor) -> Tensor:
     """What divides all scales of a tensor whose largest magnitude is absmax, float32: its group's scale becomes 448."""
-    most = torch.full_like(absmax, E4M3_MAX * E2M1_MAX, dtype=torch.float32)
-    return torch.where(absmax > 0, most / absmax.float(), 1.0)
+    return torch.where(absmax > 0, absmax.float().reciprocal() * (E4M3_MAX * E2M1_MAX), 1.0)
 
 
 def store_nvfp4_scale(scale: Tensor, global_scale: Tensor) -> Tensor:

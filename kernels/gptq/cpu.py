@@ -19,10 +19,16 @@ STRIP = 64  # outputs of one item: 128 rows of them are 32 KB
 
 
 @numba.njit
-def _to_grid(values, scales, zeros, least, most, fp8, codes, count):  # type: ignore[no-untyped-def]
-    if fp8 != 0:
+def _to_grid(values, scales, zeros, least, most, numbers, codes, count):  # type: ignore[no-untyped-def]
+    if numbers == 1:
         for r in range(count):
             codes[r] = e4m3_to_float(float_to_e4m3(values[r] / scales[r]))
+    elif numbers == 2:
+        for r in range(count):
+            code = min(max(values[r] / scales[r], least), most)
+            magnitude = abs(code)
+            steps = np.float32(2.0) if magnitude < 2 else (np.float32(1.0) if magnitude < 4 else np.float32(0.5))
+            codes[r] = np.rint(code * steps) / steps
     else:
         for r in range(count):
             codes[r] = min(max(np.rint(values[r] / scales[r]) + zeros[r], least), most)
@@ -30,7 +36,7 @@ def _to_grid(values, scales, zeros, least, most, fp8, codes, count):  # type: ig
 
 @kernel("qqqqqqqqqqqqq")
 def _round_columns(args):  # type: ignore[no-untyped-def]
-    """values, factor, scales, zeros or 0, errors, rows, columns, begin, stop, least, most, fp8, strips."""
+    """values, factor, scales, zeros or 0, errors, rows, columns, begin, stop, least, most, numbers, strips."""
     a = numba.carray(args, (14,), np.int64)
     rows = a[6]
     columns = a[7]
@@ -38,7 +44,7 @@ def _round_columns(args):  # type: ignore[no-untyped-def]
     stop = a[9]
     least = np.float32(a[10])
     most = np.float32(a[11])
-    fp8 = a[12]
+    numbers = a[12]
     values = view(a[1], (rows, columns), np.float32)
     factor = view(a[2], (rows, rows), np.float32)
     scales = view(a[3], (rows, columns), np.float32)
@@ -62,7 +68,7 @@ def _round_columns(args):  # type: ignore[no-untyped-def]
                 stored = view(a[4], (rows, columns), np.float32)
                 for r in range(count):
                     zeros[r] = stored[i, first + r]
-            _to_grid(strip[i], scale, zeros, least, most, fp8, codes, count)
+            _to_grid(strip[i], scale, zeros, least, most, numbers, codes, count)
             for r in range(count):
                 error[r] = (strip[i, r] - (codes[r] - zeros[r]) * scale[r]) / factor[i, i]
                 errors[i, first + r] = error[r]
@@ -78,11 +84,11 @@ def _round_columns(args):  # type: ignore[no-untyped-def]
 
 @kernel("qqqqqqqqqqqq")
 def _descend_columns(args):  # type: ignore[no-untyped-def]
-    """codes, gradient, moments, scales, zeros or 0, steps, rows, columns, least, most, fp8, strips."""
+    """codes, gradient, moments, scales, zeros or 0, steps, rows, columns, least, most, numbers, strips."""
     a = numba.carray(args, (13,), np.int64)
     rows = a[7]
     columns = a[8]
-    fp8 = a[11]
+    numbers = a[11]
     least = np.float32(a[9])
     most = np.float32(a[10])
     codes = view(a[1], (rows, columns), np.float32)
@@ -113,7 +119,7 @@ def _descend_columns(args):  # type: ignore[no-untyped-def]
             for r in range(count):
                 old[r] = (codes[i, first + r] - zeros[r]) * scale[r]
                 step[r] = old[r] - strip[i, r] / moments[i, i]
-            _to_grid(step, scale, zeros, least, most, fp8, new, count)
+            _to_grid(step, scale, zeros, least, most, numbers, new, count)
             for r in range(count):
                 step[r] = (new[r] - zeros[r]) * scale[r] - old[r]
                 steps[i, first + r] = step[r]
@@ -129,7 +135,7 @@ def _descend_columns(args):  # type: ignore[no-untyped-def]
 
 @kernel("qqqqqqqqqqqqq")
 def _best_candidate(args):  # type: ignore[no-untyped-def]
-    """values, importance, scales, zeros or 0, best, K, N, group size, candidates, groups, least, most, fp8."""
+    """values, importance, scales, zeros or 0, best, K, N, group size, candidates, groups, least, most, numbers."""
     a = numba.carray(args, (14,), np.int64)
     k = a[6]
     n = a[7]
@@ -138,7 +144,7 @@ def _best_candidate(args):  # type: ignore[no-untyped-def]
     groups = a[10]
     least = np.float32(a[11])
     most = np.float32(a[12])
-    fp8 = a[13]
+    numbers = a[13]
     values = view(a[1], (k, n), np.float32)
     importance = view(a[2], (k,), np.float32)
     scales = view(a[3], (candidates, groups, n), np.float32)
@@ -165,7 +171,7 @@ def _best_candidate(args):  # type: ignore[no-untyped-def]
             total[:] = 0
             for i in range(g * size, min((g + 1) * size, k)):
                 row = values[i, first : first + count]
-                _to_grid(row, scale, zeros, least, most, fp8, codes, count)
+                _to_grid(row, scale, zeros, least, most, numbers, codes, count)
                 for r in range(count):
                     error = (codes[r] - zeros[r]) * scale[r] - row[r]
                     total[r] += importance[i] * error * error
@@ -192,7 +198,7 @@ def best_candidate(
         groups,
         grid.least,
         grid.most,
-        grid.fp8,
+        grid.numbers,
     )
     return best
 
@@ -216,7 +222,7 @@ def round_columns(
         *span,
         grid.least,
         grid.most,
-        grid.fp8,
+        grid.numbers,
         -(-columns // STRIP),
     )
 
@@ -233,7 +239,7 @@ def descend_columns(
         columns,
         grid.least,
         grid.most,
-        grid.fp8,
+        grid.numbers,
         -(-columns // STRIP),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.kernels.fp4.reference import round_to_e2m1
 from octavo.kernels.gptq.grid import Grid
 
 
@@ -17,6 +18,8 @@ def to_grid(values: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) ->
     codes = values / scales
     if grid.fp8:
         return codes.clamp_(grid.least, grid.most).to(torch.float8_e4m3fn).float()
+    if grid.fp4:
+        return round_to_e2m1(codes)
     codes.round_()
     if zeros is not None:
         codes += zeros

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.microscaling import MicroscalingFormat, kind_of
 from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, take
 from octavo.quant.packing import is_padded, pack, packed_columns, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
-from octavo.quant.scheme import KVScheme, QuantScheme
+from octavo.quant.scheme import BITS, KVScheme, QuantScheme
 
 Layout = Literal["packed", "plain"]
+SCALE_DTYPES = {"float": None, "e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}  # as the config spells them
 SUFFIXES = (
     "weight",
     "weight_packed",
@@ -50,11 +52,17 @@ class CompressedTensorsFormat:
 
     scale_dtype is for writing; a scale that is read keeps the type that it is stored in.
     act_order: columns have their groups from weight_g_idx (actorder "group").
+    Floats with 8-bit scales lie otherwise: `format_for` knows.
     """
 
     scheme: QuantScheme
     scale_dtype: torch.dtype = torch.bfloat16
     act_order: bool = False
+
+    def __post_init__(self) -> None:
+        w = self.scheme.weight
+        if w.dtype == "fp4_e2m1" or w.scales != "float":
+            raise FormatError(f"{self.scheme} has no place in the layouts of integers and fp8")
 
     @property
     def layout(self) -> Layout:
@@ -121,8 +129,6 @@ class CompressedTensorsFormat:
 
     def _check_writable(self, weight: QuantizedWeight) -> None:
         activation = self.scheme.activation
-        if self.scheme.weight.dtype == "fp4_e2m1":
-            raise FormatError("fp4_e2m1 weights can be read, not written")
         if activation is not None and not activation.dynamic and weight.input_scale is None:
             raise FormatError(
                 f"{self.scheme} needs an input_scale, which only calibration gives; FP8_DYNAMIC needs none"
@@ -219,6 +225,13 @@ class CompressedTensorsFormat:
         return check_input_scale(reshape("input_scale", take(left, "input_scale").float(), ()))
 
 
+def format_for(scheme: QuantScheme, scale_dtype: torch.dtype) -> CompressedTensorsFormat | MicroscalingFormat:
+    """The format of a layer with a scheme, whose scales are of a type where the scheme has any number."""
+    if kind_of(scheme.weight) is not None:
+        return MicroscalingFormat(scheme)
+    return CompressedTensorsFormat(scheme, scale_dtype)
+
+
 def read_shape(stored: Tensor) -> tuple[int, int]:
     """The [N, K] that a `weight_shape` holds. Raises FormatError when it is none."""
     sizes = stored.tolist()
@@ -293,24 +306,27 @@ def _group(
         num_bits=w.bits,
         type="float" if w.is_float else "int",
         symmetric=w.symmetric,
-        strategy=w.granularity.kind,
+        strategy="tensor_group" if w.scales == "e4m3" else w.granularity.kind,
         group_size=w.granularity.group_size,
         block_structure=None if w.granularity.block is None else list(w.granularity.block),
         observer=observer,
+        scale_dtype=SCALE_DTYPES[w.scales],
         zp_dtype=None if w.symmetric else "torch.int8",
     )
     inputs = None
     if a is not None:
+        strategy = "token" if a.granularity.kind == "channel" else a.granularity.kind
         inputs = _args(
-            num_bits=8,
-            type="float" if a.dtype == "fp8_e4m3" else "int",
-            strategy="token" if a.granularity.kind == "channel" else a.granularity.kind,
+            num_bits=BITS[a.dtype],
+            type="int" if a.dtype == "int8" else "float",
+            strategy="tensor_group" if a.scales == "e4m3" else strategy,
             group_size=a.granularity.group_size,
-            dynamic=a.dynamic,
-            observer=None if a.dynamic else "static_minmax",
+            dynamic="local" if a.scales == "e4m3" else a.dynamic,
+            observer="static_minmax" if a.has_stored_scale else None,
+            scale_dtype=SCALE_DTYPES[a.scales],
         )
     return {
-        "format": CompressedTensorsFormat(scheme).name,
+        "format": format_for(scheme, torch.bfloat16).name,
         "input_activations": inputs,
         "output_activations": None,
         "targets": targets,

@@ -14,11 +14,12 @@ from itertools import chain
 from typing import Any
 
 import msgspec
+import torch
 
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, format_for
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError, QuantFormat
-from octavo.quant.formats.microscaling import INPUTS, NAMES, WEIGHTS, Kind, MicroscalingFormat
+from octavo.quant.formats.microscaling import NAMES, WEIGHTS, Kind, MicroscalingFormat
 from octavo.quant.formats.patterns import Regexes
 from octavo.quant.printable import some
 from octavo.quant.scheme import (
@@ -159,7 +160,7 @@ def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
 def _preset_group(name: str, targets: list[str]) -> ConfigGroup:
     scheme = PRESETS.get(name.upper())
     problem = "" if scheme else f"preset {name!r} is unknown here; known are {', '.join(PRESETS)}"
-    format_ = CompressedTensorsFormat(scheme) if scheme else None
+    format_ = format_for(scheme, torch.bfloat16) if scheme else None
     return ConfigGroup(name, Targets(targets, f"config_groups.{name}"), format_, problem)
 
 
@@ -279,9 +280,9 @@ def _fp4_activations(args: Mapping[str, Any]) -> ActivationScheme:
     """NVFP4's inputs or MXFP4's. Raises SchemeError for others."""
     found = tuple(args.get(key) for key in ("strategy", "dynamic", "group_size"))
     if found == ("tensor_group", "local", 16):
-        return INPUTS["nvfp4"]
+        return ActivationScheme("fp4_e2m1", group(16), scales="e4m3")
     if found == ("group", True, 32):
-        return INPUTS["mxfp4"]
+        return ActivationScheme("fp4_e2m1", group(32), scales="e8m0")
     raise SchemeError(
         f"4-bit float activations with strategy {found[0]!r}, dynamic {found[1]!r}, group_size {found[2]} are not "
         "supported; NVFP4's (tensor_group of 16, local) and MXFP4's (group of 32, dynamic) are"

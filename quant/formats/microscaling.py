@@ -31,20 +31,10 @@ from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.reading import check_nothing_left, take
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
-from octavo.quant.scheme import ActivationScheme, QuantScheme, WeightScheme, group
+from octavo.quant.scheme import MXFP4, MXFP8, NVFP4, QuantScheme, WeightScheme
 
 Kind = Literal["nvfp4", "mxfp4", "mxfp8"]
-WEIGHTS: dict[Kind, WeightScheme] = {
-    "nvfp4": WeightScheme("fp4_e2m1", group(16), scales="e4m3"),
-    "mxfp4": WeightScheme("fp4_e2m1", group(32), scales="e8m0"),
-    "mxfp8": WeightScheme("fp8_e4m3", group(32), scales="e8m0"),
-}
-INPUTS: dict[Kind, ActivationScheme] = {
-    "nvfp4": ActivationScheme("fp4_e2m1", group(16), scales="e4m3"),
-    "mxfp4": ActivationScheme("fp4_e2m1", group(32), scales="e8m0"),
-    "mxfp8": ActivationScheme("fp8_e4m3", group(32), scales="e8m0"),
-}
-"""Inputs rounded as the weights are."""
+WEIGHTS: dict[Kind, WeightScheme] = {"nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp8": MXFP8}
 NAMES: dict[Kind, str] = {
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",

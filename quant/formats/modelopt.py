@@ -23,15 +23,15 @@ import msgspec
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.fp8 import WEIGHT_SCALES, Fp8Format
-from octavo.quant.formats.microscaling import INPUTS, WEIGHTS, MicroscalingFormat, kind_of
+from octavo.quant.formats.microscaling import MicroscalingFormat, kind_of
 from octavo.quant.scheme import PRESETS, QuantScheme
 
 SCHEMES: dict[str, QuantScheme] = {
     "FP8": PRESETS["FP8"],
     "FP8_PER_CHANNEL_PER_TOKEN": PRESETS["FP8_DYNAMIC"],
-    "NVFP4": QuantScheme(WEIGHTS["nvfp4"], INPUTS["nvfp4"]),
-    "W4A16_NVFP4": QuantScheme(WEIGHTS["nvfp4"]),
-    "MXFP8": QuantScheme(WEIGHTS["mxfp8"], INPUTS["mxfp8"]),
+    "NVFP4": PRESETS["NVFP4"],
+    "W4A16_NVFP4": PRESETS["NVFP4A16"],
+    "MXFP8": PRESETS["MXFP8"],
 }
 KV_CACHES = {"FP8": "fp8_e4m3", "INT8": "int8"}
 

@@ -35,6 +35,8 @@ JOURNEYS: dict[str, tuple[Format, ...]] = {
     "tiny--autoround-awq-w4g32": ("gptq_v2", "awq"),
     "tiny--llmc-w4a16-g32": ("gptq", "awq", "compressed-tensors"),
     "tiny--llmc-w8a8": ("compressed-tensors",),
+    "tiny--llmc-nvfp4a16": ("compressed-tensors",),
+    "tiny--llmc-mxfp4a16": ("compressed-tensors",),
     "tiny--llmc-fp8-static": ("fp8", "compressed-tensors"),
     "tiny-qwen2--llmc-fp8-block": ("fp8", "compressed-tensors"),
     "tiny-moe--llmc-w4a16-g32": ("gptq_v2", "compressed-tensors"),
@@ -103,7 +105,7 @@ def test_there_and_back_again(fixtures: Path, tmp_path: Path, name: str) -> None
         ("tiny--llmc-fp8-dynamic", "gptq_v2", "gptq holds integer weights"),
         ("tiny--llmc-fp8-dynamic", "fp8", "native fp8 scales per block or tensor, not per channel"),
         ("tiny--llmc-fp8-kv", "fp8", "has scales for a fp8_e4m3 KV cache .* which the config of fp8 has no word for"),
-        ("tiny--llmc-nvfp4a16", "compressed-tensors", "fp4_e2m1/g16/e4m3 is read and served, but not written"),
+        ("tiny--llmc-nvfp4a16", "gptq", "gptq holds integer weights"),
     ],
 )
 def test_what_cannot_be_carried_is_refused(

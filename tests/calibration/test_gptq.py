@@ -10,8 +10,9 @@ from torch import Tensor
 
 from octavo.calibration.algorithms.gptq import ActOrder, gptq_loss, gptq_weight
 from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
+from octavo.kernels.fp4.reference import E2M1
 from octavo.quant.qparams import WeightError, quantize_weight
-from octavo.quant.scheme import CHANNEL, TENSOR, Granularity, QuantScheme, Search, WeightScheme, group
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, Granularity, QuantScheme, Search, WeightScheme, group
 
 N, K = 40, 160  # two groups and a half of 64, one and a quarter of 128
 BLOCK = Granularity("block", block=(32, 64))
@@ -22,7 +23,10 @@ INTEGERS = [
     )
     if dtype == "int4" or granularity == group(64)
 ]
-FLOATS = [QuantScheme(WeightScheme("fp8_e4m3", granularity)) for granularity in (TENSOR, CHANNEL, BLOCK)]
+FLOATS = [
+    *(QuantScheme(WeightScheme("fp8_e4m3", granularity)) for granularity in (TENSOR, CHANNEL, BLOCK)),
+    *(PRESETS[name] for name in ("NVFP4A16", "MXFP4A16", "MXFP8A16")),
+]
 
 
 def inputs(k: int = K, tokens: int = 600) -> Tensor:
@@ -83,7 +87,10 @@ def test_every_code_is_the_nearest_when_its_turn_comes(
     assert slack < 0.05
     for j in range(K):
         exact = left[:, j] / scale[:, j]
-        if w.dtype == "fp8_e4m3":
+        if w.dtype == "fp4_e2m1":
+            step = torch.where(exact.abs() < 2, 0.5, torch.where(exact.abs() < 4, 1.0, 2.0))
+            assert ((codes[:, j] - exact.clamp(-6, 6)).abs() <= 0.5 * step + slack).all()
+        elif w.dtype == "fp8_e4m3":
             step = 2.0 ** (exact.abs().clamp(2.0**-6, 448).log2().floor() - 3)
             assert ((codes[:, j] - exact.clamp(-448, 448)).abs() <= step * (0.5 + slack) + slack).all()
         else:
@@ -122,7 +129,10 @@ def test_sweeps_end_where_no_code_can_change(scheme: QuantScheme, act_order: Act
     scale = per_column(q.scale, w.granularity, q.g_idx, N, K)
     gradient, slope = change @ h, h.diagonal()
     for direction in (-1, 1):
-        if w.dtype == "fp8_e4m3":
+        if w.dtype == "fp4_e2m1":
+            numbers = torch.tensor([*(-x for x in E2M1[:0:-1]), *E2M1], dtype=torch.float64)
+            moved = numbers[(torch.searchsorted(numbers, q.codes.double() + 0.0) + direction).clamp(0, 14)]
+        elif w.dtype == "fp8_e4m3":
             bits = q.codes.view(torch.uint8).int()
             codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
             moved = codes[(bits + direction).clamp(0, 255)]
@@ -159,7 +169,7 @@ def test_scales_cover_what_the_columns_have_become() -> None:
             expected = left[:, j : j + 64].abs().amax(1) / 7.5
             assert torch.allclose(q.scale[:, j // 64].double(), expected, rtol=float(torch.linalg.cond(h)) * 2.0**-24)
         left[:, j:] -= torch.outer((left[:, j] - decoded[:, j]) / u[j, j], u[j, j:])
-    static = gptq_weight(weight, stats, scheme, act_order="none", search="absmax", static_groups=True).weight
+    static = gptq_weight(weight, stats, scheme, act_order="static", search="absmax").weight
     assert torch.equal(static.scale, quantize_weight(weight, scheme).scale)
 
 

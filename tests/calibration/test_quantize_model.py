@@ -27,7 +27,8 @@ SCHEMES = {
     "W4A16": Recipe("W4A16@32", search="absmax"),
     "W4A16_ASYM": Recipe("W4A16_ASYM@32", search="absmax"),
     "W8A16": Recipe("W8A16@-1"),
-    **{name: Recipe(name) for name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK")},
+    **{name: Recipe(name) for name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8")},
+    "MXFP4A16": Recipe("MXFP4A16", search="absmax"),
 }
 
 

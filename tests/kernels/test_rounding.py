@@ -9,7 +9,7 @@ from torch import Tensor
 from octavo.kernels.gptq import cpu, reference
 from octavo.kernels.gptq.grid import Grid
 
-GRIDS = [Grid(-8, 7), Grid(-128, 127), Grid(-2, 1), Grid(-448, 448, fp8=True)]
+GRIDS = [Grid(-8, 7), Grid(-128, 127), Grid(-2, 1), Grid(-448, 448, fp8=True), Grid(-6, 6, fp4=True)]
 
 
 @pytest.fixture(autouse=True)

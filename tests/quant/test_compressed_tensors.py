@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from octavo.quant.checkpoint import Checkpoint
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, format_for, write_config
 from octavo.quant.formats.compressed_tensors_config import parse_config
 from octavo.quant.formats.format import FormatError
 from octavo.quant.packing import pack, unpack
@@ -150,9 +150,9 @@ def test_each_layer_may_have_a_scheme_of_its_own() -> None:
 @pytest.mark.parametrize("shape", [(136, 256), (200, 384)])
 def test_round_trip(scheme: QuantScheme, shape: tuple[int, int]) -> None:
     weight = quantize_weight(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16(), scheme)
-    if scheme.activation is not None and not scheme.activation.dynamic:
+    if scheme.activation is not None and scheme.activation.has_stored_scale:
         weight = replace(weight, input_scale=torch.tensor(0.25))
-    format_ = CompressedTensorsFormat(scheme, torch.bfloat16)
+    format_ = format_for(scheme, torch.bfloat16)
     written = format_.write(weight)
     announced = {suffix: (spec.dtype, spec.shape) for suffix, spec in format_.tensors(*shape).items()}
     assert announced == {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in written.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,25 @@ import octavo.kernels.fp4.reference as fp4
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.formats.compressed_tensors_config import parse_config
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.microscaling import INPUTS, WEIGHTS, Kind, MicroscalingFormat
+from octavo.quant.formats.microscaling import MicroscalingFormat
 from octavo.quant.formats.modelopt import parse_modelopt
+from octavo.quant.fusion import fuse
 from octavo.quant.input_rounding import input_rounding
-from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, QuantScheme, SchemeError, WeightScheme, group
+from octavo.quant.qparams import QuantizedWeight, global_scale_of, quantize_weight
+from octavo.quant.scheme import (
+    CHANNEL,
+    PRESETS,
+    TENSOR,
+    ActivationScheme,
+    QuantScheme,
+    SchemeError,
+    WeightScheme,
+    group,
+)
 
-KINDS: dict[str, Kind] = {"NVFP4": "nvfp4", "MXFP4": "mxfp4", "MXFP8": "mxfp8"}
+KINDS = ("NVFP4", "MXFP4", "MXFP8")
 NAMES = [name + only for name in KINDS for only in ("", "A16")]
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def scheme_of(name: str) -> QuantScheme:
-    kind = KINDS[name.removesuffix("A16")]
-    return QuantScheme(WEIGHTS[kind], None if name.endswith("A16") else INPUTS[kind])
 
 
 def awkward(shape: tuple[int, ...]) -> Tensor:
@@ -64,7 +70,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(name: str) -> None
     whole = torch.tensor([7.5]) if name == "NVFP4" else None
     args = ct_oracle.scheme_of(name).input_activations
     assert args is not None
-    rounds = input_rounding(scheme_of(name).activation, whole, x.device)
+    rounds = input_rounding(PRESETS[name].activation, whole, x.device)
     assert rounds is not None
     assert torch.equal(rounds(x), ct_oracle.round_input(x, args, whole))
     x[0, 0], x[1, 5] = torch.inf, torch.nan
@@ -76,7 +82,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(name: str) -> None
 def test_what_compressed_tensors_writes_is_read_exactly_and_written_back(name: str) -> None:
     theirs = ct_oracle.scheme_of(name)
     tensors = ct_oracle.compress(awkward((24, 512)), theirs, input_absmax=3.0)
-    format_ = MicroscalingFormat(scheme_of(name))
+    format_ = MicroscalingFormat(PRESETS[name])
     assert format_.name == theirs.format
     assert {key: (spec.dtype, spec.shape) for key, spec in format_.tensors(24, 512).items()} == {
         key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()
@@ -90,13 +96,44 @@ def test_what_compressed_tensors_writes_is_read_exactly_and_written_back(name: s
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_weights_are_rounded_as_compressed_tensors_rounds_them(name: str) -> None:
+    """By the largest of each group. A search of scales gains where there are scales between: not with powers of two."""
+    weight = torch.randn(24, 512, generator=torch.Generator().manual_seed(0))
+    theirs = ct_oracle.compress(weight, ct_oracle.scheme_of(name), input_absmax=3.0)
+    ours = quantize_weight(weight, PRESETS[name])
+    if name == "NVFP4":
+        ours = replace(ours, input_scale=torch.tensor(2688 / 3.0))
+    written = MicroscalingFormat(PRESETS[name]).write(ours)
+    for key, tensor in written.items():
+        assert torch.equal(tensor.view(torch.uint8), theirs[key].view(torch.uint8)), key
+    searched = quantize_weight(weight, PRESETS[name], "mse")
+    before, after = ((each.dequantize() - weight).square().unflatten(1, (-1, 32)).sum(-1) for each in (ours, searched))
+    assert (after <= before).all()
+    assert name.startswith("MX") or float(after.sum()) < 0.97 * float(before.sum())
+
+
+def test_nvfp4_of_joined_layers_has_one_global_scale() -> None:
+    small = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    large = 100 * small
+    whole = global_scale_of([small, large], PRESETS["NVFP4"].weight)
+    assert whole is not None
+    assert float(whole) == pytest.approx(2688 / float(large.abs().max()), rel=2**-22)
+    for weight in (small, large):
+        rounded = quantize_weight(weight, PRESETS["NVFP4A16"], "mse", global_scale=whole)
+        assert rounded.global_scale is whole
+        assert float((rounded.dequantize() - weight).norm() / weight.norm()) < 0.12
+    assert len(fuse([quantize_weight(w, PRESETS["NVFP4A16"], global_scale=whole) for w in (small, large)])) == 1
+    assert len(fuse([quantize_weight(w, PRESETS["NVFP4A16"]) for w in (small, large)])) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_give_the_logits_that_compressed_tensors_means(name: str, fixtures: Path, tmp_path: Path) -> None:
     """Weights alone: to float noise. Rounded inputs: but for ties, which noise decides one way or the other."""
     ids = load_file(fixtures / "tiny" / "expected.safetensors")["input_ids"]
     ct_oracle.write_checkpoint(fixtures / "tiny", tmp_path / "theirs", name)
     weight = Checkpoint.open(tmp_path / "theirs").linear(Q)
     assert isinstance(weight, QuantizedWeight)
-    assert weight.scheme == scheme_of(name)
+    assert weight.scheme == PRESETS[name]
     expected = ct_oracle.logits_of_checkpoint(tmp_path / "theirs", name, ids)
     ours = logits_of(tmp_path / "theirs", ids)
     difference = (ours - expected).abs().amax(-1)
@@ -147,7 +184,7 @@ def test_modelopt_s_nvfp4(config: dict[str, Any], scheme: str) -> None:
     assert parsed.format_of("lm_head") is None
     format_ = parsed.format_of(Q, tensors)
     assert format_ is not None
-    assert format_.scheme == scheme_of(scheme)
+    assert format_.scheme == PRESETS[scheme]
     if scheme == "NVFP4A16":
         del tensors["input_scale"]
     weight = format_.read(tensors)
@@ -167,7 +204,7 @@ def test_modelopt_s_mxfp8() -> None:
     tensors = ct_oracle.compress(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), theirs)
     format_ = parse_modelopt({"quantization": {"quant_algo": "MXFP8", "group_size": 32}}).format_of(Q, tensors)
     assert format_ is not None
-    assert format_.scheme == scheme_of("MXFP8")
+    assert format_.scheme == PRESETS["MXFP8"]
     assert torch.equal(format_.read(tensors).dequantize(), ct_oracle.decompress(tensors, theirs))
     with pytest.raises(FormatError, match="MXFP8 with group_size 64 is not supported; 32 is"):
         parse_modelopt({"quantization": {"quant_algo": "MXFP8", "group_size": 64}})
@@ -198,7 +235,10 @@ def test_schemes_that_no_format_has_cant_be_built() -> None:
         (lambda: WeightScheme("int4", group(32), scales="e8m0"), "e8m0 scales are for fp4_e2m1 and fp8_e4m3 in groups"),
         (lambda: WeightScheme("fp8_e4m3", CHANNEL, scales="e8m0"), "not fp8_e4m3 per channel"),
         (lambda: ActivationScheme("fp4_e2m1", group(16)), "fp4_e2m1 activations have e4m3 scales"),
-        (lambda: QuantScheme(WeightScheme("int8", TENSOR), INPUTS["mxfp4"]), "fp4_e2m1 activations with int8 weights"),
+        (
+            lambda: QuantScheme(WeightScheme("int8", TENSOR), PRESETS["MXFP4"].activation),
+            "fp4_e2m1 activations with int8 weights",
+        ),
     ):
         with pytest.raises(SchemeError, match=message):
             make()

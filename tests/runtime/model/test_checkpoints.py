@@ -111,7 +111,7 @@ def test_weight_only_logits_equal_their_writers(name: str, fixtures: Path, tmp_p
     torch.testing.assert_close(ours, expected["logits"], rtol=0, atol=FLOAT_NOISE)
 
 
-SERVED = ("W4A16@32", "W4A16_ASYM@32", "W8A16@-1", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK")
+SERVED = ("W4A16@32", "W4A16_ASYM@32", "W8A16@-1", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4", "MXFP8")
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -127,7 +127,7 @@ def test_what_is_written_is_served(name: str, fixtures: Path, tmp_path: Path, mo
     written = Checkpoint.open(quantized)
     assert len(written.files) > 1
     tensors = {tensor: written.tensor(tensor) for tensor in written.names if tensor.endswith("weight")}
-    for module in {name.removesuffix(".weight_scale") for name in written.names if name.endswith("_scale")}:
+    for module in {name.removesuffix(".weight_scale") for name in written.names if name.endswith(".weight_scale")}:
         weight = written.linear(module)
         assert isinstance(weight, QuantizedWeight)
         tensors[f"{module}.weight"] = weight.dequantize()
