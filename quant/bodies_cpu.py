@@ -43,6 +43,18 @@ def permuted_integers() -> Body:
     return Body(pack, run)
 
 
+def fp4() -> Body:
+    """e2m1 numbers decoded to bf16 in registers."""
+    from octavo.kernels.dense import cpu
+
+    return Body(_pack_fp4, cpu.linear)
+
+
+def fp4_rounding() -> Body:
+    """As `fp4`, with inputs rounded as the scheme says."""
+    return rounding(fp4())
+
+
 def bf16() -> Body:
     """Of a weight that isn't quantized."""
     from octavo.kernels.dense import cpu
@@ -80,6 +92,18 @@ def _pack_integers(weight: QuantizedWeight, options: PackOptions) -> PackedWeigh
 
     bits = 8 if weight.scheme.weight.dtype == "int8" else 4
     return cpu.pack_int(weight.codes, weight.scale, weight.zero_point, bits)
+
+
+def _pack_fp4(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001
+    """Scales as they are stored, which bf16 holds; what divides e4m3 scales is each row's."""
+    from octavo.kernels.dense import cpu
+
+    scale = weight.scale.float()
+    rows = torch.ones(weight.shape[0])
+    if weight.scheme.weight.scales == "e4m3" and weight.global_scale is not None:
+        scale = (scale * weight.global_scale).to(torch.float8_e4m3fn)
+        rows /= weight.global_scale
+    return cpu.pack_fp4(weight.codes, scale, rows)
 
 
 def _pack_bf16(weight: Weight, options: PackOptions) -> PackedWeight:

@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.int4.reference import group_of_column
 from octavo.quant.body import Body
 from octavo.quant.qparams import Weight
-from octavo.quant.scheme import ActivationScheme, QuantScheme
+from octavo.quant.scheme import ActivationScheme, QuantScheme, Scales
 from octavo.quant.target import Target
 
 Order = Literal["sorted", "permuted", "uneven"]
@@ -57,6 +57,7 @@ class Kernel:
     column_multiple columns are a multiple of this
     whole_groups    the last group is not short, and a row is a multiple of group_multiple, too
     orders          of columns
+    scales          how formats store them: a kernel may hold some in fewer bits
     dequantizes     the weight is dequantized at load: more bytes than are stored
     batch_invariant a row's output has the same bits whatever other rows are multiplied with it, and however many.
                     tests/kernels/test_batch_invariant.py proves it; False: it isn't so, or nobody has proven it
@@ -78,6 +79,7 @@ class Kernel:
     whole_groups: bool = False
     symmetric_only: bool = False
     orders: tuple[Order, ...] = ("sorted",)
+    scales: tuple[Scales, ...] = ("float", "e4m3", "e8m0")
     takes_nan: bool = True
     max_columns: int | None = None
     capability: int = 0
@@ -126,6 +128,8 @@ class Kernel:
         per = weight.granularity
         if per.kind not in self.kinds or (per.block is not None and self.blocks and per.block not in self.blocks):
             yield f"the kernel has no scales per {per}"
+        if weight.scales not in self.scales:
+            yield f"its scales are {weight.scales}, not {' or '.join(self.scales)}"
         if self.symmetric_only and not weight.symmetric:
             yield "products of rounded inputs have no zero points"
         size = per.tile(shape.rows, shape.columns)[1]

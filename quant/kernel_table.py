@@ -137,6 +137,19 @@ _CPU_BF16 = Kernel(
     dtypes=(torch.bfloat16,),
     batch_invariant=True,
 )
+_CPU_FP4 = Kernel(
+    "fp4 weights x bf16",
+    "fp4 weights decoded to bf16 in registers",
+    "cpu",
+    bodies_cpu.fp4,
+    ("fp4_e2m1",),
+    kinds=("group",),
+    group_multiple=8,
+    whole_groups=True,
+    scales=("e4m3", "e8m0"),
+    dtypes=(torch.bfloat16,),
+    batch_invariant=True,
+)
 CPU = (
     Kernel(
         "int8 x int8 VNNI",
@@ -159,6 +172,14 @@ CPU = (
             orders=("permuted",),
         )
         for row in _CPU_INTEGERS
+    ),
+    _CPU_FP4,
+    replace(
+        _CPU_FP4,
+        name=f"{_CPU_FP4.name}, inputs rounded before",
+        how=f"{_CPU_FP4.how}, inputs rounded as the scheme says",
+        load=bodies_cpu.fp4_rounding,
+        rounds_inputs=True,
     ),
     _CPU_BF16,
 )

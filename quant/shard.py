@@ -25,7 +25,7 @@ from torch import Tensor
 
 from octavo.kernels.int4.reference import group_of_column
 from octavo.quant.qparams import QuantizedWeight, Weight
-from octavo.quant.scheme import ActivationScheme, Granularity, QuantScheme, WeightScheme, group
+from octavo.quant.scheme import ActivationScheme, Granularity, QuantScheme, group
 
 Axis = Literal["rows", "columns"]
 Range = tuple[int, int]  # begin and stop
@@ -105,7 +105,7 @@ def regroup(weight: QuantizedWeight, size: int) -> QuantizedWeight:
     activation = weight.scheme.activation if block is None else _in_groups(weight.scheme.activation, size)
     return replace(
         weight,
-        scheme=QuantScheme(WeightScheme(old.dtype, narrow, old.symmetric), activation),
+        scheme=QuantScheme(replace(old, granularity=narrow), activation),
         scale=repeated(weight.scale),
         zero_point=None if weight.zero_point is None else repeated(weight.zero_point),
     )

@@ -1,12 +1,13 @@
-"""CPU body of GEMMs with bf16 activations: weights in bf16, in int8, or in int4 with scales per group of columns.
+"""CPU body of GEMMs with bf16 activations: weights in bf16, or in int8, int4 or fp4 with scales per group of columns.
 
 Products of bf16 numbers summed in float32 (AVX-512 BF16). References: `int4.reference.linear`, `x @ w.T`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numba
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels.fp4.reference import decode_e2m1, encode_e2m1
 from octavo.kernels.native.dtypes import KINDS, bf16_to_float, size_of
 from octavo.kernels.native.gemm_tile import (
     BF16,
+    FP4,
     LANES,
     STEP_BYTES,
     STEP_COLUMNS,
@@ -24,6 +27,7 @@ from octavo.kernels.native.gemm_tile import (
     W8,
     make_grouped_tile,
     make_rows,
+    make_scaled_tile,
     make_tile,
     sum_bf16,
 )
@@ -37,7 +41,10 @@ _SIZES = ((1, 4), (2, 4), (4, 2), (8, 2))
 
 @dataclass(frozen=True)
 class Packed(PackedWeight):
-    """slabs as in `native.gemm_tile`; scale and offset float32 [N / 16, groups, 16], or None for bf16 weights."""
+    """slabs as in `native.gemm_tile`; scale and offset float32 [N / 16, groups, 16], or None for bf16 weights.
+
+    Of fp4 weights scale is bf16, and offset is what each row's sum is multiplied by: float32 [N / 16, 16].
+    """
 
     kind: int
     slabs: Tensor
@@ -79,6 +86,14 @@ class Packed(PackedWeight):
         if self.kind == W4:
             shifts = (16 * half + 4 * pair for pair in range(4) for half in range(2))
             slabs = torch.cat([(slabs >> shift) & 15 for shift in shifts], dim=-1) + 128
+        if self.kind == FP4:
+            shifts = (16 * half + 4 * pair for pair in range(4) for half in range(2))
+            codes = torch.cat([(slabs >> shift) & 15 for shift in shifts], dim=-1)
+            numbers = decode_e2m1(_rows(codes).to(torch.uint8)).float()
+            assert self.scale is not None
+            assert self.offset is not None
+            scale = _rows(self.scale[..., None]).float().repeat_interleave(self.num_columns // self.num_groups, 1)
+            return (numbers * scale * self.offset.reshape(-1, 1))[: self.num_rows, : self.num_columns]
         values = _rows(slabs).float()
         if self.scale is not None and self.offset is not None:
             size = self.num_columns // self.num_groups
@@ -106,15 +121,33 @@ def pack_int(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int)
     codes = torch.nn.functional.pad(codes, pad)
     offset = torch.zeros_like(scale, dtype=torch.float32) if zero_point is None else zero_point.float()
     if bits == 4:
-        nibbles = (codes.to(torch.int32) + 8).reshape(codes.shape[0], k // 8, 4, 2)
-        shifts = 4 * torch.arange(4, dtype=torch.int32)
-        words = ((nibbles[..., 0] << shifts).sum(-1) | ((nibbles[..., 1] << shifts).sum(-1) << 16)).to(torch.int32)
-        slabs = _slabs(words, 1)
+        slabs = _slabs(_words(codes.to(torch.int32) + 8), 1)
         offset = offset + 136
     else:
         slabs = _slabs(codes, 2)
     scale, offset = (_slabs(torch.nn.functional.pad(t.float(), pad), 1)[..., 0] for t in (scale, offset))
     return Packed(W4 if bits == 4 else W8, slabs, scale.contiguous(), offset.contiguous(), n, k)
+
+
+def pack_fp4(numbers: Tensor, scale: Tensor, row_scale: Tensor) -> Packed:
+    """numbers [N, K] e4m3, of e2m1's; scale [N, G], of numbers that bf16 holds; row_scale [N]; groups of K / G columns.
+
+    A weight is number * scale * row_scale.
+    """
+    n, k = numbers.shape
+    pad = (0, 0, 0, -n % LANES)
+    codes = torch.nn.functional.pad(encode_e2m1(numbers), pad)
+    scales = torch.nn.functional.pad(scale.to(torch.bfloat16), pad)
+    rows = torch.nn.functional.pad(row_scale.float(), (0, -n % LANES)).reshape(-1, LANES).contiguous()
+    return Packed(FP4, _slabs(_words(codes.to(torch.int32)), 1), _slabs(scales, 1)[..., 0].contiguous(), rows, n, k)
+
+
+def _words(nibbles: Tensor) -> Tensor:
+    """[N, K] of 0..15 to W4's words [N, K / 8] int32."""
+    n, k = nibbles.shape
+    pairs = nibbles.reshape(n, k // 8, 4, 2)
+    shifts = 4 * torch.arange(4, dtype=torch.int32)
+    return ((pairs[..., 0] << shifts).sum(-1) | ((pairs[..., 1] << shifts).sum(-1) << 16)).to(torch.int32)
 
 
 def _slabs(rows: Tensor, columns: int) -> Tensor:
@@ -139,9 +172,9 @@ def _sum_groups(address, sums, groups, size):  # type: ignore[no-untyped-def]
         sums[g] = total
 
 
-def _grouped_rows(kind: int) -> Any:
-    """As `make_rows`, of weights of a kind with scales for groups, whose tiles are smaller."""
-    one, two, four, eight = (make_grouped_tile(kind, rows, vectors) for rows, vectors in _SIZES)
+def _grouped_rows(make: Callable[[int, int], Any]) -> Any:
+    """As `make_rows`, of weights with scales for groups, whose tiles are smaller."""
+    one, two, four, eight = (make(rows, vectors) for rows, vectors in _SIZES)
 
     @numba.njit
     def rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
@@ -160,8 +193,9 @@ def _grouped_rows(kind: int) -> Any:
     return rows
 
 
-_w4_rows = _grouped_rows(W4)
-_w8_rows = _grouped_rows(W8)
+_w4_rows = _grouped_rows(partial(make_grouped_tile, W4))
+_w8_rows = _grouped_rows(partial(make_grouped_tile, W8))
+_fp4_rows = _grouped_rows(make_scaled_tile)
 
 
 # The kernel's arguments: what changes from call to call, and `Packed.arguments`.
@@ -189,7 +223,8 @@ def _gemm(args):  # type: ignore[no-untyped-def]
     xb = k * 2  # from row to row of x, of out, from slab to slab
     ob = n * size
     wb = a[_STEP_BYTES] * steps * groups
-    ahead = a[_THREADS] * vectors * wb if m > 4 or weights == W4 else 0  # else the processor's own fetching is as good
+    four_bits = weights in (W4, FP4)
+    ahead = a[_THREADS] * vectors * wb if m > 4 or four_bits else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
@@ -198,14 +233,14 @@ def _gemm(args):  # type: ignore[no-untyped-def]
         chunk = item // tiles
         first = chunk * _CHUNK
         last = min(m, (chunk + 1) * _CHUNK)
-        if weights != BF16 and have != chunk:
+        if weights != BF16 and weights != FP4 and have != chunk:
             for i in range(first, last):
                 _sum_groups(a[_X] + i * xb, sums[i - first], groups, k // groups)
             have = chunk
         w = a[_WEIGHT] + slab * wb
         we = slabs - 1 - slab
-        sc = a[_SCALE] + slab * groups * 64
-        of = a[_OFFSET] + slab * groups * 64
+        sc = a[_SCALE] + slab * groups * (32 if weights == FP4 else 64)
+        of = a[_OFFSET] + slab * (1 if weights == FP4 else groups) * 64
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
@@ -219,6 +254,8 @@ def _gemm(args):  # type: ignore[no-untyped-def]
                 i += _bf16_rows(vectors, xe, grouped[:13])
             elif weights == W4:
                 i += _w4_rows(vectors, xe, grouped)
+            elif weights == FP4:
+                i += _fp4_rows(vectors, xe, grouped)
             else:
                 i += _w8_rows(vectors, xe, grouped)
 

@@ -8,6 +8,8 @@ step of a lane is
   W4    8 columns, an int32: code + 8 of column 2p at bits 4p, of column 2p + 1 at bits 16 + 4p. Masked and joined
         with 0x4300 a nibble q is the bf16 number 128 + q exactly; the 136 is taken off by the sums of x.
   FLOAT 1 column, float32
+  FP4   8 columns, an int32: e2m1 codes in W4's places, looked up by each halfword's five low bits in a table of 16 bf16
+        numbers; it stands there twice, so the fifth bit, which is another code's, makes no difference.
 A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
 and slabs past the last repeat it. It writes its part of the output at `out`, `out_bytes` from row to row, straight from
 the registers: `width` columns, by masked stores, of the rows up to last_row. So edges need no other code.
@@ -35,6 +37,7 @@ from octavo.kernels.native.llvm import (
     F32X16,
     I8,
     I16,
+    I16X32,
     I32,
     I32X16,
     I64,
@@ -48,10 +51,12 @@ from octavo.kernels.native.llvm import (
     sum_lanes,
 )
 
-INT8, BF16, W8, W4, FLOAT = range(5)
+INT8, BF16, W8, W4, FLOAT, FP4 = range(6)
 LANES = 16
-STEP_COLUMNS = (4, 2, 2, 8, 1)
-STEP_BYTES = (64, 64, 32, 64, 64)
+STEP_COLUMNS = (4, 2, 2, 8, 1, 8)
+STEP_BYTES = (64, 64, 32, 64, 64, 64)
+_E2M1 = [0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0]  # 0, 0.5, 1, 1.5, 2, 3, 4 and 6 in bf16
+_E2M1_TABLE = 2 * [*_E2M1, *(0x8000 | number for number in _E2M1)]
 
 
 def _at(builder: Any, base: Any, index: Any, step: int) -> Any:
@@ -74,7 +79,7 @@ def dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
 
 
 def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
-    """The vectors of one step of a slab, ready for `dot`: one, or four of two columns each for W4."""
+    """The vectors of one step of a slab, ready for `dot`: one, or four of two columns each for W4 and FP4."""
     if kind == INT8:
         return [_load(builder, address, I32X16)]
     if kind == BF16:
@@ -88,6 +93,12 @@ def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
             halves.append(builder.sitofp(builder.sext(codes, I32X16), F32X16))
         return [call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, halves[1], halves[0])]
     word = _load(builder, address, I32X16)
+    if kind == FP4:
+        table = ir.Constant(I16X32, _E2M1_TABLE)
+        places = [builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word for p in range(4)]
+        indices = [builder.bitcast(place, I16X32) for place in places]
+        found = [call(builder, "llvm.x86.avx512.permvar.hi.512", I16X32, table, index) for index in indices]
+        return [builder.bitcast(numbers, BF16X32) for numbers in found]
     pairs = []
     for p in range(4):
         nibbles = builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word
@@ -144,7 +155,7 @@ class _Tile:
             weights = [_decode(builder, kind, address) for address in at]
             for part in range(len(weights[0])):
                 for x, row in zip(self.x, self.totals, strict=True):
-                    at = builder.add(_at(builder, x, step, 16 if kind == W4 else 4), ir.Constant(I64, 4 * part))
+                    at = builder.add(_at(builder, x, step, 16 if kind in (W4, FP4) else 4), ir.Constant(I64, 4 * part))
                     columns = _load(builder, at, I32)
                     for w, total in zip(weights, row, strict=True):
                         builder.store(dot(builder, kind, builder.load(total), columns, w[part]), total)
@@ -259,6 +270,49 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
         return _emit(operands, body)
 
     return tile
+
+
+def make_scaled_tile(rows: int, vectors: int) -> Any:
+    """For FP4: as make_tile, with (..., part, groups, scales, row_scales, unused) at the end:
+
+    out = row_scales * sum over groups g of scales[g] * (dot over g), with `steps` steps in a group, scales bf16
+    [N / 16, groups, 16] and row_scales float32 [N / 16, 16].
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typingctx: Any, operands: Any) -> Any:
+        def body(builder: Any, args: list[Any]) -> None:
+            emitted = _Tile(builder, FP4, rows, vectors, args[:6])
+            steps, ahead, part, groups, scales, row_scales = args[10:16]
+            finals = _sum_scaled(builder, emitted, steps, emitted.look_ahead(ahead, part), groups, scales)
+            at = [_at(builder, row_scales, emitted.slab(v), 64) for v in range(vectors)]
+            whole = [load16(builder, address, -1) for address in at]
+
+            def values(r: int) -> list[Any]:
+                return [builder.fmul(builder.load(final), w) for final, w in zip(finals[r], whole, strict=True)]
+
+            emitted.store(values, *args[6:10])
+
+        return _emit(operands, body)
+
+    return tile
+
+
+def _sum_scaled(
+    builder: Any, tile: _Tile, steps: Any, distances: list[Any], groups: Any, scales: Any
+) -> list[list[Any]]:
+    finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
+    for row in finals:
+        for final in row:
+            builder.store(ir.Constant(F32X16, [0.0] * 16), final)
+    slabs = [_at(builder, scales, builder.mul(tile.slab(v), groups), 32) for v in range(len(tile.w))]
+    with cgutils.for_range(builder, groups) as loop:
+        tile.accumulate(builder.mul(loop.index, steps), steps, distances)
+        for v, slab in enumerate(slabs):
+            scale = load16(builder, _at(builder, slab, loop.index, 32), dtypes.BF16)
+            for r, row in enumerate(finals):
+                builder.store(multiply_add(builder, scale, tile.total(r, v), builder.load(row[v])), row[v])
+    return finals
 
 
 def _sum_groups(

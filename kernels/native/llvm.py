@@ -11,6 +11,7 @@ from octavo.kernels.native.dtypes import BF16
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
+I16X32 = ir.VectorType(I16, 32)
 I32X16 = ir.VectorType(I32, 16)
 F32X16 = ir.VectorType(F32, 16)
 

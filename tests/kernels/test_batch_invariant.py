@@ -63,6 +63,10 @@ def weights_for(row: Kernel, num_rows: int) -> list[Weight]:
     storage = row.storages[0]
     if storage == "dense":
         return [values]
+    if storage == "fp4_e2m1":
+        names = ("NVFP4", "MXFP4") if row.rounds_inputs else ("NVFP4A16", "MXFP4A16")
+        made = [quantize_weight(values, PRESETS[name]) for name in names]
+        return [replace(weight, input_scale=torch.tensor(500.0)) for weight in made]
     if row.rounds_inputs:
         return [quantize_weight(values, PRESETS[name]) for name in ("FP8_DYNAMIC", "FP8_BLOCK")]
     permuted = "permuted" in row.orders and not row.dequantizes

@@ -123,6 +123,8 @@ def weight_for(row: Kernel) -> Weight:
     storage = row.storages[0]
     if storage == "dense":
         return torch.randn(48, 128)
+    if storage == "fp4_e2m1":
+        return quantize_weight(torch.randn(48, 128), PRESETS["MXFP4" if row.rounds_inputs else "MXFP4A16"])
     kind = "group" if "permuted" in row.orders else row.kinds[-1]
     per = {"channel": CHANNEL, "group": group(32), "block": Granularity("block", block=(1, 128))}[kind]
     weight = WeightScheme(storage, per, row.symmetric_only or storage == "fp8_e4m3")  # type: ignore[arg-type]

@@ -16,8 +16,9 @@ from torch import Tensor
 import octavo.kernels.native.cpu_features
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.quant.fusion import join_parts
+from octavo.quant.input_rounding import input_rounding
 from octavo.quant.linear import Linear, make_linear
-from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
 from octavo.quant.target import Target
 
@@ -29,6 +30,8 @@ SHAPES = [(960, 576), (33, 128), (100, 64), (17, 1536), (5, 100)]
 
 def weight(n: int, k: int, scheme: QuantScheme) -> QuantizedWeight:
     w = scheme.weight
+    if w.scales != "float":
+        return replace(quantize_weight(torch.randn(n, k), scheme), input_scale=torch.tensor(700.0))
     shape = w.granularity.scale_shape(n, k)
     scale = torch.rand(shape) * 0.01 + 1e-3
     static = torch.tensor(0.01) if scheme.activation is not None and not scheme.activation.dynamic else None
@@ -237,13 +240,38 @@ def test_int4_with_rounded_inputs(name: str) -> None:
     assert ((apply(layer, x).double() - rounded @ w.dequantize().double().T).abs() <= (256 + 4) * U * mass).all()
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_fp4(size: int) -> None:
-    """Every e2m1 number, in groups as NVFP4 and MXFP4 have them; bf16 holds code times scale to 8 bits."""
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 17, 140])
+@pytest.mark.parametrize("name", ["NVFP4A16", "MXFP4A16"])
+def test_fp4(name: str, rows: int) -> None:
+    """Every e2m1 number, decoded in registers; NVFP4 with what divides its scales."""
     torch.manual_seed(0)
-    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    codes = (numbers[torch.randint(8, (40, 96))] * torch.randint(0, 2, (40, 96)).mul(2).sub(1)).to(torch.float8_e4m3fn)
-    w = QuantizedWeight(QuantScheme(WeightScheme("fp4_e2m1", group(size))), codes, torch.rand(40, 96 // size))
+    w = quantize_weight(torch.randn(40, 96) * torch.logspace(-3, 3, 40)[:, None], PRESETS[name])
+    assert len(w.codes.float().unique()) == 15
+    layer = run([w])
+    assert layer.describe()[1] == "fp4 weights x bf16"
+    torch.testing.assert_close(layer.parts[0].weight.unpack(), w.dequantize(), rtol=2**-22, atol=0)
+    x = torch.randn(rows, 96).bfloat16()
+    check(apply(layer, x), x, w.dequantize(), w.dequantize().abs())
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "MXFP4"])
+def test_fp4_with_rounded_inputs(name: str) -> None:
+    """Rounded by torch as the format says, then to bf16, which holds MXFP4's."""
+    torch.manual_seed(0)
+    w = replace(quantize_weight(torch.randn(40, 96), PRESETS[name]), input_scale=torch.tensor(700.0))
+    layer = run([w])
+    assert layer.describe()[1] == "fp4 weights x bf16, inputs rounded before"
+    x = torch.randn(5, 96).bfloat16()
+    rounds = input_rounding(w.scheme.activation, w.input_scale, x.device)
+    assert rounds is not None
+    rounded = rounds(x).bfloat16()
+    check(apply(layer, x), rounded, w.dequantize(), w.dequantize().abs())
+
+
+def test_fp4_with_scales_of_any_number_is_dequantized() -> None:
+    """The CPU's kernel has scales in bf16, which holds e4m3's and powers of two."""
+    codes = torch.tensor([0.5, -6.0, 3.0, 1.5]).repeat(40, 24).to(torch.float8_e4m3fn)
+    w = QuantizedWeight(QuantScheme(WeightScheme("fp4_e2m1", group(16))), codes, torch.rand(40, 6))
     layer = run([w])
     assert layer.describe()[1].startswith("dequantized at load")
     x = torch.randn(5, 96).bfloat16()
@@ -306,7 +334,8 @@ def test_processors_without_these_instructions_compute_the_same(name: str, monke
     """torch's own operators on a weight dequantized to bf16: a rounding of each weight more, v of every product."""
     torch.manual_seed(0)
     part = torch.randn(40, 96).bfloat16() if name == "none" else weight(40, 96, PRESETS[name])
-    if not isinstance(part, Tensor) and part.scheme.weight.granularity.kind == "group":
+    grouped = isinstance(part, QuantizedWeight) and part.scheme.weight.granularity.kind == "group"
+    if grouped and part.scheme.weight.scales == "float":
         part = weight(40, 96, QuantScheme(WeightScheme(part.scheme.weight.dtype, group(32))))
     monkeypatch.setattr(octavo.kernels.native.cpu_features, "has_dot_products", lambda: False)
     plain, exact = run([part]), run([part], torch.float32)
