@@ -193,7 +193,7 @@ class Engine:
             return outputs, Asleep(0, "level 1 with --kv-offloading-path is not supported; level 2 works")
         self.scheduler.reset_prefix_cache()
         try:
-            return outputs, Asleep(give_back(self.worker.caches))
+            return outputs, Asleep(give_back([*self.worker.caches, *self.worker.draft_caches]))
         except OSError as error:
             return outputs, Asleep(0, str(error))
 

@@ -213,7 +213,7 @@ class Launcher:
         check(config.parallel, self._devices, config.num_threads)
         config.lora.check(is_apart=config.parallel.is_apart)
         if config.speculative_config is not None:
-            config.speculative_config.check(config.parallel.num_ranks)
+            config.speculative_config.check(config.parallel.num_ranks, offloads=config.kv_offloading_path is not None)
         if config.parallel.is_on_ray:
             check_ray_installed()
 

@@ -110,8 +110,8 @@ def load_engine(
 def _engine_of(
     worker: Worker, config: EngineConfig, rank: LoadedRank, followers: Followers | None, *, overlaps: bool
 ) -> Engine:
-    """With who gives its sequences drafts; a draft model is loaded here, and noted."""
-    speculation = speculation_of(config, worker.model, rank.limits, rank.weight_bytes, rank.notes)
+    """With who gives its sequences drafts; a draft model or head is loaded here, and noted."""
+    speculation = speculation_of(config, worker, rank.limits, rank.weight_bytes, rank.notes)
     return Engine(
         worker,
         rank.limits,
@@ -231,7 +231,7 @@ def check_limits(config: EngineConfig) -> None:
     config.lora.check(is_apart=config.parallel.is_apart)
     check_offload(config)
     if config.speculative_config is not None:
-        config.speculative_config.check(config.parallel.num_ranks)
+        config.speculative_config.check(config.parallel.num_ranks, offloads=config.kv_offloading_path is not None)
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: a prompt and an answer take 2 tokens at least; 2 or more works"

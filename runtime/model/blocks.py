@@ -23,11 +23,12 @@ from octavo.quant.linear import Linear
 from octavo.quant.qparams import Weight
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
+from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.layers import DecoderLayer
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import DecoderSpec
-from octavo.runtime.model.weights import DecoderBuilder, choose_dtype
+from octavo.runtime.model.weights import DecoderBuilder
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
 RecordKV = Callable[[Tensor, Tensor], None]  # keys after rope, values, [T, Hkv, D]

@@ -83,9 +83,11 @@ class Decoder:
         self.device = stack.embedding.table.device
         self.notes = notes or []
         self.adapters: ModelAdapters | None = None
+        self.taps_all_rows = False
         self.ranks = stack.ranks
         self.ops = ops
         self._embedding = stack.embedding
+        self._final_norm = stack.final_norm
         behind = [*(layer.enter for layer in stack.layers[1:]), stack.final_norm]
         self._layers = [layer.followed_by(norm) for layer, norm in zip(stack.layers, behind, strict=True)]
         self._head = stack.head
@@ -114,6 +116,16 @@ class Decoder:
     def mixtures(self) -> list[GroupedExperts]:
         return [mixture for layer in self._layers if (mixture := layer.mlp.grouped) is not None]
 
+    @property
+    def token_table(self) -> Tensor:
+        return self._embedding.table
+
+    @torch.inference_mode()
+    def normed(self, residual: Tensor) -> Tensor:
+        hidden = self._final_norm.norm(residual)
+        assert isinstance(hidden, Tensor)  # as in `hidden`
+        return hidden
+
     @torch.inference_mode()
     def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
         return self.logits(self.hidden(step, caches, tap), step)
@@ -133,7 +145,7 @@ class Decoder:
         # Behind the last layer's attention, nothing reads the output of most of a prompt's tokens, so that only the
         # rows of logits are computed there. A decode step that samples fewer than all of its tokens is rare. It is cut
         # at the end, since attention may already have quantized its rows.
-        cuts_early = some_rows and step.max_query_len > 1
+        cuts_early = some_rows and step.max_query_len > 1 and not self.taps_all_rows
         for table in self._growing_tables:
             table.cover(step.max_seq_len)
         last = self._layers[-1]

@@ -18,8 +18,8 @@ LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
 KVScales = list[tuple[Tensor | None, Tensor]]
 """Of each layer: of keys and of values, [num_kv_heads] float32. Keys without a scale stay in the computing type."""
 Tap = Callable[[int, Tensor], None]
-"""Called after each layer with its number and the residual stream [num_tokens, hidden_size], for who measures; of the
-last layer with the rows of logits_index alone, where those are fewer."""
+"""Called after each layer with its number and the residual stream [num_tokens, hidden_size], for whoever reads it. Of
+the last layer, the rows of logits_index alone, where those are fewer, but for models with taps_all_rows."""
 
 
 class Model(Protocol):
@@ -33,6 +33,7 @@ class Model(Protocol):
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
     kv_dtype      the cache type that the checkpoint asks for ("fp8_e4m3"), or None
     adapters      which layers adapters may change, and the slots of these; None: adapters are not served
+    taps_all_rows a tap gets all tokens of a step from the last layer, too; a prompt then costs all of that layer
     notes         lines that a person who starts it must see
     ranks         a line for each rank of the engine, of what it holds; none where there is one
     """
@@ -50,6 +51,7 @@ class Model(Protocol):
     device: torch.device
     weight_bytes: int
     adapters: ModelAdapters | None
+    taps_all_rows: bool
     notes: list[str]
     ranks: tuple[str, ...]
 
@@ -83,6 +85,15 @@ class Model(Protocol):
     @property
     def gives_hidden(self) -> bool:
         """Whether `hidden`, `logits` and a tap can be had; if not, they raise."""
+        ...
+
+    @property
+    def token_table(self) -> Tensor:
+        """The embedding's rows [vocab_size, hidden_size], where the model gives its hidden states."""
+        ...
+
+    def normed(self, residual: Tensor) -> Tensor:
+        """What the head reads, of the residual stream [T, hidden_size] behind the last layer; as `hidden`."""
         ...
 
     def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:

@@ -7,6 +7,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,12 @@ from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import AT_LOAD, HEAD_INT8, SchemeError, scheme_at_load
 from octavo.quant.target import Target
-from octavo.runtime.config import Dtype, EngineConfig
+from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_transformers
 from octavo.runtime.model.device import Device
+from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.kv_scales import read_kv_scales
@@ -42,7 +44,6 @@ from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, sto
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
 OnLayer = Callable[[int, int], None]  # told how many layers have been loaded, of how many
 
@@ -142,23 +143,6 @@ def _load_decoder(
     return model
 
 
-def choose_dtype(wanted: Dtype, stored: str | None, device: torch.device, notes: list[str]) -> torch.dtype:
-    """The type to compute in. Where `auto` isn't the checkpoint's own type, a note says so.
-
-    CPUs multiply float16 by converting, several times slower than bfloat16, and float32 takes twice the memory, so
-    `auto` on a CPU is bfloat16 for both; --dtype float16 and float32 do as they say.
-    """
-    if wanted in DTYPES:
-        return DTYPES[wanted]
-    own = DTYPES.get(stored or "bfloat16")
-    if own is None:
-        raise LoadError(f"config.json names the type {stored!r}; known are {', '.join(DTYPES)}; --dtype chooses one")
-    if own == torch.bfloat16 or (own == torch.float16 and device.type != "cpu"):
-        return own
-    notes.append(f"the checkpoint's type is {stored}; computing in bfloat16 (--dtype {stored} computes in its own)")
-    return torch.bfloat16
-
-
 class DecoderBuilder:
     """Builds one Decoder from a Source."""
 
@@ -250,17 +234,23 @@ class DecoderBuilder:
         return Embedding(self.ops, table, scale)
 
     def final_norm(self) -> AddNorm:
-        return self._add_norm(self._norm(f"{self.source.prefix}norm", self.spec.hidden_size))
+        return self.norm(f"{self.source.prefix}norm", self.spec.hidden_size)
+
+    def norm(self, module: str, size: int) -> AddNorm:
+        """A norm of vectors of this size, with nothing to add before."""
+        return self._add_norm(self._norm(module, size))
 
     def head(self, embedding: Tensor) -> Head | RankHead:
         """The language-model head; embedding [vocab, hidden] is its weight where the two are tied."""
         head = Head(self._lm_head(embedding), self.spec.logits_divisor, self.spec.final_soft_cap)
         return head if self.rank is None else RankHead(head, self.rank)
 
-    def layer(self, index: int) -> DecoderLayer:
+    def layer(self, index: int, num_inputs: int = 1) -> DecoderLayer:
+        """num_inputs: hidden states that attention reads side by side."""
         spec = self.spec
         name = f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
+        parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)
         attention = self._attention(index, parts)
         mlp = self._mlp(index, parts)
         before_attention, after_attention, before_mlp, after_mlp = (

@@ -9,8 +9,12 @@ from msgspec import Meta
 
 from octavo.flags import parse_json_object
 
-Method = Literal["ngram", "suffix", "auto", "draft_model"]
+Method = Literal["ngram", "suffix", "auto", "draft_model", "eagle3"]
 METHODS: tuple[str, ...] = get_args(Method)
+HEADS = ("eagle3",)
+OF_MODELS = ("draft_model", *HEADS)
+"""Methods that ask a model, or a head on one, and look nothing up."""
+NAMES = {"draft_model": "a draft model", "eagle3": "an EAGLE-3 head"}
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0, le=64)]
@@ -26,7 +30,8 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     suffix_decoding_max_tree_depth: the latter of suffix. suffix_decoding_max_cached_requests: finished answers that are
     kept for others' drafts, 0 for none. suffix_decoding_max_spec_factor: how many drafts a token of the match is good
     for. suffix_decoding_min_token_prob: how likely a draft must be by what has followed so far. model, revision: of
-    draft_model, a directory or a Hub id, with the tokenizer of the model that is served.
+    draft_model, a directory or a Hub id, with the tokenizer of the model that is served; of eagle3, a head's that was
+    trained for it.
     """
 
     method: Method
@@ -46,8 +51,8 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ValueError(
                 f"prompt_lookup_max {self.prompt_lookup_max} is less than prompt_lookup_min {self.prompt_lookup_min}"
             )
-        if self.method == "draft_model" and not self.model:
-            raise ValueError("method 'draft_model' without a model: model names its directory or Hub id")
+        if self.method in OF_MODELS and not self.model:
+            raise ValueError(f"method {self.method!r} without a model: model names its directory or Hub id")
         first = 1
         for row in self.num_speculative_tokens_per_batch_size:
             if row[0] != first or row[1] < first:
@@ -57,12 +62,17 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
                 )
             first = row[1] + 1
 
-    def check(self, num_ranks: int) -> None:
-        """Raise ValueError where an engine of so many ranks can't do it."""
-        if self.method == "draft_model" and num_ranks > 1:
+    def check(self, num_ranks: int, *, offloads: bool = False) -> None:
+        """Raise ValueError where an engine can't do it that has so many ranks, or keeps its cache in a file."""
+        if self.method in OF_MODELS and num_ranks > 1:
             raise ValueError(
-                f"--speculative-config with -tp, -pp ({num_ranks} ranks): a draft model is not divided over ranks; one "
-                "rank works, and so does the method ngram"
+                f"--speculative-config with -tp, -pp ({num_ranks} ranks): {NAMES[self.method]} is not divided over "
+                "ranks; one rank works, and so does the method ngram"
+            )
+        if self.method in HEADS and offloads:
+            raise ValueError(
+                f"--speculative-config with --kv-offloading-path: what {NAMES[self.method]} has read of a prefix is "
+                "not in the file; leave one of them out, or take the method ngram, suffix or draft_model"
             )
 
     def most_of(self, num_sequences: int) -> int:
@@ -74,7 +84,9 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 SUFFIX_KEYS = ("suffix_decoding_",)
-OF_METHOD = {"ngram": ("prompt_lookup_",), "suffix": SUFFIX_KEYS, "auto": SUFFIX_KEYS, "draft_model": ("model", "rev")}
+MODEL_KEYS = ("model", "rev")
+OF_METHOD: dict[str, tuple[str, ...]] = {"ngram": ("prompt_lookup_",), "suffix": SUFFIX_KEYS, "auto": SUFFIX_KEYS}
+OF_METHOD |= dict.fromkeys(OF_MODELS, MODEL_KEYS)
 """How the keys begin that one method has, and not all of them."""
 
 
@@ -95,7 +107,7 @@ def make_speculative(given: dict[str, Any]) -> SpeculativeConfig:
     method = given.get("method")
     if method not in METHODS:
         what = "no method is named" if method is None else f"method {method!r}"
-        raise ValueError(f"{what}: drafts are made by {', '.join(METHODS)}; heads are not supported: leave it out")
+        raise ValueError(f"{what}: drafts are made by {', '.join(METHODS)}; leave it out, or name one of these")
     keys = [name for name in SpeculativeConfig.__struct_fields__ if _is_of(method, name)]
     for key in given:
         if key not in keys:

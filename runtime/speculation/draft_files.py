@@ -12,8 +12,9 @@ import torch
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.lora_config import LoraOptions
+from octavo.runtime.model.dtypes import DTYPES
 from octavo.runtime.model.model import Model
-from octavo.runtime.model.weights import DTYPES, load_model
+from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.draft_model import DraftModel
 from octavo.runtime.worker import kv_cache

@@ -3,9 +3,8 @@
 It has a cache of its own, in which each sequence has blocks as long as it lives. What the model that is served has
 refused of its drafts is computed anew: nothing else is kept of a guess.
 
-A draft is drawn with the uniform number that the token itself will be drawn with, so that of models which nearly agree
-nearly all drafts are right, at any temperature. Of what changes logits (penalties, biases, grammars), a draft knows
-nothing.
+A draft is drawn as the token itself will be (draft_choice.py). Of what changes logits (penalties, biases, grammars), it
+knows nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.sampling.best import best_of
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.block_pool import BlockPool
 from octavo.runtime.scheduling.drafts import num_right
+from octavo.runtime.scheduling.plan import StepPlan
 from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.speculation.draft_choice import DraftChoice
 from octavo.runtime.worker.replays import MOST_TOKENS, StepReplays
-from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, draw_rows, select_sampling
 
 CHUNK = 512  # tokens that are read at once
 
@@ -65,15 +64,21 @@ class DraftModel:
         records: short steps are recorded, and replayed.
         """
         self.model = model
-        self._caches = caches
+        self.caches = caches
         self._block_size = caches[0].block_size
-        self._vocab_size = vocab_size
         self._longest = min(max_model_len, model.max_position)
-        self._seed = seed
         self._pool = BlockPool(caches[0].key.shape[0])
         self._read: OrderedDict[Sequence, _Read] = OrderedDict()  # who was asked about last is the last one
         self._replays = StepReplays(model, caches, self._longest) if records and model.recordable else None
-        self._ops = select_sampling(model.device)
+        self._choice = DraftChoice(vocab_size, seed, model.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a draft reads of it."""
+        return self.model.weight_bytes
+
+    def read(self, plan: StepPlan) -> None:
+        """A step has been committed: what it says of a sequence is read when drafts of that one are asked for."""
 
     @property
     def is_settled(self) -> bool:
@@ -93,7 +98,7 @@ class DraftModel:
             return [[] for _ in sequences]
         logits = self._catch_up(batch)
         for place in range(count):
-            for sequence, token in zip(batch, self._choose(logits, batch, place), strict=True):
+            for sequence, token in zip(batch, self._choice.choose(logits, batch, place), strict=True):
                 found[sequence].append(token)
             if place + 1 == count:
                 break
@@ -160,19 +165,6 @@ class DraftModel:
             logits_index=np.arange(ends[-1]) if is_short else last,
         )
         if self._replays is None:
-            return self.model.forward(inputs.to(self.model.device), self._caches)
+            return self.model.forward(inputs.to(self.model.device), self.caches)
         hidden = self._replays.hidden(inputs)
         return self.model.logits(hidden[torch.from_numpy(last)] if is_short and len(last) < len(hidden) else hidden)
-
-    def _choose(self, logits: Tensor, batch: list[Sequence], place: int) -> list[int]:
-        """The draft of each sequence behind `place` others."""
-        logits = logits[:, : self._vocab_size].contiguous()
-        chosen: list[int] = best_of(logits).ids.tolist()
-        rows = [row for row, sequence in enumerate(batch) if sequence.params.temperature >= GREEDY_BELOW]
-        if rows:
-            drawing = [batch[row] for row in rows]
-            positions = [len(sequence.token_ids) - sequence.num_prompt + place for sequence in drawing]
-            drawn = draw_rows(self._ops, self._seed, logits, rows, drawing, positions)
-            for row, token in zip(rows, drawn, strict=True):
-                chosen[row] = token
-        return chosen

@@ -1,4 +1,4 @@
-"""From results to the drafts of a second model: whether it is asked, and for how many of each sequence.
+"""From results to the drafts of a second model or of a head: whether it is asked, and for how many of each sequence.
 
 Unlike texts that are looked up, it takes time to say what it thinks; and what it would have said of a sequence that
 goes on without drafts is not known. So the same number is asked for all sequences of a step, before it says anything.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from typing import Protocol
 
 from octavo.runtime.scheduling.plan import StepPlan
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation.costs import GAIN, StepCosts
-from octavo.runtime.speculation.draft_model import DraftModel
 from octavo.runtime.speculation.speculation import MOST_KIND, WEIGHT, WEIGHT_FOR_ALL, Chances, Followed
 
 COUNTS = (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 64)
@@ -38,10 +39,32 @@ class Costs:
         return self._ratio * plain
 
 
-class ModelSpeculation:
-    """Gives sequences drafts of a draft model. costs: None: as many as may be are asked for, whatever they cost."""
+class Model(Protocol):
+    """Who thinks: a draft model, or a head."""
 
-    def __init__(self, model: DraftModel, most_of: Callable[[int], int], most: int, costs: Costs | None = None) -> None:
+    @property
+    def weight_bytes(self) -> int:
+        """What a draft reads of it."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last step was computed as later ones of its size will be."""
+        ...
+
+    def read(self, plan: StepPlan) -> None:
+        """Take what a step that has been committed says; called for each one, before drafts are asked for."""
+        ...
+
+    def drafts(self, sequences: Rows[Sequence], count: int) -> list[list[int]]:
+        """`count` tokens that may follow each, or none. All tokens of a sequence are known."""
+        ...
+
+
+class ModelSpeculation:
+    """Gives sequences drafts of a draft model or a head. costs: None: as many as may be, whatever they cost."""
+
+    def __init__(self, model: Model, most_of: Callable[[int], int], most: int, costs: Costs | None = None) -> None:
         """most: drafts of a sequence and step; most_of: the same, of steps of so many sequences."""
         self._model = model
         self._most_of = most_of
@@ -56,6 +79,7 @@ class ModelSpeculation:
         if self._costs is not None and seconds is not None:
             self._costs.steps.take(plan, seconds)
             self._seconds += seconds
+        self._model.read(plan)
         running: list[tuple[Sequence, Followed]] = []
         for it in plan.scheduled:
             sequence = it.sequence

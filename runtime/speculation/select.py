@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from octavo.runtime.speculation.config import SpeculativeConfig
+from octavo.runtime.speculation.config import OF_MODELS, SpeculativeConfig
 from octavo.runtime.speculation.costs import StepCosts
 from octavo.runtime.speculation.ngram import OwnText
 from octavo.runtime.speculation.speculation import Drafter, Speculates, Speculation
@@ -13,32 +13,50 @@ from octavo.runtime.speculation.suffix import SuffixDrafter
 
 if TYPE_CHECKING:
     from octavo.runtime.config import EngineConfig
-    from octavo.runtime.model.model import Model
     from octavo.runtime.scheduling.plan import SchedulerConfig
+    from octavo.runtime.speculation.model_speculation import Model
+    from octavo.runtime.worker.worker import Worker
 
 
 def speculation_of(
-    config: EngineConfig, target: Model, limits: SchedulerConfig, weight_bytes: int, notes: list[str]
+    config: EngineConfig, worker: Worker, limits: SchedulerConfig, weight_bytes: int, notes: list[str]
 ) -> Speculates | None:
-    """What gives the sequences of an engine drafts; None where nothing does. A draft model is loaded, and noted.
+    """What gives the sequences of an engine drafts; None where nothing does. A draft model or head is loaded here.
 
-    weight_bytes: of the target, the model that is served. Raises ValueError.
+    weight_bytes: of the model that is served. Raises ValueError.
     """
     asked = config.speculative_config
     if asked is None or not drafts_by_model(asked):
         return make_speculation(asked, shares=config.share_suffixes)
-    from octavo.runtime.speculation.draft_files import load_draft_model  # nobody else needs a second model
     from octavo.runtime.speculation.model_speculation import Costs, ModelSpeculation
 
-    draft, note = load_draft_model(config, target, limits)
+    model = _model_of(config, worker, limits, notes)
+    return ModelSpeculation(
+        model, asked.most_of, asked.num_speculative_tokens, Costs(model.weight_bytes / weight_bytes)
+    )
+
+
+def _model_of(config: EngineConfig, worker: Worker, limits: SchedulerConfig, notes: list[str]) -> Model:
+    """A draft model or a head, with its cache. Nobody else needs their modules."""
+    asked = config.speculative_config
+    assert asked is not None
+    if asked.method == "draft_model":
+        from octavo.runtime.speculation.draft_files import load_draft_model
+
+        draft, note = load_draft_model(config, worker.model, limits)
+        worker.draft_caches = draft.caches
+        notes.append(note)
+        return draft
+    from octavo.runtime.speculation.head_cache import load_head_drafts
+
+    head, note = load_head_drafts(config, worker, limits, notes)
     notes.append(note)
-    costs = Costs(draft.model.weight_bytes / weight_bytes)
-    return ModelSpeculation(draft, asked.most_of, asked.num_speculative_tokens, costs)
+    return head
 
 
 def drafts_by_model(config: SpeculativeConfig | None) -> bool:
-    """A draft model says what follows tokens that are known: then steps are not ordered ahead of results."""
-    return config is not None and config.method == "draft_model"
+    """A model or a head says what follows tokens that are known: then steps are not ordered ahead of results."""
+    return config is not None and config.method in OF_MODELS
 
 
 def make_speculation(config: SpeculativeConfig | None, *, shares: bool = False) -> Speculation | None:

@@ -222,14 +222,14 @@ def allocate(
         one = torch.ones(heads, device=model.device)
         key_scale, value_scale = scales[layer] if scales is not None else (one, one)
         if place not in tensors:
-            key = _zeros(shape, model.dtype if key_scale is None else dtype, model.device)
-            tensors[place] = key, _zeros(shape, dtype, model.device)
+            key = zeros(shape, model.dtype if key_scale is None else dtype, model.device)
+            tensors[place] = key, zeros(shape, dtype, model.device)
         key_scale = one if key_scale is None else key_scale.to(model.device)
         caches.append(LayerCache(*tensors[place], key_scale, value_scale.to(model.device), group))
     return caches
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """torch.zeros writes its zeros at once on a CPU: three seconds for 4 GiB; numpy's asks calloc for them."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

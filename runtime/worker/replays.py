@@ -24,7 +24,7 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import QUERY_CLASSES, GroupTables, StepInputs
 from octavo.kernels.lora.rows import AdapterRows
 from octavo.kernels.native.recording import Memory, NotRecordableError, Recording
-from octavo.runtime.model.model import Model
+from octavo.runtime.model.model import Model, Tap
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Size(NamedTuple):
 class StepReplays:
     """`hidden` of a model over its caches, by recordings where there are some.
 
-    mark: is called behind each layer. is_settled: the last step was not one of those before a recording is proven.
+    mark: is called behind each layer. keep: the same, with what that layer says. is_settled: the last step was not one
+    of those before a recording is proven.
     """
 
     def __init__(self, model: Model, caches: list[LayerCache], max_model_len: int) -> None:
@@ -62,6 +63,7 @@ class StepReplays:
         self._num_steps: Counter[Size] = Counter()
         self._replays: OrderedDict[Size, _Replay] = OrderedDict()
         self.mark: Callable[[], None] | None = None
+        self.keep: Tap | None = None
         self.is_settled = True
 
     def begin(self) -> None:
@@ -111,7 +113,10 @@ class StepReplays:
         recording = Recording(self._memory)
         try:
             held = _held(inputs, size, longest, -(-longest // self._caches[0].block_size))
-            replay = _Replay(self._model, self._caches, inputs, held, entering, recording, self.mark)
+            mark = self.mark
+            again = None if mark is None else lambda: recording.call(mark)
+            tap = tap_of(again, self.keep)
+            replay = _Replay(self._model, self._caches, inputs, held, entering, recording, tap)
         except NotRecordableError as error:
             log.warning("steps of %d sequences can't be recorded: %s", size.seqs, error)
             return self._directly(inputs, entering)
@@ -130,9 +135,7 @@ class StepReplays:
         return expected
 
     def _directly(self, inputs: StepInputs, entering: Tensor) -> Tensor:
-        mark = self.mark
-        tap = None if mark is None else lambda _layer, _residual: mark()
-        return self._model.hidden(inputs, self._caches, tap, entering)
+        return self._model.hidden(inputs, self._caches, tap_of(self.mark, self.keep), entering)
 
 
 class _Replay:
@@ -146,13 +149,12 @@ class _Replay:
         held: StepInputs,
         entering: Tensor,
         recording: Recording,
-        mark: Callable[[], None] | None,
+        tap: Tap | None,
     ) -> None:
         self.is_proven = False
         self._inputs = held
         self._entering = entering.clone()
         self._recording = recording
-        tap = None if mark is None else lambda _layer, _residual: recording.call(mark)
         self._fill(inputs)
         with recording:
             self.result = model.hidden(self._inputs, caches, tap, self._entering)
@@ -166,6 +168,20 @@ class _Replay:
     def _fill(self, inputs: StepInputs) -> None:
         for held, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
             held[..., : given.shape[-1]] = given
+
+
+def tap_of(mark: Callable[[], None] | None, keep: Tap | None) -> Tap | None:
+    """One tap for both: for who watches that layers are got through, and for who keeps what they say."""
+    if mark is None:
+        return keep
+    if keep is None:
+        return lambda _layer, _residual: mark()
+
+    def both(layer: int, residual: Tensor) -> None:
+        mark()
+        keep(layer, residual)
+
+    return both
 
 
 def _held(inputs: StepInputs, size: Size, longest: int, width: int) -> StepInputs:

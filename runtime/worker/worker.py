@@ -13,12 +13,16 @@ from octavo.runtime.model.model import Model, Tap
 from octavo.runtime.parallel.order import StepOrder, WantedLogits
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker.graphs import StepGraphs
-from octavo.runtime.worker.replays import StepReplays
+from octavo.runtime.worker.hidden_states import HiddenStates
+from octavo.runtime.worker.replays import StepReplays, tap_of
 from octavo.runtime.worker.step_inputs import InputBuilder
 
 
 class Worker:
-    """Does what orders say, in their order. Every rank of an engine has one; none of them samples."""
+    """Does what orders say, in their order. Every rank of an engine has one; none of them samples.
+
+    hidden_states: what a head reads of the last step; None: there is none. draft_caches: those of who makes drafts.
+    """
 
     def __init__(
         self,
@@ -32,7 +36,11 @@ class Worker:
         self.caches = caches
         self.graphs = graphs
         self.replays = replays
+        self.hidden_states: HiddenStates | None = None
+        self.draft_caches: list[LayerCache] = []
         self._inputs = InputBuilder(config)
+        self._most_tokens = config.max_num_batched_tokens
+        self._mark: Callable[[], None] | None = None
         self._tap: Tap | None = None
 
     @property
@@ -43,10 +51,23 @@ class Worker:
     def watch(self, mark: Callable[[], None]) -> bool:
         """Have this called behind each layer from now on; False where the model's layers can't be watched."""
         if self.model.gives_hidden:
-            self._tap = lambda _layer, _residual: mark()
+            self._mark = mark
+            self._set_tap()
         if self.replays is not None:
             self.replays.mark = mark
         return self.model.gives_hidden
+
+    def keep_hidden(self, layers: tuple[int, ...]) -> HiddenStates:
+        """Have what these layers say of each token of a step kept until the next one; for a model that gives it."""
+        self.hidden_states = HiddenStates(self.model, layers, self._most_tokens)
+        self.model.taps_all_rows = self.model.num_layers - 1 in layers
+        if self.replays is not None:
+            self.replays.keep = self.hidden_states.keep
+        self._set_tap()
+        return self.hidden_states
+
+    def _set_tap(self) -> None:
+        self._tap = tap_of(self._mark, None if self.hidden_states is None else self.hidden_states.keep)
 
     def prepare(self, order: StepOrder) -> StepInputs:
         """The inputs of a step, which may be built while an earlier one is computed; call in the order of the steps."""

@@ -14,7 +14,7 @@ from octavo.flags import add_flags, flags_of, read
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.parallel.config import ParallelConfig
-from octavo.runtime.speculation.config import METHODS, SpeculativeConfig, make_speculative
+from octavo.runtime.speculation.config import METHODS, OF_MODELS, SpeculativeConfig, make_speculative
 from octavo.server.lora_options import LoraServerOptions
 from octavo.server.options import FairBy, ListenOptions, ModelOptions, ServerOptions, TextOptions
 from octavo.server.several_options import SeveralOptions
@@ -124,7 +124,7 @@ def _speculative_algorithm(text: str) -> str:
     if method not in METHODS:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not supported: NGRAM makes drafts out of the request's own text, SUFFIX also out of finished "
-            "answers, STANDALONE by a draft model; heads are not supported: leave it out"
+            "answers, STANDALONE by a draft model, EAGLE3 by a head; leave it out, or name one of these"
         )
     return method
 
@@ -174,7 +174,7 @@ def _speculative_config(args: argparse.Namespace, fair_by: FairBy) -> Speculativ
     if method is None and given:
         name, value = next(iter(given.items()))
         flag = f"--speculative-{name.replace('_', '-')} {value}"
-        raise OptionsError(f"{flag}: --speculative-algorithm is missing, such as NGRAM or STANDALONE")
+        raise OptionsError(f"{flag}: --speculative-algorithm is missing, such as NGRAM or EAGLE3")
     if method is not None:
         config = _of_sglang(method, given)
     learns = config is not None and config.method in ("suffix", "auto")
@@ -191,7 +191,7 @@ def _speculative_config(args: argparse.Namespace, fair_by: FairBy) -> Speculativ
 def _of_sglang(method: str, given: dict[str, Any]) -> SpeculativeConfig:
     """What SGLang's flags mean: of a draft model's chain of so many steps, it counts the token in front as a draft."""
     count = given.get("num_draft_tokens")
-    if method == "draft_model":
+    if method in OF_MODELS:
         steps = given.get("num_steps")
         topk = given.get("eagle_topk", 1)
         if topk != 1:
@@ -204,7 +204,7 @@ def _of_sglang(method: str, given: dict[str, Any]) -> SpeculativeConfig:
         count = count - 1 if count is not None else steps
     elif stray := [name for name in given if name != "num_draft_tokens"]:
         flag = f"--speculative-{stray[0].replace('_', '-')}"
-        raise OptionsError(f"{flag} {given[stray[0]]}: it is of --speculative-algorithm STANDALONE; leave it out")
+        raise OptionsError(f"{flag} {given[stray[0]]}: it is of STANDALONE and EAGLE3; leave it out")
     keys = {"method": method, "num_speculative_tokens": count}
     keys |= {"model": given.get("draft_model_path"), "revision": given.get("draft_model_revision")}
     try:

@@ -124,7 +124,9 @@ START_LINES = [
     "m --kv-offloading-size 4 --kv_offloading_backend native --kv-offloading-path d",
     "m --kv-offloading-size 0",
     "m -sc.method suffix -sc.num_speculative_tokens 32",
+    "m -sc.method eagle3 -sc.model yuhuili/EAGLE3-LLaMA3.1-Instruct-8B -sc.num_speculative_tokens 2",
     # SGLang's documentation
+    "--model-path m --speculative-algorithm EAGLE3 --speculative-draft-model-path h --speculative-num-steps 5",
     "--model-path m --speculative-algorithm NGRAM --speculative-num-draft-tokens 16 --cuda-graph-max-bs 8",
     "--model-path meta-llama/Meta-Llama-3-8B-Instruct --host 0.0.0.0 --port 30000",
     "--model-path m --tp 1 --dp 1 --mem-fraction-static 0.7 --chunked-prefill-size 4096",
@@ -158,7 +160,7 @@ REFUSED = [
     ("m --pipeline-parallel-size 17", "--pipeline-parallel-size", "16"),
     ("m --decode-context-parallel-size 2", "--decode-context-parallel-size 2", "nothing else is divided yet"),
     ("--model-path m --attn-cp-size=2", "--attn-cp-size 2", "leave it out"),
-    ("m --speculative-config.method eagle3", "--speculative-config", "leave it out"),
+    ("m --speculative-config.method eagle", "--speculative-config", "leave it out"),
     ("m --hf-token secret", "--hf-token", "HF_TOKEN"),
     ("m --tokenizer-mode mistral", "--tokenizer-mode mistral", "leave it out"),
     ("--model-path m --speculative-algorithm EAGLE", "--speculative-algorithm", "leave it out"),

@@ -176,6 +176,10 @@ def test_speculation_is_asked_for_by_either_name() -> None:
     for count in (("--speculative-num-steps", "3"), ("--speculative-num-draft-tokens", "4")):
         more = ("--speculative-draft-model-revision", "r", "--speculative-eagle-topk", "1")
         assert parse("m", *standalone, *count, *more).engine == drafted
+    eagle = parse("m", "-sc", '{"method": "eagle3", "model": "head", "num_speculative_tokens": 3}').engine
+    assert eagle.speculative_config == SpeculativeConfig("eagle3", 3, model="head")
+    of_sglang = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "head")
+    assert parse("m", *of_sglang, "--speculative-num-steps", "3", "--speculative-eagle-topk", "1").engine == eagle
     shared = parse("m", "--speculative-config", '{"method": "suffix"}', "--share-suffixes", "--fair-by", "none").engine
     assert shared.speculative_config == SpeculativeConfig("suffix")
     assert shared.share_suffixes
@@ -185,10 +189,11 @@ def test_speculation_is_asked_for_by_either_name() -> None:
     ("flags", "why"),
     [
         (("--speculative-num-draft-tokens", "5"), "--speculative-algorithm is missing, such as NGRAM"),
+        (("--speculative-algorithm", "EAGLE3"), "method 'eagle3' without a model"),
         (("--per-request-spec-decode-metrics", "summary"), "summary without --speculative-config: there are no drafts"),
         (
             ("--speculative-algorithm", "NGRAM", "--speculative-num-steps", "5"),
-            "--speculative-num-steps 5: it is of --speculative-algorithm STANDALONE",
+            "--speculative-num-steps 5: it is of STANDALONE and EAGLE3",
         ),
         (STANDALONE, "method 'draft_model' without a model"),
         (

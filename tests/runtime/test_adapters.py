@@ -15,6 +15,7 @@ import pytest
 import torch
 from guessing import Guessing, Style
 from hf_oracle import CASES, make_hf, save
+from made_heads import of_eagle
 from peft_oracle import PeftOracle
 from toy_model import make_request, run_to_end, tokens_of
 
@@ -28,6 +29,8 @@ from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.scheduling.adapter_slots import Adapter
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepResult
 from octavo.runtime.scheduling.scheduler import Scheduler
+from octavo.runtime.speculation.config import SpeculativeConfig
+from octavo.runtime.speculation.model_speculation import ModelSpeculation
 from octavo.runtime.startup import load_engine
 
 VOCAB = 96
@@ -132,6 +135,22 @@ def test_drafts_are_checked_by_the_adapter_of_their_request(style: Style, adapte
     stats = engine.scheduler.stats()
     right = sum(stats.accepted_per_pos)
     assert right == stats.num_draft_tokens > 40 if style == "right" else 0 < right < stats.num_draft_tokens
+
+
+def test_a_head_reads_along_whatever_adapter_there_is(adapted: Adapted, tmp_path: Path) -> None:
+    """Of a model some of whose layers have windows, with block tables of their own, and some none."""
+    head = SpeculativeConfig("eagle3", 3, model=str(of_eagle().write(tmp_path)))
+    engine = adapted.engine(max_loras=3, speculative_config=head)
+    assert isinstance(engine.speculation, ModelSpeculation)
+    engine.speculation = ModelSpeculation(engine.speculation._model, lambda _: 3, 3)
+    load(engine, *(adapted.message(i) for i in range(3)))
+    numbers = [None, 0, 1, 2, 0]
+    given = list(zip(prompts(len(numbers), seed=7), numbers, strict=True))
+    wanted = [adapted.request(str(i), prompt, number, max_tokens=20) for i, (prompt, number) in enumerate(given)]
+    outputs = run(engine, wanted)
+    for i, (prompt, number) in enumerate(given):
+        assert tokens_of(outputs[str(i)]) == adapted.greedy(prompt, number, 20), number
+    assert engine.scheduler.stats().num_draft_tokens > 40
 
 
 @pytest.mark.parametrize("in_memory", [None, 4])

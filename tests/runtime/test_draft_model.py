@@ -9,24 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from draft_engines import SIZES, asked, draft_of, load
+from draft_engines import KINDS, SIZES, asked, draft_of, load, said
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, TokenOutput
+from octavo.runtime.messages import AddRequest
 from octavo.runtime.speculation.config import SpeculativeConfig
 from octavo.runtime.speculation.draft_files import check_tokenizers
 from octavo.runtime.speculation.model_speculation import Costs, ModelSpeculation
 from octavo.runtime.speculation.speculation import Chances, Followed
-
-KINDS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 1.0, "seed": 3},
-    {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 7},
-    {"logprobs": 2},
-    {"temperature": 1.0, "seed": 4, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
-    {"stop_token_ids": tuple(range(0, 256, 5)), "min_tokens": 9},
-]
 
 
 def requests(rng: random.Random) -> list[AddRequest]:
@@ -35,10 +26,6 @@ def requests(rng: random.Random) -> list[AddRequest]:
         for i, params in enumerate(KINDS)
     ]
     return [*made, make_request("none behind", [5, 6, 7], max_tokens=1)]
-
-
-def said(outputs: list[TokenOutput]) -> tuple[list[int], object]:
-    return tokens_of(outputs), outputs[-1].finish_reason
 
 
 @pytest.mark.parametrize(

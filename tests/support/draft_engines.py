@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from toy_model import make_request
+from toy_model import make_request, tokens_of
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
+from octavo.runtime.messages import TokenOutput
 from octavo.runtime.scheduling.kv_groups import BlockTables
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation.config import SpeculativeConfig
@@ -19,6 +20,15 @@ from octavo.runtime.speculation.model_speculation import ModelSpeculation
 from octavo.runtime.startup import load_engine
 
 SIZES = {"block_size": 4, "max_num_seqs": 4, "num_blocks": 256, "max_model_len": 96}
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 7},
+    {"logprobs": 2},
+    {"temperature": 1.0, "seed": 4, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
+    {"stop_token_ids": tuple(range(0, 256, 5)), "min_tokens": 9},
+]
 
 
 def load(directory: Path, draft: Path | None = None, num_draft_blocks: int | None = None, **limits: Any) -> Engine:
@@ -33,7 +43,7 @@ def load(directory: Path, draft: Path | None = None, num_draft_blocks: int | Non
         if num_draft_blocks is not None:
             caches = [
                 LayerCache(it.key[:num_draft_blocks], it.value[:num_draft_blocks], it.key_scale, it.value_scale)
-                for it in model._caches
+                for it in model.caches
             ]
             model = DraftModel(model.model, caches, model.model.vocab_size, SIZES["max_model_len"], 0)
         engine.speculation = ModelSpeculation(model, lambda _: 4, 4)
@@ -48,3 +58,7 @@ def draft_of(engine: Engine) -> DraftModel:
 def asked(name: str, tokens: list[int]) -> Sequence:
     """One that runs, greedily."""
     return Sequence(make_request(name, tokens, max_tokens=50), 0, BlockTables([[]], [0]))
+
+
+def said(outputs: list[TokenOutput]) -> tuple[list[int], object]:
+    return tokens_of(outputs), outputs[-1].finish_reason

@@ -43,6 +43,7 @@ class HFModel:
     compiles_kernels = False
     capturable = False
     recordable = False
+    taps_all_rows = False
 
     def __init__(
         self, model: Any, proven: Proven, *, dtype: torch.dtype, ops: Ops, max_position: int, notes: list[str]
@@ -98,6 +99,13 @@ class HFModel:
         raise self._no_hidden()
 
     def logits(self, hidden: Tensor, step: StepInputs | None = None) -> Tensor:  # noqa: ARG002
+        raise self._no_hidden()
+
+    def normed(self, residual: Tensor) -> Tensor:  # noqa: ARG002
+        raise self._no_hidden()
+
+    @property
+    def token_table(self) -> Tensor:
         raise self._no_hidden()
 
     def _no_hidden(self) -> HFModelError:

@@ -224,7 +224,7 @@ def _target(device: str, spec: DecoderSpec) -> Target:
     import torch
 
     from octavo.quant.target import Target
-    from octavo.runtime.model.weights import choose_dtype
+    from octavo.runtime.model.dtypes import choose_dtype
     from octavo.runtime.worker.device import capability, choose_device
 
     name, _, version = device.partition(":")

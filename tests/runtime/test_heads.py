@@ -1,0 +1,307 @@
+"""EAGLE-3 heads: what they say is what their formula says, no answer shows them, and a right one saves steps."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from draft_engines import KINDS, SIZES, said
+from made_heads import VOCAB, Made, Reference, make_blind, make_target, of_eagle, of_speculators, seeing
+from slow_cases import slow
+from torch import Tensor
+from toy_model import make_request, run_to_end, run_with_arrivals
+
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.engine import Engine
+from octavo.runtime.messages import AddRequest
+from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.speculation.config import SpeculativeConfig
+from octavo.runtime.speculation.head_drafts import HeadDrafts
+from octavo.runtime.speculation.model_speculation import ModelSpeculation
+from octavo.runtime.startup import load_engine
+
+MADE: dict[str, Callable[[], Made]] = {
+    "eagle": of_eagle,
+    "speculators": of_speculators,
+    "normed": lambda: of_speculators("norm_before_residual", "norm_before_fc", "norm_output"),
+    "each normed": lambda: of_speculators("fc_norm", "norm_before_residual", num_states=4),
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """(its directory, transformers' own)."""
+    directory = tmp_path_factory.mktemp("target")
+    return directory, make_target(directory)
+
+
+def load(directory: Path, head: Path | None = None, count: int = 3, **limits: Any) -> Engine:
+    """In float32. A head says `count` tokens each time, whatever that costs."""
+    speculative = None if head is None else SpeculativeConfig("eagle3", count, model=str(head))
+    config = EngineConfig(
+        model=str(directory), dtype="float32", device="cpu", speculative_config=speculative, **{**SIZES, **limits}
+    )
+    engine, _ = load_engine(config, time.time())
+    if head is not None:
+        engine.speculation = ModelSpeculation(drafts_of(engine), lambda _: count, count)
+    return engine
+
+
+def drafts_of(engine: Engine) -> HeadDrafts:
+    assert isinstance(engine.speculation, ModelSpeculation)
+    model = engine.speculation._model
+    assert isinstance(model, HeadDrafts)
+    return model
+
+
+class Recorded:
+    """In the place of a DraftChoice: notes what logits there were for which tokens and drafts."""
+
+    def __init__(self, drafts: HeadDrafts) -> None:
+        self._choice = drafts._choice
+        self._drafts: dict[Sequence, list[int]] = {}
+        self.calls: list[tuple[list[int], list[int], Tensor]] = []
+        drafts._choice = self  # type: ignore[assignment]
+
+    def choose(self, logits: Tensor, batch: list[Sequence], place: int) -> list[int]:
+        chosen = self._choice.choose(logits.clone(), batch, place)
+        for sequence, row, token in zip(batch, logits.clone(), chosen, strict=True):
+            drafts = self._drafts.setdefault(sequence, [])
+            if place == 0:
+                drafts.clear()
+            self.calls.append((list(sequence.token_ids), list(drafts), row))
+            drafts.append(token)
+        return chosen
+
+
+def requests(rng: random.Random, longest: int = 30, **params: Any) -> list[AddRequest]:
+    return [
+        make_request(
+            f"r{i}",
+            [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, longest))],
+            **{"max_tokens": 30, **kind, **params},
+        )
+        for i, kind in enumerate(KINDS)
+    ]
+
+
+@pytest.mark.parametrize("kind", [*list(MADE)[:-1], slow("each normed")])
+def test_logits_are_the_formula_s(kind: str, target: tuple[Path, Any], tmp_path: Path) -> None:
+    """Of prompts in chunks, in batches, behind refused drafts and preemptions, and behind cached prefixes."""
+    directory, model = target
+    made = MADE[kind]()
+    engine = load(directory, made.write(tmp_path), num_blocks=24, max_num_batched_tokens=9)
+    recorded = Recorded(drafts_of(engine))
+    wanted = requests(random.Random(1))
+    long = make_request("long", [rng_token(i) for i in range(40)], max_tokens=9)
+    run_to_end(engine, [*wanted, long])
+    hits = engine.scheduler.stats().prefix_cache_hits
+    run_to_end(engine, [long])  # all of its prompt goes on in the cache as it does here
+    assert engine.scheduler.stats().prefix_cache_hits > hits
+    assert engine.scheduler.stats().num_preemptions
+    reference = Reference(made, model)
+    some = [*random.Random(2).sample(recorded.calls, 12), *recorded.calls[-3:]]
+    assert {len(drafts) for _, drafts, _ in some} == {0, 1, 2}
+    for tokens, drafts, found in some:
+        torch.testing.assert_close(found.double(), reference.logits(tokens, drafts), rtol=1e-3, atol=1e-3)
+
+
+def rng_token(place: int) -> int:
+    return 3 + place * 37 % (VOCAB - 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        ("eagle", {}),
+        ("normed", {"num_blocks": 24, "max_num_batched_tokens": 9, "block_size": 4}),
+        slow("eagle", {"num_blocks": 80, "block_size": 1, "max_model_len": 64, "enable_prefix_caching": False}),
+    ],
+)
+def test_a_head_changes_no_answer(kind: str, limits: dict[str, Any], target: tuple[Path, Any], tmp_path: Path) -> None:
+    """One that knows nothing: tokens, log-probabilities and ends are those of the model alone."""
+    directory, _ = target
+    plain = load(directory)
+    engine = load(directory, MADE[kind]().write(tmp_path), **limits)
+    for seed in (1, 2):
+        wanted = requests(random.Random(seed))
+        expected = run_to_end(plain, wanted)
+        found = run_with_arrivals(engine, wanted, random.Random(seed))
+        for it in wanted:
+            assert said(found[it.request_id]) == said(expected[it.request_id])
+    stats = engine.scheduler.stats()
+    assert stats.num_draft_tokens > 100
+    assert stats.num_draft_tokens > sum(stats.accepted_per_pos)
+    if limits:
+        assert stats.num_preemptions
+    engine.scheduler.pool.check([])
+
+
+def test_an_answer_that_another_engine_has_begun_goes_on(target: tuple[Path, Any], tmp_path: Path) -> None:
+    """Its tokens so far come with the prompt, and nobody here has said what the head reads of them."""
+    directory, _ = target
+    engine = load(directory, of_eagle().write(tmp_path))
+    whole = make_request("a", [5, 6, 7], max_tokens=30, temperature=1.0, seed=3)
+    tokens = said(run_to_end(engine, [whole])["a"])[0]
+    begun = msgspec.structs.replace(whole, token_ids=[5, 6, 7, *tokens[:12]], num_prompt=3)
+    assert said(run_to_end(engine, [begun])["a"])[0] == tokens[12:]
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 5, "num_blocks": 30}])
+def test_all_drafts_of_a_head_that_is_right_are_taken(limits: dict[str, int], tmp_path: Path) -> None:
+    """At any temperature, as both draw with the same numbers, and behind prefixes that the cache had."""
+    directory = make_blind(tmp_path / "model")
+    engine = load(directory, seeing().write(tmp_path / "head"), count=5, **limits)
+    plain = load(directory)
+    wanted = requests(random.Random(3))[:4]
+    expected = run_to_end(plain, wanted)
+    for _ in range(2):
+        found = run_to_end(engine, wanted)
+        assert {name: said(it) for name, it in found.items()} == {name: said(it) for name, it in expected.items()}
+    stats = engine.scheduler.stats()
+    assert sum(stats.accepted_per_pos) == stats.num_draft_tokens > 100
+    assert len(stats.accepted_per_pos) > 3
+
+
+def test_steps_are_recorded_with_a_head(target: tuple[Path, Any], tmp_path: Path) -> None:
+    """A step that is replayed keeps what its layers say as one that is not."""
+    directory, model = target
+    made = of_speculators()
+    engine = load(directory, made.write(tmp_path))
+    recorded = Recorded(drafts_of(engine))
+    run_to_end(engine, [make_request("a", [5, 6, 7], max_tokens=60)])
+    assert engine.worker.replays is not None
+    assert engine.worker.replays.proven
+    reference = Reference(made, model)
+    for tokens, drafts, found in recorded.calls[-9:]:
+        torch.testing.assert_close(found.double(), reference.logits(tokens, drafts), rtol=1e-3, atol=1e-3)
+
+
+def test_it_reads_what_it_kept_only_when_it_is_asked(target: tuple[Path, Any], tmp_path: Path) -> None:
+    """While drafts don't pay, a pass is made for many tokens at once; then they go on as if it had read all along."""
+    directory, model = target
+    made = of_eagle()
+    engine = load(directory, made.write(tmp_path), max_model_len=200)
+    drafts = drafts_of(engine)
+    most = {"drafts": 0}
+    engine.speculation = ModelSpeculation(drafts, lambda _: most["drafts"], 3)
+    recorded = Recorded(drafts)
+    engine.add(make_request("a", [5, 6, 7], max_tokens=150))
+    for _ in range(100):
+        engine.step()
+    assert not recorded.calls
+    [read] = drafts._read.values()
+    assert (read.num_computed, read.num_kept) == (64, 38)
+    most["drafts"] = 3
+    engine.step()
+    tokens, said_before, found = recorded.calls[1]
+    torch.testing.assert_close(found.double(), Reference(made, model).logits(tokens, said_before), rtol=1e-3, atol=1e-3)
+
+
+def test_it_sleeps_with_the_engine(tmp_path: Path) -> None:
+    directory = make_blind(tmp_path / "model")
+    engine = load(directory, seeing().write(tmp_path / "head"), count=5)
+    wanted = requests(random.Random(3))[:4]
+    expected = run_to_end(engine, wanted)
+    _, asleep = engine.sleep()
+    assert not asleep.error
+    assert not any(cache.key.any() for cache in engine.worker.draft_caches)
+    found = run_to_end(engine, wanted)
+    assert {name: said(it) for name, it in found.items()} == {name: said(it) for name, it in expected.items()}
+    stats = engine.scheduler.stats()
+    assert sum(stats.accepted_per_pos) == stats.num_draft_tokens
+
+
+def without(made: Made, *names: str) -> Made:
+    return Made(made.config, {name: it for name, it in made.tensors.items() if name not in names}, made.ids)
+
+
+def with_config(made: Made, **keys: Any) -> Made:
+    return Made(made.config | keys, made.tensors, made.ids)
+
+
+def with_tensors(made: Made, **tensors: Tensor) -> Made:
+    return Made(made.config, made.tensors | tensors, made.ids)
+
+
+WRONG: dict[str, tuple[Callable[[], Made], str]] = {
+    "another tensor": (lambda: with_tensors(of_eagle(), extra=torch.zeros(1)), "nothing reads: extra"),
+    "a bias": (
+        lambda: with_tensors(of_eagle(), **{"midlayer.self_attn.q_proj.bias": torch.ones(64)}),
+        r"nothing reads: midlayer\.self_attn\.q_proj\.bias",
+    ),
+    "no fc": (lambda: without(of_eagle(), "fc.weight"), r"no tensor fc\.weight"),
+    "no d2t": (lambda: without(of_eagle(), "d2t", "t2d"), "draft_vocab_size 40 without d2t"),
+    "t2d of another": (lambda: with_tensors(of_eagle(), t2d=torch.ones(VOCAB).bool()), "t2d names 96 tokens"),
+    "tokens beyond": (lambda: with_tensors(of_eagle(), d2t=torch.full((40,), 60)), "tokens 60 to 99; the model has 96"),
+    "a larger model's": (
+        lambda: with_config(of_eagle(), target_hidden_size=128),
+        "128 numbers, and the model's have 64",
+    ),
+    "layers beyond": (
+        lambda: with_config(of_eagle(), eagle_aux_hidden_state_layer_ids=[1, 5]),
+        r"ids \[1, 5\]: 5 is no layer's output of the model, which has 4 layers; 1 to 4 work",
+    ),
+    "two layers": (lambda: with_config(of_eagle(), num_hidden_layers=2), "num_hidden_layers 2: heads of one layer"),
+    "EAGLE-1": (
+        lambda: with_config(of_eagle(), eagle_config={"use_aux_hidden_state": False}),
+        "that is EAGLE-1, and EAGLE-3 is supported",
+    ),
+    "several at once": (lambda: with_config(of_eagle(), parallel_drafting=True), "several tokens at once"),
+    "another method's": (
+        lambda: with_config(of_speculators(), speculators_model_type="dflash"),
+        "speculators_model_type 'dflash': 'eagle3'",
+    ),
+    "an unknown activation": (lambda: with_config(of_eagle(), hidden_act="relu"), "hidden_act 'relu' is unknown"),
+}
+
+
+def test_a_head_that_says_no_numbers_is_refused_or_says_nothing(target: tuple[Path, Any], tmp_path: Path) -> None:
+    """At start; and where it comes to that later, answers are what they are."""
+    made = of_eagle()
+    broken = {name: it.clone() for name, it in made.tensors.items()}
+    broken["norm.weight"][3] = torch.nan
+    with pytest.raises(ValueError, match="no finite numbers: its weights are broken"):
+        load(target[0], Made(made.config, broken, made.ids).write(tmp_path / "broken"))
+    engine = load(target[0], made.write(tmp_path / "head"))
+    wanted = requests(random.Random(4))
+    expected = run_to_end(load(target[0]), wanted)
+    with torch.inference_mode():
+        for weight in drafts_of(engine).head.layer.enter.tensors():
+            weight[5] = torch.nan
+    found = run_to_end(engine, wanted)
+    assert {name: said(it) for name, it in found.items()} == {name: said(it) for name, it in expected.items()}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_head_can_t_be_is_one_line(what: str, target: tuple[Path, Any], tmp_path: Path) -> None:
+    made, why = WRONG[what]
+    with pytest.raises(ValueError, match=why) as error:
+        load(target[0], made().write(tmp_path))
+    assert str(error.value).startswith("--speculative-config: the head ")
+    assert "\n" not in str(error.value)
+
+
+def test_pickles_are_refused_with_what_reads_them(target: tuple[Path, Any], tmp_path: Path) -> None:
+    of_eagle().write(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"is a pickle.*weights_only=True"):
+        load(target[0], tmp_path)
+
+
+def test_what_a_head_can_t_be_with(target: tuple[Path, Any], tmp_path: Path) -> None:
+    head = of_eagle().write(tmp_path)
+    config = SpeculativeConfig("eagle3", model="head")
+    config.check(1)
+    with pytest.raises(ValueError, match=r"2 ranks.*an EAGLE-3 head is not divided"):
+        config.check(2)
+    with pytest.raises(ValueError, match="with --kv-offloading-path: what an EAGLE-3 head has read"):
+        config.check(1, offloads=True)
+    with pytest.raises(ValueError, match="transformers' own code, which does not say what a head reads"):
+        load(target[0], head, model_impl="hf")
