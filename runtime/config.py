@@ -53,6 +53,27 @@ def _parse_kv_events(text: str) -> KVEventsConfig:
         raise ValueError(f"{text} is no configuration of KV events: {error}") from None
 
 
+class PoolerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How hidden states are pooled, where it isn't to be as the checkpoint says: vLLM's keys.
+
+    pooling_type (or seq_pooling_type): the first token's, the mean, the last token's, or the largest of each number.
+    use_activation: embeddings get the length 1, logits become probabilities. dimensions: the first so many numbers of
+    an embedding, where a request doesn't say it.
+    """
+
+    pooling_type: Literal["CLS", "MEAN", "LAST", "MAX"] | None = None
+    seq_pooling_type: Literal["CLS", "MEAN", "LAST", "MAX"] | None = None
+    use_activation: bool | None = None
+    dimensions: Count | None = None
+
+
+def _parse_pooler(text: str) -> PoolerConfig:
+    try:
+        return msgspec.json.decode(text, type=PoolerConfig)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{text} is no configuration of a pooler: {error}") from None
+
+
 def _parse_length(text: str) -> int | None:
     return None if text in ("auto", "-1") else parse_count(text)
 
@@ -91,6 +112,30 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             extra={"spellings": {"transformers": "hf"}},
         ),
     ] = "auto"
+    runner: Annotated[
+        Literal["auto", "generate", "pooling"],
+        Meta(
+            description="pooling: answer with embeddings, scores or labels instead of text, also where the model could "
+            "generate. auto: as its class says"
+        ),
+    ] = "auto"
+    convert: Annotated[
+        Literal["auto", "none", "embed", "classify"],
+        Meta(description="with --runner pooling: what a model becomes whose class is another"),
+    ] = "auto"
+    pooler_config: Annotated[
+        PoolerConfig,
+        Meta(
+            description='how hidden states become one vector, such as \'{"pooling_type": "MEAN"}\'; also '
+            "use_activation, dimensions",
+            extra={
+                "aliases": ("--override-pooler-config",),
+                "metavar": "JSON",
+                "parse": _parse_pooler,
+                "default": "as the checkpoint says",
+            },
+        ),
+    ] = PoolerConfig()
     load_format: Annotated[
         Literal["auto", "safetensors", "dummy"],
         Meta(description="dummy: random weights of the model's shape, to measure speed"),

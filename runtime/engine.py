@@ -11,13 +11,14 @@ import msgspec
 from octavo.runtime.adapters import Adapters
 from octavo.runtime.constraint import FAILED, Grammars
 from octavo.runtime.messages import AdapterLoaded, AddRequest, Asleep, EngineStats, LoadAdapter, TokenOutput
-from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
+from octavo.runtime.parallel.executor import Executor, Samples, StepHandle, ThreadedExecutor
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 from octavo.runtime.scheduling.scheduler import Scheduler
 from octavo.runtime.speculation.speculation import Speculates
 from octavo.runtime.validation import problem_of
 from octavo.runtime.worker.cache_memory import give_back
+from octavo.runtime.worker.pooled_steps import PooledSteps
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.worker import Worker
 
@@ -56,13 +57,17 @@ class Engine:
         self.adapters: Adapters | None = None
         if most_adapters and worker.model.adapters is not None:
             self.adapters = Adapters(worker.model.adapters, self.scheduler.adapters, most_adapters, followers)
-        sampler = Sampler(
-            seed,
-            worker.model.device,
-            config.max_num_seqs,
-            jumps=config.jumps_forward,
-            batch_invariant=deterministic,
-        )
+        sampler: Samples
+        if worker.model.pooler is not None:
+            sampler = PooledSteps(worker.model.pooler, config.max_num_seqs)
+        else:
+            sampler = Sampler(
+                seed,
+                worker.model.device,
+                config.max_num_seqs,
+                jumps=config.jumps_forward,
+                batch_invariant=deterministic,
+            )
         self.executor: Executor
         if overlaps and config.stages == 1:
             self.executor = ThreadedExecutor(worker, sampler, followers)
@@ -88,7 +93,8 @@ class Engine:
     def add(self, request: AddRequest, request_ids: Sequence[str] | None = None) -> list[TokenOutput]:
         """Accept a request, or some of its answers; returns the outputs that say why not."""
         wanted = request.request_ids if request_ids is None else request_ids
-        problem = problem_of(request, self.worker.model.vocab_size)
+        pooler = self.worker.model.pooler
+        problem = problem_of(request, self.worker.model.vocab_size, () if pooler is None else pooler.tasks)
         if problem is not None:
             return [TokenOutput(request_id, [], finish_reason="error", error=problem) for request_id in wanted]
         chosen = frozenset(wanted)

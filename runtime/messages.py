@@ -132,6 +132,24 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         )
 
 
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
+
+
+class PoolingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a request wants of its prompt's hidden states, instead of tokens.
+
+    task: one vector of the prompt, or one for each token (`token_`): an embedding, or a classifier's scores.
+    dimensions: the first so many numbers of an embedding; None: all. use_activation: whether embeddings get the length
+    1, and logits become probabilities; None: as the model says. second: where the second of two texts begins, whose
+    tokens have the second token type; None: there is one text.
+    """
+
+    task: PoolingTask = "embed"
+    dimensions: int | None = None
+    use_activation: bool | None = None
+    second: int | None = None
+
+
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     """A prompt to complete, once or several times: it crosses the socket once, whatever the number of its answers.
 
@@ -142,6 +160,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     num_prompt: how many of token_ids are the prompt; None: all. The others are the beginning of the answer, which
     another engine has generated: max_tokens, min_tokens, penalties and random draws count them.
     adapter: the digest of a LoadAdapter that came before; empty: the model alone.
+    pooling: what is wanted instead of an answer; None: an answer.
     """
 
     request_id: str
@@ -154,6 +173,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     owner: str = ""
     num_prompt: int | None = None
     adapter: str = ""
+    pooling: PoolingParams | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -286,6 +306,13 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class Pooled(msgspec.Struct, frozen=True, array_like=True):
+    """What a pooled request brought. data: float32, little-endian, rows of `width` numbers: one, or one a token."""
+
+    data: bytes
+    width: int
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one step brought for one request: usually one token; the last one carries finish_reason.
 
@@ -308,6 +335,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     num_preemptions: int = 0  # of this request, so far
     num_fetched_tokens: int = 0  # of num_cached_tokens, those that were read from a file
     checked: tuple[int, int] | None = None  # drafts that the step has checked, and how many were right; None: no drafts
+    pooled: Pooled | None = None  # of a pooled request, which has no tokens; with it comes the finish_reason "stop"
 
 
 class OffloadStats(msgspec.Struct, frozen=True, array_like=True):
@@ -396,14 +424,28 @@ class Asleep(msgspec.Struct, frozen=True, tag="asleep"):
     error: str = ""
 
 
+class PooledModel(msgspec.Struct, frozen=True):
+    """What a model does that generates nothing.
+
+    tasks: what requests may ask for. size: numbers of an embedding, or labels. dimensions: sizes that embeddings may be
+    cut to; (): none; None: any. num_token_types: that a prompt's tokens may have.
+    """
+
+    tasks: tuple[PoolingTask, ...]
+    size: int
+    dimensions: tuple[int, ...] | None = ()
+    num_token_types: int = 0
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """Sent once, when the engine can serve. `report` is what the start-up table prints."""
+    """Sent once, when the engine can serve. `report` is what the start-up table prints. pooled: None: it generates."""
 
     max_model_len: int
     num_blocks: int
     block_size: int
     vocab_size: int
     report: StartupReport
+    pooled: PooledModel | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -13,7 +13,7 @@ import torch
 from octavo.kernels.attention.cache import LayerCache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import Ready, StartupReport
+from octavo.runtime.messages import PooledModel, Ready, StartupReport
 from octavo.runtime.model import select_operators
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
@@ -26,6 +26,7 @@ from octavo.runtime.speculation.select import drafts_by_model, notes_of, specula
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
+from octavo.runtime.worker.kv_layout import one_group
 from octavo.runtime.worker.replays import StepReplays
 from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 from octavo.runtime.worker.worker import Worker
@@ -103,8 +104,21 @@ def load_engine(
         deterministic=config.deterministic,
     )
     return engine, Ready(
-        rank.limits.max_model_len, rank.plan.num_blocks, rank.plan.block_size, model.vocab_size, report
+        rank.limits.max_model_len,
+        rank.plan.num_blocks,
+        rank.plan.block_size,
+        model.vocab_size,
+        report,
+        pooled_model(model),
     )
+
+
+def pooled_model(model: Model) -> PooledModel | None:
+    """What the server is told of a model that generates nothing."""
+    pooler = model.pooler
+    if pooler is None:
+        return None
+    return PooledModel(pooler.tasks, pooler.size, pooler.dimensions, model.num_token_types)
 
 
 def _engine_of(
@@ -146,7 +160,7 @@ def at_once(config: EngineConfig, rank: LoadedRank, clock: Phases) -> tuple[Step
     """What launches a step's kernels at once, where the model's steps can be captured, or recorded on a CPU."""
     model = rank.model
     limits = rank.limits
-    if config.enforce_eager:
+    if config.enforce_eager or model.pooler is not None:
         return None, None
     if model.capturable:
         sizes = (limits.max_num_seqs, limits.max_model_len, limits.max_num_batched_tokens)
@@ -181,6 +195,8 @@ def load_rank(
             f"--enable-lora: adapters are served by octavo's own decoder, and {model.architecture} has none"
         )
     clock.end("weights")
+    if not model.kv_shapes and model.pooler is not None:
+        return without_cache(config, model, group)
     if model.compiles_kernels:
         limits = limits_of(config, model, config.max_model_len or model.max_position)
         compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
@@ -192,6 +208,21 @@ def load_rank(
     check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device.torch_device))
     limits = limits_of(config, model, longest, plan)
     return LoadedRank(model, caches, plan, limits, sum(group.of_all(model.weight_bytes)), notes)
+
+
+def without_cache(config: EngineConfig, model: Model, group: Group) -> LoadedRank:
+    """Of an encoder, whose texts are computed whole. A block stands for a sequence's place, and for no memory."""
+    longest = model.max_position
+    notes = list(model.notes)
+    if config.max_num_batched_tokens < longest:
+        budget = config.max_num_batched_tokens
+        notes.append(f"a step has {longest} tokens, not {budget}: the longest text is computed in one")
+        config = msgspec.structs.replace(config, max_num_batched_tokens=longest)
+    check_num_seqs(config, longest, free_memory(torch.device("cpu")))
+    config = msgspec.structs.replace(config, block_size=longest, enable_prefix_caching=False)
+    plan = kv_cache.CachePlan(model.dtype, 2 * config.max_num_seqs, longest, 0, one_group(0))
+    limits = limits_of(config, model, longest, plan)
+    return LoadedRank(model, [], plan, limits, sum(group.of_all(model.weight_bytes)), notes)
 
 
 def limits_of(
@@ -214,6 +245,8 @@ def limits_of(
         max_loras=config.lora.max_loras if config.lora.enable_lora else 0,
         max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
         max_drafts=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
+        pools_all=model.pooler is not None and (not model.kv_shapes or model.pooler.kinds != ("last",)),
+        whole_prompts=model.pooler is not None and not model.kv_shapes,
     )
 
 

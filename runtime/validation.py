@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import inf, isfinite
 
-from octavo.runtime.messages import AddRequest, SamplingParams
+from octavo.runtime.messages import AddRequest, PoolingTask, SamplingParams
 
 
-def problem_of(request: AddRequest, vocab_size: int) -> str | None:
-    """The first thing about a request that the engine can't do, or None."""
+def problem_of(request: AddRequest, vocab_size: int, tasks: Sequence[PoolingTask] = ()) -> str | None:
+    """The first thing about a request that the engine can't do, or None. tasks: of a model that generates nothing."""
+    if request.pooling is None and tasks:
+        return f"this model generates nothing; it does {', '.join(tasks)}"
+    if request.pooling is not None and request.pooling.task not in tasks:
+        return f"this model doesn't do {request.pooling.task}" + (f"; it does {', '.join(tasks)}" if tasks else "")
     outside = _first_outside(request.token_ids, vocab_size)
     if outside is not None:
         return f"prompt token id {outside} is not in the vocabulary of {vocab_size} tokens"

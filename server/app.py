@@ -29,8 +29,12 @@ from octavo.server.dialects import (
     invocations,
     native,
     ollama,
+    ollama_embed,
     openai_chat,
     parsers,
+    pooled,
+    pooled_others,
+    pooled_scores,
     responses,
     tokens,
 )
@@ -52,6 +56,21 @@ from octavo.version import VERSION
 
 with warnings.catch_warnings(action="ignore"):  # it says that it doesn't work under Python 3.14; nothing here uses it
     import pydantic.v1  # noqa: F401  FastAPI's first route imports it, which is made when clients wait already
+
+DIALECTS = (
+    completions,
+    openai_chat,
+    anthropic,
+    ollama,
+    decisions,
+    tokens,
+    parsers,
+    pooled,
+    pooled_scores,
+    pooled_others,
+    ollama_embed,
+)
+"""Those whose routes need the service alone."""
 
 
 def build_app(
@@ -89,8 +108,7 @@ def build_app(
     app.router.routes.extend(of_page[:1])  # its `/` before Ollama's
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, options)
-    dialects = (completions, openai_chat, anthropic, ollama, decisions, tokens, parsers)
-    for routes in (*(dialect.routes for dialect in dialects), _models):
+    for routes in (*(dialect.routes for dialect in DIALECTS), _models):
         app.include_router(routes(service))
     limits_of_sessions = SessionLimits(options.max_sessions, options.max_session_tokens, options.session_timeout)
     sessions = Sessions(limits_of_sessions)

@@ -296,9 +296,14 @@ def put_last(choices: Sequence[Choice]) -> None:
 def set_owner(choices: Sequence[Choice], fair_by: FairBy, key_owner: str) -> None:
     """Say whose these answers are, of whom each gets a fair share: an API key's, or a user's of that key."""
     user = choices[0].sent.owner
-    owner = {"none": "", "key": key_owner, "user": f"{key_owner}/{user}" if key_owner or user else ""}[fair_by]
+    owner = fair_owner(fair_by, key_owner, user)
     if owner != user:
         _change_sent(choices, owner=owner)
+
+
+def fair_owner(fair_by: FairBy, key_owner: str, user: str) -> str:
+    """Who gets a fair share, of a user's request that carried this key."""
+    return {"none": "", "key": key_owner, "user": f"{key_owner}/{user}" if key_owner or user else ""}[fair_by]
 
 
 def _change_sent(choices: Sequence[Choice], **fields: Any) -> None:

@@ -42,6 +42,16 @@ class OpenAIHints(BaseModel):
     kv_transfer_params: Hint = None
 
 
+class PooledHints(BaseModel):
+    """Of embeddings, scores and labels."""
+
+    user: Hint = None
+    metadata: Hint = None
+    service_tier: Hint = None
+    safety_identifier: Hint = None
+    keep_alive: Hint = None
+
+
 class ChatHints(OpenAIHints):
     """Of chat completions alone."""
 
@@ -113,7 +123,16 @@ class NativeHints(BaseModel):
     return_bytes: Hint = None
 
 
-KINDS = (NativeHints, ChatHints, ResponsesHints, OpenAIHints, AnthropicHints, OllamaHints, OllamaOptionHints)
+KINDS = (
+    NativeHints,
+    PooledHints,
+    ChatHints,
+    ResponsesHints,
+    OpenAIHints,
+    AnthropicHints,
+    OllamaHints,
+    OllamaOptionHints,
+)
 """The hints of each dialect; a class stands before those that it is made of."""
 
 PLACES: dict[type[BaseModel], str] = {OllamaOptionHints: "options."}

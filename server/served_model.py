@@ -21,6 +21,7 @@ from octavo.server.fleet.adapters import AdapterNames, ServedAdapter
 from octavo.server.hints import ALL_HINTS
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import SAMPLING_DEFAULTS, StructuredOutputsConfig
+from octavo.server.pooled_text import PooledText
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
 
@@ -56,6 +57,7 @@ class ServedModel:
     weights        what answers call them
     adapters       those that are served beside the model itself; None: there are none
     draft_reports  what answers tell of their drafts
+    pooled         what it does instead of generating; None: it generates
     server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
                  (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
     """
@@ -88,6 +90,7 @@ class ServedModel:
     server_name: str = ""
     response_ending: str = ""
     adapters: AdapterNames | None = None
+    pooled: PooledText | None = None
     weights: WeightVersion = field(default_factory=WeightVersion)
     created: int = field(default_factory=lambda: int(time.time()))
 

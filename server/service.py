@@ -15,15 +15,29 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
+from octavo.runtime.messages import PoolingParams, PoolingTask
 from octavo.server.admission import Admission, QueueLimits, timeout_of
 from octavo.server.beam_search import search_beams
 from octavo.server.encoding import JsonResponse, encode_in_turns
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
-from octavo.server.generation import Choice, Delta, Steps, fold, generate, put_last, set_owner
+from octavo.server.generation import (
+    LOWEST_PRIORITY,
+    Choice,
+    Delta,
+    Steps,
+    fair_owner,
+    fold,
+    generate,
+    put_last,
+    set_owner,
+)
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import PLACE, leave_place
 from octavo.server.options import ServerOptions
+from octavo.server.pooled_inputs import PooledPrompt
+from octavo.server.pooled_text import PooledText
+from octavo.server.pooling import PooledResult, pool, pooled_requests
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import SERVER_SENT, EventStream, Framing
 
@@ -80,6 +94,28 @@ class Service:
 
         That the queue is full is told here, before the prompt is made: of a burst many have passed FullQueue together.
         """
+        pooled = self.model.pooled
+        if pooled is not None:
+            self.check_name(name)
+            raise bad_request(f"the model {self.model.name!r} generates no text; {pooled.what_works} work", "model")
+        self._check(name, http)
+
+    def check_pooled(self, name: str | None, http: Request, task: PoolingTask) -> PooledText:
+        """The same for a request that is pooled; returns what the model does. Raises ApiError."""
+        pooled = self.model.pooled
+        if pooled is None:
+            self.check_name(name)
+            raise bad_request(
+                f"the model {self.model.name!r} generates text, and does nothing else here: POST /v1/completions and "
+                "/v1/chat/completions work",
+                "model",
+            )
+        self._check(name, http)
+        if task not in pooled.facts.tasks:
+            raise bad_request(f"the model {self.model.name!r} doesn't {task}; {pooled.what_works} work", "model")
+        return pooled
+
+    def _check(self, name: str | None, http: Request) -> None:
         self.check_name(name)
         if self._client.refusal is not None:
             raise ApiError(503, self._client.refusal)
@@ -134,6 +170,33 @@ class Service:
         ticket.name = getattr(http.state, "request_name", http.state.request_id)
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
+
+    async def pooled(
+        self, http: Request, prompts: Sequence[PooledPrompt], params: PoolingParams, priority: int, user: str = ""
+    ) -> list[PooledResult]:
+        """Admit a pooled request, or raise ApiError; what each of its prompts gave. user: as --fair-by user has it."""
+        if priority and self.model.scheduling_policy != "priority":
+            raise bad_request(
+                f"priority {priority}: this server takes requests as they come (it would obey with "
+                "--scheduling-policy priority)",
+                "priority",
+            )
+        if self._log_requests:
+            logger.info("%s: %d prompts, %s", http.url.path, len(prompts), params)
+        if getattr(http.state, "gives_way", False):  # a line of a batch
+            priority = LOWEST_PRIORITY
+        key_owner = owner_of(http)
+        owner = fair_owner(self._fair_by, key_owner, user)
+        requests = pooled_requests(prompts, params, self.model, priority=priority, owner=owner)
+        leave_place(http.scope)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        ticket = self.admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, owner)
+        ticket.name = getattr(http.state, "request_name", http.state.request_id)
+        return await pool(requests, self._client, self._metrics, ticket)
+
+    def count_hints(self, hints: Iterable[str]) -> None:
+        """Count the fields of a request that were passed over."""
+        self._metrics.hints(hints)
 
     async def off_loop(self, http: Request, work: Callable[[], T], weight: int = 1) -> T:
         """Do work whose time grows with the prompt: at once for a short body, in a thread for a longer one.

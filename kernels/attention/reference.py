@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.packed import PackedShape
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.norm.reference import rms_norm
 
@@ -108,3 +111,22 @@ def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int) -> Tensor:
     """One sequence's keys or values out of its blocks, dequantized: [Hkv, length, D] float32."""
     heads = store[table].float().transpose(0, 1)  # [Hkv, blocks, block_size, D]
     return heads.flatten(1, 2)[:, :length] * scale.reshape(-1, 1, 1)
+
+
+def packed_attention(qkv: Tensor, lengths: Sequence[int], shape: PackedShape, bias: Tensor | None = None) -> Tensor:
+    """qkv [T, 3 * heads * D] of whole sequences -> [T, heads * D]; no mask but a window on both sides.
+
+    bias: what is added to scores [heads, T', T'], T' the longest length; of shorter sequences its beginning.
+    """
+    outputs = []
+    for part in torch.split(qkv, list(lengths)):
+        size = len(part)
+        q, k, v = part.float().view(size, 3, shape.num_heads, shape.head_dim).permute(1, 2, 0, 3)
+        scores = q @ k.transpose(1, 2) * shape.scale
+        if bias is not None:
+            scores = scores + bias[:, :size, :size].float()
+        if shape.window is not None:
+            places = torch.arange(size, device=qkv.device)
+            scores = scores.masked_fill((places[:, None] - places).abs() > shape.window, float("-inf"))
+        outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1).reshape(size, -1).to(qkv.dtype))
+    return torch.cat(outputs)

@@ -49,6 +49,7 @@ class StepInputs:
     more_groups    slot_mapping and block_tables of further groups of layers, where layers don't all hold the same
                    tokens; those above are the first group's
     adapters       which of the tokens that are computed use which adapter; None: none of them uses one
+    token_types    [T] int64      of an encoder's tokens; None: all are of the first type
     max_query_len  1 when every sequence has one token: a pure decode step
     max_seq_len    largest of seq_lens
     """
@@ -64,6 +65,7 @@ class StepInputs:
     max_seq_len: int
     more_groups: tuple[GroupTables, ...] = ()
     adapters: AdapterRows | None = None
+    token_types: Tensor | None = None
 
     def of_rows(self, rows: Tensor) -> StepInputs:
         """The step as layers see it that compute some of its tokens, [L] int64, alone."""

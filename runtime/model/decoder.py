@@ -9,8 +9,6 @@ their `forward` (no hooks), and nothing is computed in a step that could be comp
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +23,9 @@ from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
-from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes
+from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
@@ -84,6 +83,8 @@ class Decoder:
         self.notes = notes or []
         self.adapters: ModelAdapters | None = None
         self.taps_all_rows = False
+        self.pooler: Pooler | None = None
+        self.num_token_types = 0
         self.ranks = stack.ranks
         self.ops = ops
         self._embedding = stack.embedding
@@ -198,19 +199,7 @@ class Decoder:
 
     def report_layers(self) -> list[LayerRow]:
         """One row for each kind of layer, scheme and body, with the number of layers where they differ."""
-        of_kind: Counter[str] = Counter()
-        counts: Counter[LayerRow] = Counter()
-        for name, linear in ((n, x) for layer in self._layers for n, x in layer.linears().items()):
-            kind = re.sub(r"\.\d+\.", ".*.", name)  # all experts together
-            of_kind[kind] += 1
-            counts[(kind, *linear.describe())] += 1
-        for mixture in self.mixtures:
-            of_kind["experts"] += 1
-            counts[("experts", mixture.scheme, mixture.body)] += 1
-        rows = [
-            (kind if count == of_kind[kind] else f"{kind} ({count} of {of_kind[kind]})", scheme, body)
-            for (kind, scheme, body), count in counts.items()
-        ]
+        rows = rows_by_kind((layer.linears() for layer in self._layers), self.mixtures)
         name = str(self.dtype).removeprefix("torch.")
         if len(self._embedding.table):
             rows.insert(0, ("embedding", name, "triton" if self.ops.name == "triton" else "torch"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.sampling.best import Best
+from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.layers import GroupedExperts
+from octavo.runtime.model.pooling import Pooler
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
 KVScales = list[tuple[Tensor | None, Tensor]]
@@ -23,7 +27,7 @@ the last layer, the rows of logits_index alone, where those are fewer, but for m
 
 
 class Model(Protocol):
-    """A decoder with its weights, on one device.
+    """A model with its weights, on one device: a decoder, or an encoder, which has no cache.
 
     max_position  the longest sequence that it can be given
     first_layer   of the whole model's layers, the first that this rank has
@@ -34,6 +38,8 @@ class Model(Protocol):
     kv_dtype      the cache type that the checkpoint asks for ("fp8_e4m3"), or None
     adapters      which layers adapters may change, and the slots of these; None: adapters are not served
     taps_all_rows a tap gets all tokens of a step from the last layer, too; a prompt then costs all of that layer
+    pooler        makes embeddings or scores of hidden states; such a model generates nothing. None: it generates
+    num_token_types  that a token of a prompt may have; 0: none
     notes         lines that a person who starts it must see
     ranks         a line for each rank of the engine, of what it holds; none where there is one
     """
@@ -52,11 +58,15 @@ class Model(Protocol):
     weight_bytes: int
     adapters: ModelAdapters | None
     taps_all_rows: bool
+    num_token_types: int
     notes: list[str]
     ranks: tuple[str, ...]
 
     @property
     def num_layers(self) -> int: ...
+
+    @property
+    def pooler(self) -> Pooler | None: ...
 
     def tensors(self) -> Iterable[Tensor]:
         """Weights and tables on its device; those that layers share may come more than once."""
@@ -136,3 +146,20 @@ class Model(Protocol):
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors; one that comes more than once counts once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def rows_by_kind(layers: Iterable[Mapping[str, Linear]], mixtures: Iterable[GroupedExperts] = ()) -> list[LayerRow]:
+    """One row for each kind of linear layer, scheme and body, with the number of layers where they differ."""
+    of_kind: Counter[str] = Counter()
+    counts: Counter[LayerRow] = Counter()
+    for name, linear in ((n, x) for linears in layers for n, x in linears.items()):
+        kind = re.sub(r"\.\d+\.", ".*.", name)  # all experts together
+        of_kind[kind] += 1
+        counts[(kind, *linear.describe())] += 1
+    for mixture in mixtures:
+        of_kind["experts"] += 1
+        counts[("experts", mixture.scheme, mixture.body)] += 1
+    return [
+        (kind if count == of_kind[kind] else f"{kind} ({count} of {of_kind[kind]})", scheme, body)
+        for (kind, scheme, body), count in counts.items()
+    ]

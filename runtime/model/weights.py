@@ -22,21 +22,24 @@ from octavo.quant.experts import Expert, Stacked, slices, stack_experts
 from octavo.quant.kernel_table import KernelChoice, one_by_one
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
-from octavo.quant.scheme import AT_LOAD, HEAD_INT8, SchemeError, scheme_at_load
+from octavo.quant.scheme import HEAD_INT8
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.adapter_modules import ModelModules
+from octavo.runtime.model.at_load import quantized_at_load
 from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_transformers
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
+from octavo.runtime.model.encoder_weights import load_encoder
 from octavo.runtime.model.experts import MoeSpec
-from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS
 from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mlp
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
+from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
@@ -76,6 +79,11 @@ def load_model(
     """
     hf_config = read_config(Path(config.model))
     device = device or Device.choose(config.device)
+    if is_pooled(config, hf_config):
+        if hf_config.get("model_type") in ENCODERS:
+            return load_encoder(config, device, hf_config)
+        if config.runner == "pooling" or config.convert != "auto":
+            raise LoadError("--runner pooling: only encoders are served for pooled requests so far")
     if config.model_impl == "hf":
         return _load_hf(config, device, hf_config, "--model-impl hf", group)
     try:
@@ -415,22 +423,7 @@ class DecoderBuilder:
                 self.notes.append(choice.reason)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
-        """Apply --dtype fp8, int8 or int4 to a dense weight. A GPU rounds it; it stays where its source has it."""
-        wanted = self.config.dtype
-        if wanted not in AT_LOAD:
-            return weight
-        if isinstance(weight, QuantizedWeight):
-            if weight.scheme.weight.dtype.startswith(wanted):
-                return weight
-            raise LoadError(
-                f"{module} is quantized already ({weight.scheme}), so --dtype {wanted} can't be had; "
-                "--dtype auto serves the checkpoint as it is"
-            )
-        try:
-            scheme = scheme_at_load(wanted, weight.shape[1])
-        except SchemeError as error:
-            raise LoadError(f"{module}: {error}") from error
-        return quantize_weight(weight.to(self.device), scheme, "absmax").to(weight.device)
+        return quantized_at_load(module, weight, self.config.dtype, self.device)
 
     @property
     def _head_is_embedding(self) -> bool:

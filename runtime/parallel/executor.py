@@ -14,19 +14,31 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.parallel.order import StepOrder
-from octavo.runtime.scheduling.plan import StepPlan, StepResult
-from octavo.runtime.worker.sampler import Sampler
+from octavo.kernels.sampling.best import Best
+from octavo.runtime.parallel.order import Int32s, StepOrder
+from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
+from octavo.runtime.worker.pooled_steps import with_token_types
 from octavo.runtime.worker.step_inputs import with_tokens
 from octavo.runtime.worker.worker import Worker
 
 if TYPE_CHECKING:
     from octavo.runtime.parallel.followers import Followers
+
+
+class Samples(Protocol):
+    """Who makes a step's result of what the model has computed: a sampler, or a pooler where nothing is generated."""
+
+    last_tokens: Int32s
+
+    def has_ended(self, it: ScheduledSequence) -> bool: ...
+
+    def sample(self, logits: Tensor | Best, plan: StepPlan) -> StepResult: ...
 
 
 @dataclass(slots=True)
@@ -59,7 +71,7 @@ class Executor:
     done: int | None = None
 
     def __init__(
-        self, worker: Worker, sampler: Sampler, followers: Followers | None = None, most_under_way: int = 1
+        self, worker: Worker, sampler: Samples, followers: Followers | None = None, most_under_way: int = 1
     ) -> None:
         self.worker = worker
         self.sampler = sampler
@@ -91,7 +103,7 @@ class ThreadedExecutor(Executor):
 
     done: int
 
-    def __init__(self, worker: Worker, sampler: Sampler, followers: Followers | None = None) -> None:
+    def __init__(self, worker: Worker, sampler: Samples, followers: Followers | None = None) -> None:
         super().__init__(worker, sampler, most_under_way=2)
         self.done, finished = os.pipe()  # a byte for each such step
         self._steps = _Steps()
@@ -151,7 +163,7 @@ class _Driver:
     """Computes steps on this rank. followers: whom it tells each step as it begins; None: they know it."""
 
     worker: Worker
-    sampler: Sampler
+    sampler: Samples
     followers: Followers | None
 
     def run(self, step: StepHandle) -> StepResult:
@@ -163,7 +175,10 @@ class _Driver:
         order.fill_tokens(last_tokens)
         if self.followers is not None:
             self.followers.send(order)
-        logits = self.worker.compute(with_tokens(step.inputs, order), order.wants)
+        inputs = with_tokens(step.inputs, order)
+        if self.worker.model.num_token_types > 1:
+            inputs = with_token_types(inputs, step.plan)
+        logits = self.worker.compute(inputs, order.wants)
         result = self.sampler.sample(logits, step.plan)
         step.seconds = time.perf_counter() - begin
         step.is_settled = self.worker.is_settled

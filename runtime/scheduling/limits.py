@@ -13,12 +13,16 @@ def refusal_of(request: AddRequest, config: SchedulerConfig, most_blocks: Callab
     num_prompt = request.prompt_length
     if num_prompt == 0:
         return "the prompt is empty: at least one token is needed"
-    if num_prompt >= config.max_model_len:
+    if request.pooling is not None and num_prompt > config.max_model_len:
+        return f"the prompt has {num_prompt} tokens; max_model_len is {config.max_model_len}"
+    if request.pooling is None and num_prompt >= config.max_model_len:
         return (
             f"the prompt has {num_prompt} tokens; with max_model_len {config.max_model_len} it may have "
             f"{config.max_model_len - 1} at most, so that one can follow"
         )
     most = min(num_prompt + request.params.max_tokens, config.max_model_len) - 1  # the last one is never computed
+    if request.pooling is not None:
+        most = num_prompt
     needed = most_blocks(most)
     if needed > config.num_blocks:
         return (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from octavo.runtime.config import Policy
-from octavo.runtime.messages import Logprobs
+from octavo.runtime.messages import Logprobs, Pooled, PoolingParams
 from octavo.runtime.scheduling.kv_groups import Windows
 from octavo.runtime.scheduling.sequence import Sequence
 
@@ -31,6 +31,8 @@ class SchedulerConfig:
     stages             how many the model's layers are divided into. With several, a sequence whose token is being
                        sampled is in no other step, and a step takes its share of those that lack a token alone, so
                        that each stage has some of them
+    pools_all          pooled requests want the hidden states of all of their tokens, and not of the last one alone
+    whole_prompts      a prompt is computed in one step, or waits for one that holds it
     max_loras          adapters that sequences which run may use at once
     tells_kv_events    whether `Scheduler.take_kv_events` returns what the prefix cache remembers and forgets
     """
@@ -51,6 +53,12 @@ class SchedulerConfig:
     stages: int = 1
     tells_kv_events: bool = False
     max_loras: int = 0
+    pools_all: bool = False
+    whole_prompts: bool = False
+
+    def pools_all_of(self, pooling: PoolingParams | None) -> bool:
+        """Whether a request wants the hidden states of all of its tokens, which no cache has."""
+        return pooling is not None and (self.pools_all or pooling.task.startswith("token_"))
 
 
 class ScheduledSequence(NamedTuple):
@@ -61,7 +69,7 @@ class ScheduledSequence(NamedTuple):
     slot             the sequence's row in the block tables of each rank
     tokens           ids of positions start .. end; a negative one is being sampled by a step under way: `last_token_of`
     first_logit      logits of positions first_logit .. end are wanted: the last one's for the next token where `wants`
-                     is "token", all others for prompt_logprobs or to confirm drafts
+                     is "token", all others for prompt_logprobs or to confirm drafts; of a pooled request hidden states
     is_new           admitted in this step: the slot was another sequence's
     first_new_block  place in the sequence's block tables of the first of `new_blocks`
     new_blocks       what the sequence was given in this step, for each group of layers; in a group with a window the
@@ -110,7 +118,7 @@ class StepResult:
     """What a step brought. tokens: none, one or several for each scheduled sequence; the rest by its index.
 
     ended: those whose answers are complete with these tokens, as their grammars allow nothing more. refused: those
-    whose error is about what the request asks for.
+    whose error is about what the request asks for. pooled: what pooled requests asked for.
     """
 
     tokens: list[list[int]]
@@ -119,6 +127,7 @@ class StepResult:
     errors: dict[int, str] = field(default_factory=dict)
     ended: frozenset[int] = frozenset()
     refused: frozenset[int] = frozenset()
+    pooled: dict[int, Pooled] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -70,7 +70,7 @@ class PrefixCache:
 
     def find(self, sequence: Sequence) -> BlockTables:
         """The blocks of the longest remembered prefix; the last token is always left to be computed, for its logits."""
-        if not self._config.enable_prefix_caching or sequence.wants_prompt_logprobs:
+        if not self._config.enable_prefix_caching or self._needs_all(sequence):
             return self.groups.empty()
         return self.groups.find_prefix(self._hashes(sequence, len(sequence.token_ids) - 1))
 
@@ -130,7 +130,7 @@ class PrefixCache:
 
     def begin_fetch(self, sequence: Sequence, cached: BlockTables) -> bool:
         """Whether a sequence that could begin with these blocks waits for more, which are fetched."""
-        if self.index is None or not sequence.may_fetch or sequence.wants_prompt_logprobs:
+        if self.index is None or not sequence.may_fetch or self._needs_all(sequence):
             return False
         sequence.may_fetch = False
         size = self._config.block_size
@@ -175,6 +175,10 @@ class PrefixCache:
             found = len(self.groups.find_prefix(fetch.hashes)) * size
             fetch.sequence.num_fetched = max(0, found - (len(fetch.hashes) * size - fetch.num_tokens))
         fetch.sequence.is_ready = True
+
+    def _needs_all(self, sequence: Sequence) -> bool:
+        """Whether every token of its prompt is to be computed."""
+        return sequence.wants_prompt_logprobs or self._config.pools_all_of(sequence.pooling)
 
     def _hashes(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         size = self._config.block_size

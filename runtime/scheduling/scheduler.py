@@ -322,6 +322,8 @@ class Scheduler:
             sequence.scheduled_time = self._clock()
 
     def _chunk(self, step: Step, sequence: Sequence, remaining: int) -> int:
+        if self.config.whole_prompts and remaining > step.tokens_left:
+            return 0
         size = min(remaining, step.tokens_left, step.limits.get(sequence.owner, remaining))
         return min(size, step.prompt_logits_left) if sequence.wants_prompt_logprobs else size
 
@@ -345,6 +347,8 @@ class Scheduler:
             first_logit = min(first_logit, max(start, sequence.num_listed - 1))
             step.prompt_logits_left -= end - first_logit
             sequence.num_listed = max(sequence.num_listed, min(end + 1, sequence.num_prompt))
+        if self.config.pools_all_of(sequence.pooling):
+            first_logit = start
         if samples and sequence.num_sampling:
             tokens = [last_token_of(sequence.slot)]
         else:
@@ -357,7 +361,7 @@ class Scheduler:
                 end=end,
                 tokens=tokens,
                 first_logit=first_logit,
-                wants="token" if samples else "nothing",
+                wants=sequence.wants if samples else "nothing",
                 is_new=is_new,
                 first_new_block=num_held,
                 new_blocks=[table[num_held:] for table in sequence.blocks.tables],
@@ -397,6 +401,10 @@ class Scheduler:
             if index in result.errors:
                 is_refused = index in result.refused
                 outputs.append(self._end_with_error(sequence, result.errors[index], is_refused=is_refused))
+                continue
+            if index in result.pooled:
+                self._drop(sequence)
+                outputs.append(sequence.output([], "stop", None, now, pooled=result.pooled[index]))
                 continue
             is_ended = index in result.ended
             output = self._take(scheduled, tokens, result.logprobs.get(index), now, is_ended=is_ended)

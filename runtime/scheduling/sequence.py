@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, SamplingParams, TokenOutput
+from typing import Literal
+
+from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, Pooled, SamplingParams, TokenOutput
 from octavo.runtime.scheduling.adapter_slots import Adapter
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
 from octavo.runtime.scheduling.kv_groups import BlockTables
@@ -36,6 +38,7 @@ class Sequence:
     cache_salt, root the request's salt, and the parent of the first block's hash, which it makes another one
     may_fetch        whether it has still to ask for blocks of its prefix that lie in a file
     num_fetched      of its cached tokens, those that came from there
+    pooling          what is wanted instead of tokens; None: tokens
     """
 
     __slots__ = (
@@ -65,6 +68,7 @@ class Sequence:
         "number",
         "owner",
         "params",
+        "pooling",
         "prompt_logprobs",
         "rank",
         "request_id",
@@ -86,6 +90,7 @@ class Sequence:
     ) -> None:
         self.request_id = request.request_id
         self.params = request.params
+        self.pooling = request.pooling
         self.token_ids = list(request.token_ids)
         self.num_prompt = request.prompt_length
         self.arrival_time = request.arrival_time
@@ -127,6 +132,11 @@ class Sequence:
         return len(self.token_ids) + self.num_sampling
 
     @property
+    def wants(self) -> Literal["token", "pooled"]:
+        """What it wants of the step that computes its last known token."""
+        return "token" if self.pooling is None else "pooled"
+
+    @property
     def may_begin(self) -> bool:
         """Whether all that it waits for outside is there."""
         return self.is_ready and (self.adapter is None or self.adapter.is_up)
@@ -153,8 +163,10 @@ class Sequence:
         logprobs: list[Logprobs] | None,
         now: float,
         checked: tuple[int, int] | None = None,
+        pooled: Pooled | None = None,
     ) -> TokenOutput:
-        """What the server is told of these new tokens; with the first ones, when they came and what was cached.
+        """What the server is told of these new tokens, or of what was pooled; with the first ones, when they came and
+        what was cached.
 
         checked: as in TokenOutput.
         """
@@ -177,6 +189,7 @@ class Sequence:
             first_token_time=now if is_first else None,
             num_preemptions=self.num_preemptions,
             checked=checked,
+            pooled=pooled,
         )
 
     def go_back(self) -> None:

@@ -171,7 +171,9 @@ class Sampler:
                     stuck.append(i)
         drawable = np.isfinite(best.logits[rows])
         drawable[stuck] = False
-        random = [i for i in np.flatnonzero(drawable).tolist() if sampling[i].sequence.params.temperature >= GREEDY_BELOW]
+        random = [
+            i for i in np.flatnonzero(drawable).tolist() if sampling[i].sequence.params.temperature >= GREEDY_BELOW
+        ]
         if random:
             drawing = [sampling[i] for i in random]
             drawn = draw_rows(

@@ -17,7 +17,7 @@ import torch
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, SamplingParams
+from octavo.runtime.messages import AddRequest, PoolingParams, SamplingParams
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
@@ -37,6 +37,7 @@ EVERYTHING = SamplingParams(
     prompt_logprobs=1,
 )
 """What can be asked of a sampler."""
+GREEDY = SamplingParams(max_tokens=2, temperature=0.0)
 
 
 def run_requests(
@@ -44,10 +45,27 @@ def run_requests(
 ) -> str | None:
     """Answer two requests with two tokens, greedily and with all that a sampler can do; returns what was wrong."""
     engine = Engine(Worker(model, caches, limits), limits, followers=followers)
+    if model.pooler is not None:
+        return _run_pooled(engine, model)
     length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
     prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
-    for name, params in {"greedy": SamplingParams(max_tokens=2, temperature=0.0), "sampled": EVERYTHING}.items():
+    for name, params in {"greedy": GREEDY, "sampled": EVERYTHING}.items():
         engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0))
+    problem = None
+    while engine.has_work:
+        for output in engine.step():
+            problem = problem or output.error
+    return problem
+
+
+def _run_pooled(engine: Engine, model: Model) -> str | None:
+    """Answer two pooled requests of different lengths."""
+    assert model.pooler is not None
+    longest = engine.scheduler.config.max_model_len
+    for length in {min(8, longest), min(64, longest)}:
+        params = PoolingParams(model.pooler.tasks[0])
+        tokens = [token % model.vocab_size for token in range(1, length + 1)]
+        engine.add(AddRequest(f"warm-up, {length}", tokens, GREEDY, 0.0, pooling=params))
     problem = None
     while engine.has_work:
         for output in engine.step():

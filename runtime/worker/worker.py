@@ -76,7 +76,12 @@ class Worker:
         return self._inputs.build(order)
 
     def compute(self, inputs: StepInputs, wants: WantedLogits) -> Tensor | Best:
-        """What is wanted of the logits of a step on the CPU; more than that where this rank has all of them anyway."""
+        """What is wanted of the logits of a step on the CPU; more than that where this rank has all of them anyway.
+
+        Of a model that generates nothing, the hidden states that are wanted.
+        """
+        if self.model.pooler is not None:
+            return self.model.hidden(inputs, self.caches, self._tap)
         if wants == "best" and self.model.best is not None:
             return self.model.best(self._hidden(inputs), inputs)
         return self.forward(inputs)

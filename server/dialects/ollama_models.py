@@ -38,7 +38,6 @@ _ELSEWHERE = {
     "gives a model another template",
     "delete": "this server deletes nothing; `hf cache rm` clears fetched models, and `rm -r` directories",
     "copy": "this server copies nothing; `--model-aliases JSON` gives its model further names",
-    "embed": "this model generates text, and this server computes no embeddings of it",
     "blobs": "this server stores no files",
 }
 
@@ -106,10 +105,8 @@ def routes(service: Service) -> APIRouter:
         ("create", ["POST"]),
         ("delete", ["DELETE"]),
         ("copy", ["POST"]),
-        ("embed", ["POST"]),
     ):
         _refuse(router, f"/api/{path}", methods, _ELSEWHERE[path])
-    _refuse(router, "/api/embeddings", ["POST"], _ELSEWHERE["embed"])
     _refuse(router, "/api/blobs/{digest}", ["POST", "HEAD"], _ELSEWHERE["blobs"])
     return router
 
@@ -162,7 +159,7 @@ def _scheme(model: ServedModel) -> str:
 def _shown(model: ServedModel) -> Json:
     found = model.formats.found
     family = _family(model)
-    capabilities = ["completion"]
+    capabilities = ["completion"] if model.pooled is None else ["embedding"]
     if found.tools is not None:
         capabilities.append("tools")
     if can_think(model):

@@ -36,6 +36,18 @@ FLAGS = flags_of(
 )
 
 
+TASKS: dict[str, dict[str, str]] = {
+    "auto": {},
+    "generate": {"runner": "generate"},
+    "embed": {"runner": "pooling", "convert": "embed"},
+    "embedding": {"runner": "pooling", "convert": "embed"},
+    "classify": {"runner": "pooling", "convert": "classify"},
+    "score": {"runner": "pooling", "convert": "classify"},
+    "reward": {"runner": "pooling"},
+}
+"""What vLLM's former --task means."""
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """A command line of `octavo serve`. engine.model is what was asked for, and not a directory yet."""
@@ -91,11 +103,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+    _add_tasks(parser)
     for count in ("num-draft-tokens", "num-steps", "eagle-topk"):
         parser.add_argument(f"--speculative-{count}", type=_count, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     for names in (("draft-model-path", "draft-model"), ("draft-model-revision",)):
         flags = [f"--speculative-{name}" for name in names]
         parser.add_argument(*flags, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """SGLang's way to say --runner pooling, and vLLM's former way to say --runner and --convert."""
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--is-embedding", dest="runner", action="store_const", const="pooling", **hidden)
+    parser.add_argument("--task", choices=TASKS, **hidden)
 
 
 class ServeError(ValueError):
@@ -143,6 +163,7 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
         "parallel": _parallel(args),
         "deterministic": _deterministic(args),
         "speculative_config": _speculative_config(args, server.fair_by),
+        **TASKS[getattr(args, "task", "auto")],
     }
     level = text.per_request_spec_decode_metrics
     if level != "none" and given["speculative_config"] is None:

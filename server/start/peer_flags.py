@@ -49,7 +49,6 @@ DRAFTS = (
     "--speculative-algorithm NGRAM, STANDALONE or EAGLE3; answers are the same without it"
 )
 NO_IMAGES = "only text is supported: leave it out, and serve a text model"
-NO_POOLING = "octavo generates text, and does not serve embeddings or classifiers yet"
 ONE_DEVICE = (
     "-dp runs several engines behind one server, -tp and -pp divide a model over the cores of a CPU, --nnodes over "
     "machines, --distributed-executor-backend ray over a Ray cluster's nodes; "
@@ -132,9 +131,6 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--tokenizer-mode", "auto hf", "the tokenizer is the checkpoint's own: leave it out"),
     _moot_at("--tokenizer-backend", "huggingface", "the tokenizer is the checkpoint's own: leave it out"),
     _moot_at("--config-format --model-config-parser", "auto hf", "config.json is what is read: leave it out"),
-    _moot_at("--runner", "auto generate", NO_POOLING),
-    _moot_at("--convert", "auto none", NO_POOLING),
-    _moot_at("--task", "auto generate", NO_POOLING),
     _moot_at("--hf-overrides --json-model-override-args --model-loader-extra-config", "{}", EXACT_CHECKPOINT),
     _moot_at("--limit-mm-per-prompt --limit-mm-data-per-request", "{}", NO_IMAGES),
     _moot_at("--ssl-cert-reqs", "0", "clients' certificates are not checked: leave it out, or check them in a proxy"),
@@ -259,7 +255,7 @@ TABLE: tuple[PeerFlag, ...] = (
              "--language-model-only --language-only --interleave-mm-strings --skip-mm-profiling --video-pruning-* "
              "--trust-mm-* --trust-request-mm-kwargs --image-processor-backend --disable-fast-image-processor "
              "--enable-broadcast-mm-inputs-process --enable-prefix-mm-cache --asr-*", NO_IMAGES),
-    _refused("--pooler-config --is-embedding --enable-prompt-embeds --override-pooler-config", NO_POOLING),
+    _refused("--enable-prompt-embeds", "prompts are text or token ids: leave it out"),
     _refused("--enable-return-* --return-hidden-states-mode --return-aux-* --return-sampling-mask "
              "--sampling-mask-max-tokens --aux-output-config --enable-trace-replay",
              "hidden states, routes and masks are not sent: prompt_logprobs and logprobs are what a request can see"),

@@ -11,6 +11,7 @@ from octavo.server.fleet.adapters import AdapterNames
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.metrics import Metrics
+from octavo.server.pooled_text import read_pooled_text
 from octavo.server.served_model import ServedModel
 from octavo.server.start.flags import ServeOptions, model_of
 from octavo.server.start.text_side import TextSide
@@ -58,6 +59,7 @@ def served_model(
         server_name=names[0],
         response_ending=names[1],
         adapters=adapters,
+        pooled=None if ready.pooled is None else read_pooled_text(text.directory, ready.pooled),
     )
 
 

@@ -76,7 +76,8 @@ def preparation(
             vocabulary = await asyncio.to_thread(vocabulary_of, text.tokenizer, text.end_ids)
             formats = await found_formats(options, text)
             await client.ready()
-        client.give_vocabulary(vocabulary)
+        if (await client.ready()).pooled is None:
+            client.give_vocabulary(vocabulary)
         try:
             await client.adapters.load_all(modules)
         except AdapterError as error:

@@ -15,9 +15,18 @@ if TYPE_CHECKING:
     from octavo.lora_request import LoRARequest as LoRARequest
     from octavo.offline.arguments import AsyncEngineArgs as AsyncEngineArgs
     from octavo.offline.arguments import EngineArgs as EngineArgs
+    from octavo.outputs import ClassificationOutput as ClassificationOutput
+    from octavo.outputs import ClassificationRequestOutput as ClassificationRequestOutput
     from octavo.outputs import CompletionOutput as CompletionOutput
+    from octavo.outputs import EmbeddingOutput as EmbeddingOutput
+    from octavo.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
     from octavo.outputs import Logprob as Logprob
+    from octavo.outputs import PoolingOutput as PoolingOutput
+    from octavo.outputs import PoolingRequestOutput as PoolingRequestOutput
     from octavo.outputs import RequestOutput as RequestOutput
+    from octavo.outputs import ScoringOutput as ScoringOutput
+    from octavo.outputs import ScoringRequestOutput as ScoringRequestOutput
+    from octavo.pooling_params import PoolingParams as PoolingParams
     from octavo.sampling_params import BeamSearchParams as BeamSearchParams
     from octavo.sampling_params import RequestOutputKind as RequestOutputKind
     from octavo.sampling_params import SamplingParams as SamplingParams
@@ -37,6 +46,15 @@ _PLACES = {
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
     "Logprob": "octavo.outputs",
+    "PoolingParams": "octavo.pooling_params",
+    "PoolingOutput": "octavo.outputs",
+    "PoolingRequestOutput": "octavo.outputs",
+    "EmbeddingOutput": "octavo.outputs",
+    "EmbeddingRequestOutput": "octavo.outputs",
+    "ClassificationOutput": "octavo.outputs",
+    "ClassificationRequestOutput": "octavo.outputs",
+    "ScoringOutput": "octavo.outputs",
+    "ScoringRequestOutput": "octavo.outputs",
     "PromptType": "octavo.inputs",
     "TextPrompt": "octavo.inputs",
     "TokensPrompt": "octavo.inputs",

@@ -22,7 +22,8 @@ from octavo.offline.arguments import EngineArgs
 from octavo.offline.errors import python_errors
 from octavo.offline.refusals import checked_others, checked_reset, missing
 from octavo.offline.start import start
-from octavo.outputs import RequestOutput
+from octavo.outputs import PoolingOutput, PoolingRequestOutput, RequestOutput
+from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class AsyncLLM:
         checked_others("generate", others)
         (given,) = prompts_of(prompt)
         await self.ready()
+        self._model.check_generates()
         model = self._model.model
         kind = sampling_params.output_kind
         with python_errors():
@@ -93,6 +95,27 @@ class AsyncLLM:
                     news = [growing.add(delta) for delta in deltas]
                     if news and (kind is not RequestOutputKind.FINAL_ONLY or growing.is_finished):
                         yield growing.told(news, kind)
+
+    async def encode(
+        self,
+        prompt: Any,
+        pooling_params: PoolingParams,
+        request_id: str,
+        **others: Any,
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
+        """What the model's pooler makes of a prompt, as one output. Raises ValueError and EngineError."""
+        import torch
+
+        from octavo.offline.pooled import pooled_prompts
+
+        checked_others("encode", others)
+        given = prompts_of(prompt)
+        await self.ready()
+        ((made, result),) = await pooled_prompts(self._model, given, pooling_params, None)
+        data = torch.frombuffer(bytearray(result.pooled.data), dtype=torch.float32)
+        is_rows = len(data) != result.pooled.width or (pooling_params.task or "").startswith("token_")
+        output = PoolingOutput(data.view(-1, result.pooled.width) if is_rows else data)
+        yield PoolingRequestOutput(request_id, output, made.token_ids)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End the answers of these requests: their last output has the finish reason abort."""

@@ -26,12 +26,29 @@ from octavo.offline.errors import EngineError, python_errors
 from octavo.offline.loop_thread import LoopThread
 from octavo.offline.refusals import checked_others, checked_reset, missing
 from octavo.offline.start import start
-from octavo.outputs import BeamSearchOutput, Metric, RequestOutput
+from octavo.outputs import (
+    BeamSearchOutput,
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Metric,
+    Output,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from octavo.pooling_params import PoolingParams
 from octavo.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from octavo.offline.model import OfflineModel
     from octavo.offline.requests import Asked, Conversation, Job
+    from octavo.runtime.messages import PoolingTask
+    from octavo.server.pooled_inputs import PooledPrompt
+    from octavo.server.pooling import PooledResult
 
 CHAT_OPTIONS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 Message = Mapping[str, Any]
@@ -170,6 +187,7 @@ class LLM:
         from octavo.offline.answers import beams_of
         from octavo.offline.requests import Job, asked_by_beams
 
+        self._model.check_generates()
         given = prompts_of(prompts)
         adapters = checked_adapters(lora_request, len(given))
         if concurrency_limit is not None and concurrency_limit < 1:
@@ -227,10 +245,120 @@ class LLM:
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(missing("LLM", name))
 
-    def _pooled(self, *_: object, **__: object) -> NoReturn:
-        raise ValueError("this model generates text: generate and chat answer; octavo does not serve pooled models yet")
+    def embed(
+        self,
+        prompts: Any,
+        *,
+        use_tqdm: bool | Progress = True,
+        pooling_params: PoolingParams | None = None,
+        **others: Any,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embeddings of one prompt or many, in their order. prompts: as of `generate`.
 
-    embed = encode = classify = score = reward = _pooled
+        Of a model that embeds: an encoder, or with runner="pooling" any other one. Raises ValueError and EngineError.
+        """
+        checked_others("embed", others)
+        found = self._pooled(prompts, pooling_params, "embed", use_tqdm)
+        return [self._told(EmbeddingOutput(result.vector()), prompt) for prompt, result in found]
+
+    def classify(
+        self,
+        prompts: Any,
+        *,
+        use_tqdm: bool | Progress = True,
+        pooling_params: PoolingParams | None = None,
+        **others: Any,
+    ) -> list[ClassificationRequestOutput]:
+        """The probabilities of a classifier's labels for one prompt or many, in their order."""
+        checked_others("classify", others)
+        found = self._pooled(prompts, pooling_params, "classify", use_tqdm)
+        return [self._told(ClassificationOutput(result.vector()), prompt) for prompt, result in found]
+
+    def encode(
+        self,
+        prompts: Any,
+        pooling_params: PoolingParams | None = None,
+        *,
+        pooling_task: PoolingTask | None = None,
+        use_tqdm: bool | Progress = True,
+        **others: Any,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """What the model's pooler makes of one prompt or many, as tensors of float32.
+
+        pooling_task: embed, classify, token_embed or token_classify, of those that the model does; None: its first.
+        """
+        import torch
+
+        checked_others("encode", others)
+        found = self._pooled(prompts, pooling_params, pooling_task, use_tqdm)
+        told = []
+        for prompt, result in found:
+            data = torch.frombuffer(bytearray(result.pooled.data), dtype=torch.float32)
+            is_rows = len(data) != result.pooled.width or (pooling_task or "").startswith("token_")
+            told.append(self._told(PoolingOutput(data.view(-1, result.pooled.width) if is_rows else data), prompt))
+        return told
+
+    def reward(
+        self,
+        prompts: Any,
+        *,
+        use_tqdm: bool | Progress = True,
+        pooling_params: PoolingParams | None = None,
+        **others: Any,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """What a reward model says of one prompt or many: `encode` by its first task."""
+        checked_others("reward", others)
+        return self.encode(prompts, pooling_params, use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Progress = True,
+        pooling_params: PoolingParams | None = None,
+        **others: Any,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts fit each other: a cross-encoder's score of each pair, or the cosine of their embeddings.
+
+        data_1: one text for all of data_2, or as many.
+        """
+        from octavo.offline.pooled import scores
+
+        checked_others("score", others)
+        one = [data_1] if isinstance(data_1, str) else list(data_1)
+        other = [data_2] if isinstance(data_2, str) else list(data_2)
+        if len(one) not in (1, len(other)) or not other:
+            raise ValueError(f"score: {len(one)} texts and {len(other)}: one text for all or as many of both work")
+        params = pooling_params or PoolingParams(truncate_prompt_tokens)
+        one = one * len(other) if len(one) == 1 else one
+
+        async def run() -> list[tuple[float, PooledPrompt]]:
+            with _bar(use_tqdm, len(other)) as update:
+                return await scores(self._model, one, other, params, update)
+
+        with seldom():
+            found = self._thread.call(run())
+        return [self._told(ScoringOutput(value), prompt) for value, prompt in found]
+
+    def _pooled(
+        self, prompts: Any, params: PoolingParams | None, task: PoolingTask | None, use_tqdm: bool | Progress
+    ) -> list[tuple[PooledPrompt, PooledResult]]:
+        from octavo.offline.pooled import pooled_prompts
+
+        given = prompts_of(prompts)
+
+        async def run() -> list[tuple[PooledPrompt, PooledResult]]:
+            with _bar(use_tqdm, len(given)) as update:
+                return await pooled_prompts(self._model, given, params or PoolingParams(), task, update)
+
+        self._model.fleet  # noqa: B018 (raises where it is closed)
+        with seldom():
+            return self._thread.call(run())
+
+    def _told(self, output: Output, prompt: PooledPrompt) -> PoolingRequestOutput[Output]:
+        return PoolingRequestOutput(self._next_id(), output, prompt.token_ids)
 
     def _next_id(self) -> str:
         return str(next(self._numbers))
@@ -258,6 +386,7 @@ class LLM:
     ) -> list[Job]:
         from octavo.offline.requests import Job
 
+        self._model.check_generates()
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         asked = self._asked(params, checked_adapters(lora_request, len(given)))
         priorities = _for_each(0 if priority is None else priority, len(given), "priority")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from octavo.lora_request import LoRARequest
 from octavo.server.draft_metrics import DraftMetrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -18,6 +21,7 @@ class Logprob:
     decoded_token: str | None = None
 
 
+Output = TypeVar("Output")
 LogprobsOnePosition = dict[int, Logprob]
 """By token id: the token that stands there first, then others, the likeliest first."""
 SampleLogprobs = list[LogprobsOnePosition]
@@ -159,3 +163,57 @@ class Vector(Metric):
     """Counters in a row; octavo has none."""
 
     values: list[int]
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """What a pooler made of a prompt. data: float32, of one vector or, for a task of tokens, a row for each."""
+
+    data: Tensor
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The embedding of a prompt."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers it has."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class ClassificationOutput:
+    """The probabilities of a classifier's labels."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are."""
+        return len(self.probs)
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How well two texts fit each other."""
+
+    score: float
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput(Generic[Output]):
+    """What one prompt, or a pair, gave."""
+
+    request_id: str
+    outputs: Output
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+EmbeddingRequestOutput = PoolingRequestOutput[EmbeddingOutput]
+ClassificationRequestOutput = PoolingRequestOutput[ClassificationOutput]
+ScoringRequestOutput = PoolingRequestOutput[ScoringOutput]

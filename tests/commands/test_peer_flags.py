@@ -166,7 +166,7 @@ REFUSED = [
     ("--model-path m --speculative-algorithm EAGLE", "--speculative-algorithm", "leave it out"),
     ("--model-path m --enable-priority-scheduling", "--enable-priority-scheduling", "--scheduling-policy priority"),
     ("--model-path m --max-total-tokens 40000", "--max-total-tokens", "--kv-cache-memory-bytes"),
-    ("m --runner pooling", "--runner pooling", "embeddings"),
+    ("m --enable-prompt-embeds", "--enable-prompt-embeds", "text or token ids"),
     ("m --expert-placement-strategy round_robin", "round_robin", "in their order"),
     ("m --no-such-flag", "--no-such-flag", "--help"),
 ]

@@ -486,8 +486,8 @@ def test_what_octavo_does_not_have_is_refused_by_name(llm: LLM) -> None:
         llm.generate("a", priority=1)
     with pytest.raises(ValueError, match=r"messages\.0\.content"):
         llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
-    for pooled in (llm.embed, llm.encode, llm.classify, llm.score, llm.reward):
-        with pytest.raises(ValueError, match="octavo does not serve pooled models yet"):
+    for pooled in (llm.embed, llm.encode, llm.classify, lambda text: llm.score(text, text), llm.reward):
+        with pytest.raises(ValueError, match="this model generates text"):
             pooled("a")
     with pytest.raises(ValueError, match="the engine can't sleep: enable_sleep_mode=True lets it"):
         llm.sleep()

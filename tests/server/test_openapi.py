@@ -42,6 +42,13 @@ RIGHT: dict[str, Json | None] = {  # a body that each route takes
     "POST /continue_generation": {},
 }
 NEVER_RIGHT = {
+    **dict.fromkeys(
+        ("POST /v1/embeddings", "POST /v2/embed", "POST /encode", "POST /pooling", "POST /classify"),
+        "the model generates text",
+    ),
+    **dict.fromkeys(
+        ("POST /score", "POST /rerank", "POST /api/embed", "POST /api/embeddings"), "the model generates text"
+    ),
     "POST /v1/load_lora_adapter": "the server was started without --enable-runtime-lora",
     "POST /v1/unload_lora_adapter": "the same",
     "POST /load_lora_adapter": "the same",

@@ -33,6 +33,7 @@ GROUND = (  # import nothing of it: everybody may import them
     "octavo.version",
     "octavo.flags",
     "octavo.collector",
+    "octavo.pooling_params",
     "octavo.sampling_params",
     "octavo.inputs",
     "octavo.lora_request",

@@ -42,6 +42,8 @@ class ToyModel:
     vocab_size = VOCAB
     kv_scales = None
     kv_dtype = None
+    pooler = None
+    num_token_types = 0
     num_layers = 1
     dtype = torch.float32
     device = torch.device("cpu")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_encoders import save_tokenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -191,9 +192,19 @@ def test_a_token_only_in_the_config_is_added(tmp_path: Path) -> None:
 def test_an_unknown_decoder_is_refused_by_name() -> None:
     backend = Backend(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.WordPiece()
-    with pytest.raises(TokenizerError, match="WordPiece"):
+    backend.decoder = decoders.CTC()
+    with pytest.raises(TokenizerError, match="CTC"):
         Tokenizer(backend, {})
+
+
+def test_pieces_of_words_and_the_tokens_around_texts(tmp_path: Path) -> None:
+    backend = save_tokenizer(tmp_path)
+    tokenizer = Tokenizer.open(tmp_path)
+    ids = tokenizer.encode("running cats", add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode()[tokenizer.strip_left :] == backend.decode(ids)
+    assert tokenizer.frame() == ([2], [3])
+    assert tokenizer.pair_frame() == ([2], [3], [3])
+    assert tokenizer.pairs_have_types
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

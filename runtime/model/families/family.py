@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index
+from octavo.runtime.model.families.encoding import EncoderArchitecture
 from octavo.runtime.model.rope import RopeError
 
 Config = Mapping[str, Any]
@@ -109,7 +110,9 @@ class Family:
 
     architectures   by model_type
     vision          model types of vision checkpoints whose `text_config` is one of the architectures, and which
+    encoders        those that read a whole text at once, by model_type
     """
 
     architectures: Mapping[str, Architecture]
     vision: Mapping[str, str] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderArchitecture] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from octavo.quant.model_layout import Layouts, ModelLayout
 from octavo.runtime.model import families
+from octavo.runtime.model.families.encoding import EncoderArchitecture
 from octavo.runtime.model.families.family import Architecture, Family
 
 
@@ -23,6 +24,9 @@ def find_families() -> Iterator[Family]:
 FAMILIES = tuple(find_families())
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {model_type: row for family in FAMILIES for model_type, row in family.architectures.items()}
+)
+ENCODERS: Mapping[str, EncoderArchitecture] = MappingProxyType(
+    {model_type: row for family in FAMILIES for model_type, row in family.encoders.items()}
 )
 VISION: Mapping[str, str] = MappingProxyType(
     {outer: text for family in FAMILIES for outer, text in family.vision.items()}

@@ -39,6 +39,8 @@ class HFModel:
     gives_hidden = False
     best = None
     adapters: ModelAdapters | None = None
+    pooler = None
+    num_token_types = 0
     first_layer = 0
     compiles_kernels = False
     capturable = False

@@ -151,6 +151,13 @@ class OfflineModel:
         except AdapterError as error:
             raise ValueError(f"lora_request: {in_python(str(error))}") from None
 
+    def check_generates(self) -> None:
+        """Raise ValueError where the model generates nothing."""
+        pooled = self.model.pooled
+        if pooled is not None:
+            tasks = ", ".join(pooled.facts.tasks)
+            raise ValueError(f"this model generates nothing; LLM's embed, classify, score and encode do {tasks}")
+
     def steps(self, choices: Sequence[Choice], name: str = "") -> Steps:
         """The deltas of these answers, step by step; beams all at once. name: by which they can be aborted."""
         answers = generate if choices[0].length_penalty is None else search_beams

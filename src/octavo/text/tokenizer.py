@@ -47,12 +47,15 @@ class DecodeRules:
     byte_fallback  a token `<0xE2>` is that byte
     replacements   (from, to) within a token
     strip_left     how many leading spaces of the whole text are dropped
+    continuation   what a token begins with that goes on a word (WordPiece); each other one begins with a space. Spaces
+                   that WordPiece leaves out before punctuation are not: only whole texts are told of encoders
     """
 
     byte_level: bool = False
     byte_fallback: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
     strip_left: int = 0
+    continuation: str = ""
 
     @classmethod
     def of(cls, backend: Backend) -> DecodeRules:
@@ -63,6 +66,7 @@ class DecodeRules:
         byte_level = byte_fallback = False
         replacements: list[tuple[str, str]] = []
         strip_left = 0
+        continuation = ""
         for part in state["decoders"] if state["type"] == "Sequence" else [state]:
             match part:
                 case {"type": "ByteLevel"}:
@@ -75,15 +79,17 @@ class DecodeRules:
                     replacements.append((old, new))
                 case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
                     strip_left = start
+                case {"type": "WordPiece", "prefix": str(continuation)} if continuation:
+                    strip_left = 1
                 case {"type": "Metaspace", "replacement": str(old)}:
                     replacements.append((old, " "))
                     strip_left = 0 if part.get("prepend_scheme") == "never" else 1
                 case _:
                     raise TokenizerError(
                         f"tokenizer.json: decoder {shown(part)} is not supported; ByteLevel, ByteFallback, Fuse, "
-                        "Metaspace, Replace of a string and Strip of leading spaces are"
+                        "Metaspace, Replace of a string, Strip of leading spaces and WordPiece are"
                     )
-        return cls(byte_level, byte_fallback, tuple(replacements), strip_left)
+        return cls(byte_level, byte_fallback, tuple(replacements), strip_left, continuation)
 
 
 class Tokenizer:
@@ -162,6 +168,23 @@ class Tokenizer:
             raise EncodingError(f"the tokenizer gives up on this text: {_first_line(error)}") from None
         return ids
 
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and behind a text."""
+        plain = self.encode("a", add_special_tokens=False)
+        (before, behind) = _around([plain], self.encode("a"))
+        return before, behind
+
+    def pair_frame(self) -> tuple[list[int], list[int], list[int]]:
+        """The special tokens before, between and behind two texts that are read together."""
+        plain = self.encode("a", add_special_tokens=False)
+        before, between, behind = _around([plain, plain], self._backend.encode("a", "a").ids)
+        return before, between, behind
+
+    @property
+    def pairs_have_types(self) -> bool:
+        """Whether the tokens of the second of two texts have another type than those of the first."""
+        return any(self._backend.encode("a", "a").type_ids)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The whole text of these ids, as transformers decodes it. Unused ids give no text."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -206,6 +229,8 @@ class Tokenizer:
                 pass  # it only looks like a byte token
         for old, new in rules.replacements:
             token = token.replace(old, new)
+        if rules.continuation:
+            token = token.removeprefix(rules.continuation) if token.startswith(rules.continuation) else f" {token}"
         return token.encode()
 
     def _max_token_bytes(self, vocabulary: dict[str, int]) -> int | None:
@@ -259,6 +284,19 @@ class Tokenizer:
             )
         except Exception as error:  # the library raises nothing narrower
             raise _ConfigError(f"bos_token {shown(bos)} and eos_token {shown(eos)} make no template: {error}") from None
+
+
+def _around(texts: list[list[int]], ids: list[int]) -> list[list[int]]:
+    """What stands before, between and behind texts, which are all in ids, in this order."""
+    found = []
+    begin = 0
+    for text in texts:
+        place = next((i for i in range(begin, len(ids)) if ids[i : i + len(text)] == text), None)
+        if place is None:
+            raise TokenizerError("the tokenizer changes a text's tokens where special tokens stand around it")
+        found.append(ids[begin:place])
+        begin = place + len(text)
+    return [*found, ids[begin:]]
 
 
 def _steps(part: Any, name: str) -> list[dict[str, Any]]:

@@ -137,8 +137,6 @@ def test_a_model_is_loaded_already(official: ollama.Client) -> None:
         (lambda client: client.create("x", from_="y"), "octavo quantize"),
         (lambda client: client.delete("x"), "hf cache rm"),
         (lambda client: client.copy("x", "y"), "--model-aliases"),
-        (lambda client: client.embed("tiny", input="x"), "no embeddings"),
-        (lambda client: client.embeddings("tiny", prompt="x"), "no embeddings"),
     ],
 )
 def test_what_a_server_of_one_model_can_not_do(official: ollama.Client, ask: Any, words: str) -> None:

@@ -1,0 +1,173 @@
+"""/v1/embeddings, /pooling and /classify: what models say of texts, as OpenAI and vLLM have it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from octavo.runtime.messages import PoolingParams
+from octavo.server.dialects.pooled_request import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    PooledRequest,
+    PoolingRequest,
+)
+from octavo.server.encoding import JsonResponse, encode_in_turns
+from octavo.server.errors import RESPONSES, bad_request
+from octavo.server.hints import hints_in
+from octavo.server.pooled_inputs import PooledPrompt, check_total, ids_prompt, text_prompt
+from octavo.server.pooled_numbers import in_base64
+from octavo.server.pooled_text import PooledText
+from octavo.server.pooling import PooledResult
+from octavo.server.served_model import ServedModel
+from octavo.server.service import Service
+from octavo.server.strict_json import StrictRoute
+
+Json = dict[str, Any]
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+    model = service.model
+
+    @router.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
+        """Embeddings of texts."""
+        pooled = service.check_pooled(body.model, http, "embed")
+        params = PoolingParams("embed", checked_dimensions(body.dimensions, pooled), body.normalizes)
+        results = await answered(body, params, lambda: prompts_of(body, pooled, model), http, service)
+        shown = _shower(body)
+        data = ({"object": "embedding", "index": i, "embedding": shown(it)} for i, it in enumerate(results))
+        return await sent({"object": "list", "data": data, "model": body.model or model.name}, results)
+
+    @router.post("/pooling")
+    async def pooling(body: PoolingRequest, http: Request) -> Response:
+        """Any task of the model, with what its pooler made of each text, or of each token."""
+        own = "embed" if model.pooled is None else model.pooled.facts.tasks[0]
+        task = body.task or own
+        pooled = service.check_pooled(body.model, http, task)
+        params = PoolingParams(task, checked_dimensions(body.dimensions, pooled), body.normalizes)
+        results = await answered(body, params, lambda: prompts_of(body, pooled, model), http, service)
+        shown = _shower(body, by_rows=task.startswith("token_"))
+        data = ({"object": "pooling", "index": i, "data": shown(it)} for i, it in enumerate(results))
+        return await sent(headed("pool", body, http, model) | {"data": data}, results)
+
+    @router.post("/v1/classify", include_in_schema=False)  # SGLang's name
+    @router.post("/classify")
+    async def classify(body: ClassifyRequest, http: Request) -> Response:
+        """The probabilities of a classifier's labels."""
+        pooled = service.check_pooled(body.model, http, "classify")
+        params = PoolingParams("classify", use_activation=body.use_activation)
+        results = await answered(body, params, lambda: prompts_of(body, pooled, model), http, service)
+        data = (_labelled(i, it.vector(), pooled) for i, it in enumerate(results))
+        return await sent(headed("classify", body, http, model) | {"data": data}, results)
+
+    return router
+
+
+async def answered(
+    body: PooledRequest,
+    params: PoolingParams,
+    prompts: Callable[[], list[PooledPrompt]],
+    http: Request,
+    service: Service,
+) -> list[PooledResult]:
+    """What the model makes of each prompt of a request. Raises ApiError."""
+    service.count_hints(hints_in(body))
+    made = await service.off_loop(http, prompts)
+    return await service.pooled(http, made, params, body.priority or 0, body.user_name)
+
+
+async def sent(content: Json, results: Sequence[PooledResult]) -> Response:
+    """An answer with the tokens that it took."""
+    total = sum(result.num_tokens for result in results)
+    usage = {"prompt_tokens": total, "total_tokens": total}
+    return JsonResponse(*await encode_in_turns(content | {"usage": usage}))
+
+
+def headed(kind: str, body: PooledRequest, http: Request, model: ServedModel) -> Json:
+    """What stands before the data of vLLM's answers."""
+    name = body.model or model.name
+    return {"id": name_of(body, http, kind), "object": "list", "created": int(time.time()), "model": name}
+
+
+def name_of(body: PooledRequest, http: Request, kind: str) -> str:
+    """What the answer is called."""
+    return f"{kind}-{body.request_id or http.state.request_id}"
+
+
+def checked_dimensions(dimensions: int | None, pooled: PooledText, name: str = "dimensions") -> int | None:
+    """The size that embeddings are cut to. Raises ApiError where the checkpoint wasn't trained for it."""
+    if dimensions is None or dimensions == pooled.facts.size:
+        return None
+    known = pooled.facts.dimensions
+    size = pooled.facts.size
+    if known == ():
+        raise bad_request(
+            f"{name} {dimensions}: this checkpoint's embeddings have {size} numbers, and config.json doesn't say that "
+            "they can be cut (is_matryoshka or matryoshka_dimensions)",
+            name,
+        )
+    if known is not None and dimensions not in known:
+        raise bad_request(f"{name} {dimensions}: embeddings of {', '.join(map(str, known))} numbers work", name)
+    if dimensions > size:
+        raise bad_request(f"{name} {dimensions}: embeddings have {size} numbers", name)
+    return dimensions
+
+
+def prompts_of(body: EmbeddingRequest | ClassifyRequest, pooled: PooledText, model: ServedModel) -> list[PooledPrompt]:
+    """The prompts of a request's input. Raises ApiError."""
+    given = body.input
+    before = prompt_before(body, pooled) if isinstance(body, EmbeddingRequest) else ""
+    if isinstance(given, str):
+        given = [given]
+    found = []
+    lists = [given] if given and isinstance(given[0], int) else given
+    for each in lists:
+        if isinstance(each, str):
+            special = body.add_special_tokens
+            found.append(text_prompt(each, "input", model, body.cut, before=before, add_special_tokens=special))
+        else:
+            found.append(ids_prompt(each, "input", model, body.cut))  # type: ignore[arg-type]  # told by its first
+    check_total(found, "input")
+    return found
+
+
+def prompt_before(body: EmbeddingRequest, pooled: PooledText) -> str:
+    """What stands before each text. Raises ApiError."""
+    if body.prompt is not None:
+        return body.prompt
+    if body.prompt_name is None:
+        return pooled.prompt
+    found = pooled.prompts.get(body.prompt_name)
+    if found is None:
+        known = f"; {', '.join(pooled.prompts)} are known" if pooled.prompts else ", which has none"
+        raise bad_request(
+            f"prompt_name {body.prompt_name[:80]!r} is none of this model's prompts{known}", "prompt_name"
+        )
+    return found
+
+
+def _shower(body: EmbeddingRequest, *, by_rows: bool = False) -> Callable[[PooledResult], Any]:
+    """How results are told."""
+    number_type = body.embed_dtype or "float32"
+    if body.encoding_format == "base64":
+        return lambda it: in_base64(it.pooled.data, number_type)
+    if number_type != "float32":
+        raise bad_request(f"embed_dtype {number_type}: encoding_format base64 has such numbers", "embed_dtype")
+    return (lambda it: it.rows()) if by_rows else (lambda it: it.vector())
+
+
+def _labelled(index: int, probabilities: list[float], pooled: PooledText) -> Json:
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    return {
+        "index": index,
+        "label": pooled.labels[best],
+        "probs": probabilities,
+        "num_classes": len(probabilities),
+    }

@@ -1,0 +1,115 @@
+"""/score and /rerank: how well texts fit each other, as vLLM, Jina and Cohere have it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from operator import mul
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from octavo.runtime.messages import PoolingParams
+from octavo.server.dialects.pooled import answered, headed, name_of, sent
+from octavo.server.dialects.pooled_request import RerankRequest, ScoreRequest
+from octavo.server.errors import RESPONSES, bad_request
+from octavo.server.pooled_inputs import Cut, PooledPrompt, check_total, pair_prompt, text_prompt
+from octavo.server.pooled_text import PooledText
+from octavo.server.pooling import PooledResult
+from octavo.server.served_model import ServedModel
+from octavo.server.service import Service
+from octavo.server.strict_json import StrictRoute
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+    model = service.model
+
+    @router.post("/v1/score", include_in_schema=False)
+    @router.post("/score")
+    async def score(body: ScoreRequest, http: Request) -> Response:
+        """How well texts fit each other: a cross-encoder's score of each pair, or the cosine of their embeddings."""
+        one, other = body.sides
+        scores, results = await scored(body, one * (len(other) if len(one) == 1 else 1), other, http, service)
+        data = ({"index": i, "object": "score", "score": value} for i, value in enumerate(scores))
+        return await sent(headed("score", body, http, model) | {"data": data}, results)
+
+    @router.post("/v1/rerank", include_in_schema=False)
+    @router.post("/v2/rerank", include_in_schema=False)
+    @router.post("/rerank")
+    async def rerank(body: RerankRequest, http: Request) -> Response:
+        """Documents by their score, best first."""
+        texts = body.texts
+        scores, results = await scored(body, [body.query] * len(texts), texts, http, service)
+        order = sorted(range(len(texts)), key=scores.__getitem__, reverse=True)
+        shows = body.return_documents is not False
+        found = [
+            {"index": i, "relevance_score": scores[i]} | ({"document": {"text": texts[i]}} if shows else {})
+            for i in order[: body.top_n or None]
+        ]
+        head = {"id": name_of(body, http, "rerank"), "model": body.model or model.name, "results": found}
+        meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+        return await sent(head | {"meta": meta}, results)
+
+    return router
+
+
+async def scored(
+    body: ScoreRequest | RerankRequest, one: list[str], other: list[str], http: Request, service: Service
+) -> tuple[list[float], list[PooledResult]]:
+    """A score for each pair, and what was computed for it. Raises ApiError."""
+    model = service.model
+    by_embedding = model.pooled is not None and model.pooled.embeds
+    pooled = service.check_pooled(body.model, http, "embed" if by_embedding else "classify")
+    of_document = None if isinstance(body, ScoreRequest) else body.max_tokens_per_doc
+    if not by_embedding:
+        if pooled.facts.size != 1:
+            raise bad_request(
+                f"the model {model.name!r} has {pooled.facts.size} labels, and a score is what a model of one says; "
+                "POST /classify works",
+                "model",
+            )
+        params = PoolingParams("classify", use_activation=body.use_activation)
+        pairs = partial(_pairs, one, other, body.cut, of_document, model)
+        results = await answered(body, params, pairs, http, service)
+        return [result.vector()[0] for result in results], results
+    if body.use_activation is not None:
+        raise bad_request("use_activation: a cosine of embeddings has no activation; leave it out", "use_activation")
+    distinct = list(dict.fromkeys(one)) + other
+    cuts = [body.cut] * (len(distinct) - len(other)) + [_document_cut(body.cut, of_document)] * len(other)
+    results = await answered(
+        body,
+        PoolingParams("embed", use_activation=True),
+        lambda: _each(distinct, cuts, pooled, model),
+        http,
+        service,
+    )
+    vectors = [result.values for result in results]
+    places = {text: place for place, text in enumerate(dict.fromkeys(one))}
+    first = len(places)
+    scores = [math.fsum(map(mul, vectors[places[text]], vectors[first + i])) for i, text in enumerate(one)]
+    return scores, results
+
+
+def _document_cut(cut: Cut, most: int | None) -> Cut:
+    return cut if most is None else Cut(most)
+
+
+def _each(texts: list[str], cuts: list[Cut], pooled: PooledText, model: ServedModel) -> list[PooledPrompt]:
+    found = [
+        text_prompt(text, "documents", model, cut, before=pooled.prompt) for text, cut in zip(texts, cuts, strict=True)
+    ]
+    check_total(found, "documents")
+    return found
+
+
+def _pairs(
+    one: list[str], other: list[str], cut: Cut, of_document: int | None, model: ServedModel
+) -> list[PooledPrompt]:
+    found = [
+        pair_prompt(first, second, "documents", model, cut, most_of_second=of_document)
+        for first, second in zip(one, other, strict=True)
+    ]
+    check_total(found, "documents")
+    return found

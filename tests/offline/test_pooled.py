@@ -1,0 +1,90 @@
+"""octavo.LLM and AsyncLLM of models that generate nothing, against transformers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_encoders import CUTS, CrossEncoder, SentenceModel
+
+from octavo import LLM, AsyncLLM, PoolingParams
+
+TEXTS = ["the cat sat on a mat", "red", "green and blue"]
+
+
+@pytest.fixture(scope="module")
+def sentence(tmp_path_factory: pytest.TempPathFactory) -> SentenceModel:
+    return SentenceModel(tmp_path_factory.mktemp("sentence"))
+
+
+@pytest.fixture(scope="module")
+def embedder(forked: None, sentence: SentenceModel) -> Iterator[LLM]:  # noqa: ARG001
+    with LLM(str(sentence.directory), dtype="float32", num_threads=1) as found:
+        yield found
+
+
+def test_embed_and_score(embedder: LLM, sentence: SentenceModel) -> None:
+    found = embedder.embed([*TEXTS, {"prompt_token_ids": [2, 13, 3]}], use_tqdm=False)
+    truths = [*map(sentence.embedding, TEXTS), sentence.embedding([2, 13, 3])]
+    for output, truth in zip(found, truths, strict=True):
+        torch.testing.assert_close(torch.tensor(output.outputs.embedding), truth, atol=1e-4, rtol=1e-4)
+    assert found[1].prompt_token_ids == sentence.tokenizer.encode("red").ids
+    (short,) = embedder.embed("red", pooling_params=PoolingParams(dimensions=CUTS[0]), use_tqdm=False)
+    assert short.outputs.hidden_size == CUTS[0]
+    scores = embedder.score("red", TEXTS, use_tqdm=False)
+    for text, output in zip(TEXTS, scores, strict=True):
+        truth = float(sentence.embedding("red") @ sentence.embedding(text))
+        assert output.outputs.score == pytest.approx(truth, abs=1e-4)
+
+
+def test_encode_gives_tensors(embedder: LLM, sentence: SentenceModel) -> None:
+    (whole,) = embedder.encode("red", use_tqdm=False)
+    torch.testing.assert_close(whole.outputs.data, sentence.embedding("red"), atol=1e-4, rtol=1e-4)
+    (rows,) = embedder.encode("red", pooling_task="token_embed", use_tqdm=False)
+    assert rows.outputs.data.shape == (3, len(sentence.embedding("red")))
+
+
+def test_more_prompts_than_a_group_has(embedder: LLM, sentence: SentenceModel) -> None:
+    texts = [f"{'cat ' * (i % 9)}{i}" for i in range(600)]
+    found = embedder.embed(texts, use_tqdm=False)
+    for i in (0, 255, 256, 599):
+        truth = sentence.embedding(texts[i])
+        torch.testing.assert_close(torch.tensor(found[i].outputs.embedding), truth, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda llm: llm.classify("red"), "doesn't classify; its tasks are embed, token_embed"),
+        (lambda llm: llm.generate("red"), "generates nothing"),
+        (lambda llm: llm.embed("cat " * 100), "maximum context length is 32"),
+        (lambda llm: llm.embed("red", pooling_params=PoolingParams(dimensions=7)), "16, 32 numbers work"),
+        (lambda llm: llm.score(["a", "b"], ["c"]), "2 texts and 1"),
+        (lambda llm: llm.embed("red", pooling_params=PoolingParams(truncate_prompt_tokens=0)), "1 at least"),
+    ],
+)
+def test_what_can_not_be_is_refused(embedder: LLM, ask: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ask(embedder)
+
+
+def test_a_model_that_generates_says_so(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="this model generates text"):
+        llm.embed("red")
+
+
+def test_labels_and_an_event_loop(forked: None, tmp_path: Path) -> None:  # noqa: ARG001
+    model = CrossEncoder(tmp_path, num_labels=3)
+    truths = [model.logits(text).softmax(dim=-1) for text in TEXTS]
+
+    async def ask() -> list[Any]:
+        async with AsyncLLM(str(tmp_path), dtype="float32", num_threads=1) as llm:
+            params = PoolingParams(task="classify")
+            return [it for text in TEXTS async for it in llm.encode(text, params, text)]
+
+    for truth, output in zip(truths, asyncio.run(ask()), strict=True):
+        torch.testing.assert_close(output.outputs.data, truth, atol=1e-4, rtol=1e-4)
