@@ -267,7 +267,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Meta(
             description="guess next tokens, and check several in one step, on a CPU: "
             '\'{"method": "ngram"}\' out of the request\'s own text, suffix (or auto) also out of finished answers, '
-            "draft_model by a second model, eagle3 by a head; also num_speculative_tokens, and vLLM's keys of each",
+            "draft_model by a second model, eagle3 and mtp by a head; also num_speculative_tokens, and vLLM's keys of "
+            "each",
             extra={"flag": ("--speculative-config", "-sc"), "metavar": "JSON", "parse": parse_speculative},
         ),
     ] = None

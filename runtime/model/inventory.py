@@ -27,7 +27,7 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
     source.tensor(f"{prefix}norm.weight", (spec.hidden_size,))
     if not spec.tied:
         source.tensor(f"{head_name(prefix)}.weight", (spec.vocab_size, spec.hidden_size))
-    source.check_complete(tied=spec.tied, text_only=spec.text_only)
+    source.check_complete(tied=spec.tied, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0)
     return spec
 
 

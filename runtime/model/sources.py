@@ -114,11 +114,16 @@ class CheckpointSource:
         if missing := [module for module in modules if not self.has(module)]:
             raise LoadError(f"the checkpoint has no weights for {some(missing)}")
 
-    def check_complete(self, *, tied: bool, text_only: bool) -> list[str]:
-        """Raise LoadError with the names of tensors that nothing read; return the harmless ones that were skipped."""
+    def check_complete(self, *, tied: bool, text_only: bool, has_mtp: bool = False) -> list[str]:
+        """Raise LoadError with the names of tensors that nothing read; return the harmless ones that were skipped.
+
+        has_mtp: there is a head among them, which is loaded by who drafts with it (runtime/speculation).
+        """
         unread = self.checkpoint.unread()
         skipped = [name for name in unread if text_only and name.startswith(VISION_PREFIXES)]
         harmless = {name for name in unread if name.endswith(UNUSED_SUFFIXES)} | set(skipped)
+        if has_mtp:
+            harmless |= {name for name in unread if name.startswith(f"{self.prefix}mtp_layers.")}
         if tied:
             harmless |= {"lm_head.weight", "language_model.lm_head.weight"}  # the embedding serves instead
         if left := [name for name in unread if name not in harmless]:

@@ -75,6 +75,7 @@ class DecoderSpec:
     fused                qkv_proj and gate_up_proj are one tensor each on disk
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
     moe                  what the layers that are `sparse` have; intermediate_size is the others'
+    num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
     dtype                the type that the config names ("bfloat16"), or None
     unknown_keys         config keys that nothing here knows; to be shown, since they may mean something
     """
@@ -107,6 +108,7 @@ class DecoderSpec:
     fused: bool = False
     text_only: bool = False
     moe: MoeSpec | None = None
+    num_mtp_layers: int = 0
     dtype: str | None = None
     unknown_keys: tuple[str, ...] = ()
 
@@ -152,6 +154,7 @@ class DecoderSpec:
             **_multipliers(settings, row, head_dim),
             fused=row.fused,
             text_only=text_only,
+            num_mtp_layers=settings.get("num_nextn_predict_layers", 0),
             moe=moe if any(layer.sparse for layer in layers) else None,
             dtype=stored_dtype(config),
             unknown_keys=tuple(sorted(config.keys() - _known_keys(row))),

@@ -146,7 +146,9 @@ def _load_decoder(
     model = builder.build(on_layer)
     model.notes += checkpoint.notes
     checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
-    if source.check_complete(tied=spec.tied, text_only=spec.text_only):
+    if spec.num_mtp_layers and config.speculative_config is None:
+        model.notes.append("the checkpoint has an MTP head, with which --speculative-config.method mtp drafts")
+    if source.check_complete(tied=spec.tied, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0):
         model.notes.append("the vision tower is not loaded: text only")
     return model
 

@@ -9,12 +9,13 @@ from msgspec import Meta
 
 from octavo.flags import parse_json_object
 
-Method = Literal["ngram", "suffix", "auto", "draft_model", "eagle3"]
+Method = Literal["ngram", "suffix", "auto", "draft_model", "eagle3", "mtp"]
 METHODS: tuple[str, ...] = get_args(Method)
-HEADS = ("eagle3",)
+HEADS = ("eagle3", "mtp")
 OF_MODELS = ("draft_model", *HEADS)
 """Methods that ask a model, or a head on one, and look nothing up."""
-NAMES = {"draft_model": "a draft model", "eagle3": "an EAGLE-3 head"}
+NAMES = {"draft_model": "a draft model", "eagle3": "an EAGLE-3 head", "mtp": "an MTP head"}
+OLDER_NAMES = {"mimo_mtp": "mtp"}  # vLLM's
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0, le=64)]
@@ -31,7 +32,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     kept for others' drafts, 0 for none. suffix_decoding_max_spec_factor: how many drafts a token of the match is good
     for. suffix_decoding_min_token_prob: how likely a draft must be by what has followed so far. model, revision: of
     draft_model, a directory or a Hub id, with the tokenizer of the model that is served; of eagle3, a head's that was
-    trained for it.
+    trained for it; of mtp the same, or none where the model's own checkpoint has one.
     """
 
     method: Method
@@ -51,7 +52,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ValueError(
                 f"prompt_lookup_max {self.prompt_lookup_max} is less than prompt_lookup_min {self.prompt_lookup_min}"
             )
-        if self.method in OF_MODELS and not self.model:
+        if self.method in ("draft_model", "eagle3") and not self.model:
             raise ValueError(f"method {self.method!r} without a model: model names its directory or Hub id")
         first = 1
         for row in self.num_speculative_tokens_per_batch_size:
@@ -105,6 +106,8 @@ def make_speculative(given: dict[str, Any]) -> SpeculativeConfig:
         if given.get("draft_tensor_parallel_size") == 1:
             del given["draft_tensor_parallel_size"]
     method = given.get("method")
+    if method in OLDER_NAMES:
+        method = given["method"] = OLDER_NAMES[method]
     if method not in METHODS:
         what = "no method is named" if method is None else f"method {method!r}"
         raise ValueError(f"{what}: drafts are made by {', '.join(METHODS)}; leave it out, or name one of these")

@@ -1,4 +1,4 @@
-"""What a head's config.json says: EAGLE's and SpecForge's, or that of speculators. Knows no tensor."""
+"""What a head's config.json says: EAGLE's and SpecForge's, MiMo's, or that of speculators. Knows no tensor."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_eagle_config(config: dict[str, Any]) -> EagleConfig:
     inner = _layer_config(config, "eagle3")
     eagle = dict(config.get("eagle_config") or {})
     if eagle.get("use_aux_hidden_state") is False:
-        raise LoadError("eagle_config.use_aux_hidden_state false: that is EAGLE-1, and EAGLE-3 is supported")
+        raise LoadError("eagle_config.use_aux_hidden_state false: that is EAGLE-1; EAGLE-3 and MTP are supported")
     if found := [key for key in PARALLEL if config.get(key)]:
         raise LoadError(f"{found[0]} = {config[found[0]]!r}: a head that says several tokens at once is not supported")
     ids = config.get("eagle_aux_hidden_state_layer_ids")
@@ -77,6 +77,31 @@ def read_eagle_config(config: dict[str, Any]) -> EagleConfig:
         residual_normed=bool(config.get("norm_before_residual")),
         hidden_normed=bool(config.get("norm_output")),
     )
+
+
+@dataclass(frozen=True)
+class MtpConfig:
+    """An MTP head. prefix: of its tensors. token_first: as in MtpHead. is_model: it lies in a model's checkpoint."""
+
+    spec: DecoderSpec
+    prefix: str
+    token_first: bool
+    is_model: bool
+
+
+def read_mtp_config(config: dict[str, Any]) -> MtpConfig:
+    """Raises LoadError for what has no MTP layer that is known here."""
+    is_model = config.get("speculators_model_type") is None
+    kind = config.get("model_type")
+    if is_model and kind != "mimo":
+        raise LoadError(
+            f"model_type {kind!r} has no MTP layer that octavo reads; those of MiMo, and of speculators for Qwen3, work"
+        )
+    count = config.get("num_nextn_predict_layers", 0 if is_model else 1)
+    if count != 1:
+        raise LoadError(f"num_nextn_predict_layers {count}: heads of one layer are what is supported")
+    spec = one_layer(_layer_config(config, "mtp") | {"num_hidden_layers": 1})
+    return MtpConfig(spec, "model.mtp_layers.0." if is_model else "mtp_layers.0.", not is_model, is_model)
 
 
 def _size(config: dict[str, Any], key: str) -> int | None:

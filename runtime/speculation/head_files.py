@@ -26,8 +26,8 @@ from octavo.runtime.model.sources import UNUSED_SUFFIXES, CheckpointSource, Load
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.weights import DecoderBuilder
 from octavo.runtime.scheduling.plan import SchedulerConfig
-from octavo.runtime.speculation.head_config import EagleConfig, read_eagle_config
-from octavo.runtime.speculation.heads import EagleHead, Head
+from octavo.runtime.speculation.head_config import EagleConfig, read_eagle_config, read_mtp_config
+from octavo.runtime.speculation.heads import EagleHead, Head, MtpHead
 
 PICKLE = "pytorch_model.bin"
 OF_MODEL = ("verifier_norm.weight", "verifier_lm_head.weight")
@@ -44,9 +44,10 @@ def load_head(config: EngineConfig, model: Model, limits: SchedulerConfig, notes
             f"--speculative-config: {model.architecture} runs in transformers' own code, which does not say what a "
             "head reads; the methods ngram, suffix and draft_model work"
         )
-    directory = Path(asked.model)
+    directory = Path(asked.model or config.model)
+    load = _load_eagle if asked.method == "eagle3" else _load_mtp
     try:
-        return _load_eagle(config, directory, model, limits, notes)
+        return load(config, directory, model, limits, notes)
     except (LoadError, CheckpointError, ModelConfigError) as error:
         raise ValueError(f"--speculative-config: the head {directory}: {error}") from error
 
@@ -81,6 +82,47 @@ def _load_eagle(
     if head.lm_head is None and (rows != model.vocab_size or hidden != model.hidden_size):
         raise LoadError(f"it has no lm_head.weight, and the model's has {model.vocab_size} rows of {model.hidden_size}")
     refuse_unread(checkpoint, ())
+    return head
+
+
+MTP_NAMES = {
+    "norm": "final_layernorm",
+    "token_norm": "token_layernorm",
+    "hidden_norm": "hidden_layernorm",
+    "input_proj": "input_proj",
+}
+"""What stands around the layer, by its names in octavo and in MiMo's and speculators' files."""
+
+
+def _load_mtp(
+    config: EngineConfig, directory: Path, model: Model, limits: SchedulerConfig, notes: list[str]
+) -> MtpHead:
+    checkpoint = _opened(directory)
+    read = read_mtp_config(checkpoint.config)
+    hidden = read.spec.hidden_size
+    if (read.spec.vocab_size, hidden) != (model.vocab_size, model.hidden_size):
+        raise LoadError(
+            f"it was trained for {read.spec.vocab_size} tokens and hidden states of {hidden} numbers, and the model "
+            f"has {model.vocab_size}, of {model.hidden_size}"
+        )
+
+    def named(name: str) -> str:
+        part, dot, rest = name.removeprefix("layers.0.").partition(".")
+        return f"{read.prefix}{MTP_NAMES.get(part, part)}{dot}{rest}"
+
+    parts = _Parts(config, read.spec, _Source(checkpoint, named), model, limits, notes)
+    head = MtpHead(
+        layers=(model.num_layers - 1,),
+        layer=parts.builder.layer(0).followed_by(parts.norm("norm")),
+        embedding=parts.embedding(is_own=False),
+        token_norm=parts.norm("token_norm"),
+        hidden_norm=parts.norm("hidden_norm"),
+        input_proj=parts.linear("input_proj", hidden, 2 * hidden),
+        model=model,
+        token_first=read.token_first,
+    )
+    of_model = tuple(name for name in checkpoint.unread() if read.is_model and not name.startswith(read.prefix))
+    refuse_unread(checkpoint, of_model)
     return head
 
 

@@ -140,11 +140,11 @@ def _sampling_defaults(text: str) -> str:
 
 
 def _speculative_algorithm(text: str) -> str:
-    method = {"standalone": "draft_model"}.get(text.lower(), text.lower())
+    method = {"standalone": "draft_model", "nextn": "mtp"}.get(text.lower(), text.lower())
     if method not in METHODS:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not supported: NGRAM makes drafts out of the request's own text, SUFFIX also out of finished "
-            "answers, STANDALONE by a draft model, EAGLE3 by a head; leave it out, or name one of these"
+            "answers, STANDALONE by a draft model, EAGLE3 and NEXTN by a head; leave it out, or name one of these"
         )
     return method
 
@@ -225,7 +225,7 @@ def _of_sglang(method: str, given: dict[str, Any]) -> SpeculativeConfig:
         count = count - 1 if count is not None else steps
     elif stray := [name for name in given if name != "num_draft_tokens"]:
         flag = f"--speculative-{stray[0].replace('_', '-')}"
-        raise OptionsError(f"{flag} {given[stray[0]]}: it is of STANDALONE and EAGLE3; leave it out")
+        raise OptionsError(f"{flag} {given[stray[0]]}: it is of STANDALONE, EAGLE3 and NEXTN; leave it out")
     keys = {"method": method, "num_speculative_tokens": count}
     keys |= {"model": given.get("draft_model_path"), "revision": given.get("draft_model_revision")}
     try:

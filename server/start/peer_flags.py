@@ -45,8 +45,8 @@ def _refused(names: str, text: str) -> PeerFlag:
 
 NO_SUCH_ADAPTERS = "adapters change a text model's linear layers here, and nothing else: leave it out"
 DRAFTS = (
-    "--speculative-config with the methods ngram, suffix, auto, draft_model and eagle3 is what there is, and "
-    "--speculative-algorithm NGRAM, STANDALONE or EAGLE3; answers are the same without it"
+    "--speculative-config with the methods ngram, suffix, auto, draft_model, eagle3 and mtp is what there is, and "
+    "--speculative-algorithm NGRAM, STANDALONE, EAGLE3 or NEXTN; answers are the same without it"
 )
 NO_IMAGES = "only text is supported: leave it out, and serve a text model"
 ONE_DEVICE = (

@@ -183,6 +183,10 @@ def test_speculation_is_asked_for_by_either_name() -> None:
     assert eagle.speculative_config == SpeculativeConfig("eagle3", 3, model="head")
     of_sglang = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "head")
     assert parse("m", *of_sglang, "--speculative-num-steps", "3", "--speculative-eagle-topk", "1").engine == eagle
+    mtp = parse("m", "-sc", '{"method": "mtp", "num_speculative_tokens": 1}').engine
+    assert mtp.speculative_config == SpeculativeConfig("mtp", 1)
+    assert parse("m", "-sc", '{"method": "mimo_mtp", "num_speculative_tokens": 1}').engine == mtp
+    assert parse("m", "--speculative-algorithm", "NEXTN", "--speculative-num-steps", "1").engine == mtp
     shared = parse("m", "--speculative-config", '{"method": "suffix"}', "--share-suffixes", "--fair-by", "none").engine
     assert shared.speculative_config == SpeculativeConfig("suffix")
     assert shared.share_suffixes
@@ -196,7 +200,7 @@ def test_speculation_is_asked_for_by_either_name() -> None:
         (("--per-request-spec-decode-metrics", "summary"), "summary without --speculative-config: there are no drafts"),
         (
             ("--speculative-algorithm", "NGRAM", "--speculative-num-steps", "5"),
-            "--speculative-num-steps 5: it is of STANDALONE and EAGLE3",
+            "--speculative-num-steps 5: it is of STANDALONE, EAGLE3 and NEXTN",
         ),
         (STANDALONE, "method 'draft_model' without a model"),
         (

@@ -234,7 +234,7 @@ def test_a_hiccup_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ('{"method": "eagle"}', "method 'eagle': drafts are made by ngram, suffix, auto, draft_model, eagle3; leave"),
+        ('{"method": "eagle"}', "method 'eagle': drafts are made by ngram, suffix, auto, draft_model, eagle3, mtp"),
         ('{"method": "eagle3"}', "method 'eagle3' without a model: model names its directory"),
         ('{"method": "draft_model"}', "method 'draft_model' without a model: model names its directory"),
         ('{"model": "small", "prompt_lookup_max": 3}', "'prompt_lookup_max' is no key of method 'draft_model'"),

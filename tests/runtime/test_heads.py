@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
 import torch
 from draft_engines import KINDS, SIZES, said
-from made_heads import VOCAB, Made, Reference, make_blind, make_target, of_eagle, of_speculators, seeing
+from made_heads import (
+    LAYER,
+    VOCAB,
+    Made,
+    MtpReference,
+    Reference,
+    make_blind,
+    make_mimo,
+    make_target,
+    mtp_of_speculators,
+    of_eagle,
+    of_speculators,
+    seeing,
+)
 from slow_cases import slow
 from torch import Tensor
 from toy_model import make_request, run_to_end, run_with_arrivals
 
+from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest
+from octavo.runtime.model.inventory import check_dense
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation.config import SpeculativeConfig
 from octavo.runtime.speculation.head_drafts import HeadDrafts
@@ -41,9 +57,16 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return directory, make_target(directory)
 
 
-def load(directory: Path, head: Path | None = None, count: int = 3, **limits: Any) -> Engine:
-    """In float32. A head says `count` tokens each time, whatever that costs."""
-    speculative = None if head is None else SpeculativeConfig("eagle3", count, model=str(head))
+def load(
+    directory: Path,
+    head: Path | None = None,
+    count: int = 3,
+    method: Literal["eagle3", "mtp"] = "eagle3",
+    **limits: Any,
+) -> Engine:
+    """In float32. A head says `count` tokens each time, whatever that costs; one in the model's directory, too."""
+    model = "" if head == directory else str(head)
+    speculative = None if head is None else SpeculativeConfig(method, count, model=model)
     config = EngineConfig(
         model=str(directory), dtype="float32", device="cpu", speculative_config=speculative, **{**SIZES, **limits}
     )
@@ -110,6 +133,33 @@ def test_logits_are_the_formula_s(kind: str, target: tuple[Path, Any], tmp_path:
     assert {len(drafts) for _, drafts, _ in some} == {0, 1, 2}
     for tokens, drafts, found in some:
         torch.testing.assert_close(found.double(), reference.logits(tokens, drafts), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["MiMo", "speculators"])
+def test_an_mtp_head_s_logits_are_its_formula_s(kind: str, target: tuple[Path, Any], tmp_path: Path) -> None:
+    """Of prompts in chunks, of whose last layer the head reads all tokens; answers are the model's alone."""
+    if kind == "MiMo":
+        made, model = make_mimo(tmp_path)
+        directory = head = tmp_path
+        assert check_dense(Checkpoint.open(directory)).num_mtp_layers == 1  # as `octavo quantize` looks at it
+    else:
+        directory, model = target
+        made = mtp_of_speculators()
+        head = made.write(tmp_path)
+    engine = load(directory, head, method="mtp", max_num_batched_tokens=9)
+    recorded = Recorded(drafts_of(engine))
+    wanted = requests(random.Random(1))
+    found = run_to_end(engine, wanted)
+    expected = run_to_end(load(directory), wanted)
+    assert {name: said(it) for name, it in found.items()} == {name: said(it) for name, it in expected.items()}
+    greedy = said(found["r0"])[0]
+    ids = list(wanted[0].token_ids)
+    for token in greedy[:6]:
+        assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+    reference = MtpReference(made, model)
+    for tokens, drafts, row in random.Random(2).sample(recorded.calls, 15):
+        torch.testing.assert_close(row.double(), reference.logits(tokens, drafts), rtol=1e-3, atol=1e-3)
 
 
 def rng_token(place: int) -> int:
@@ -218,6 +268,22 @@ def test_it_sleeps_with_the_engine(tmp_path: Path) -> None:
     assert sum(stats.accepted_per_pos) == stats.num_draft_tokens
 
 
+def test_what_an_mtp_head_can_t_be_is_one_line(target: tuple[Path, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_type 'llama' has no MTP layer that octavo reads; those of MiMo"):
+        load(target[0], target[0], method="mtp")
+    made, _ = make_mimo(tmp_path / "mimo")
+    inner = LAYER | {"model_type": "qwen3", "hidden_size": 32}
+    head = with_config(mtp_of_speculators(), transformer_layer_config=inner).write(tmp_path / "small")
+    with pytest.raises(ValueError, match="for 96 tokens and hidden states of 32 numbers"):
+        load(target[0], head, method="mtp")
+    head = with_tensors(mtp_of_speculators(), extra=torch.zeros(1)).write(tmp_path / "more")
+    with pytest.raises(ValueError, match="nothing reads: extra"):
+        load(target[0], head, method="mtp")
+    (tmp_path / "mimo" / "config.json").write_text(json.dumps(made.config | {"num_nextn_predict_layers": 2}))
+    with pytest.raises(ValueError, match="num_nextn_predict_layers 2: heads of one layer"):
+        load(tmp_path / "mimo", tmp_path / "mimo", method="mtp")
+
+
 def without(made: Made, *names: str) -> Made:
     return Made(made.config, {name: it for name, it in made.tensors.items() if name not in names}, made.ids)
 
@@ -251,7 +317,7 @@ WRONG: dict[str, tuple[Callable[[], Made], str]] = {
     "two layers": (lambda: with_config(of_eagle(), num_hidden_layers=2), "num_hidden_layers 2: heads of one layer"),
     "EAGLE-1": (
         lambda: with_config(of_eagle(), eagle_config={"use_aux_hidden_state": False}),
-        "that is EAGLE-1, and EAGLE-3 is supported",
+        "that is EAGLE-1; EAGLE-3 and MTP are supported",
     ),
     "several at once": (lambda: with_config(of_eagle(), parallel_drafting=True), "several tokens at once"),
     "another method's": (

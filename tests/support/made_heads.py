@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from hf_oracle import SIZES, make_hf, save
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HIDDEN = SIZES["hidden_size"]
@@ -138,6 +138,55 @@ def of_speculators(*flags: str, seed: int = 2, num_states: int = 3) -> Made:
     return Made(config | dict.fromkeys(flags, True), tensors, ids, layer="layers.0", flags=frozenset(flags))
 
 
+def mtp_tensors(layer: str, seed: int, *, biases: bool) -> dict[str, Tensor]:
+    """Of an MTP head."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = random_tensors(layer, 2, VOCAB, seed)
+    tensors[f"{layer}.input_proj.weight"] = tensors.pop("fc.weight")
+    tensors[f"{layer}.final_layernorm.weight"] = tensors.pop("norm.weight")
+    tensors[f"{layer}.hidden_layernorm.weight"] = tensors.pop(f"{layer}.hidden_norm.weight")
+    tensors[f"{layer}.token_layernorm.weight"] = 1 + 0.3 * torch.randn(HIDDEN, generator=generator)
+    del tensors["lm_head.weight"]
+    for kind in "qkv":
+        name = f"{layer}.self_attn.{kind}_proj"
+        size = HIDDEN if kind == "q" else KV_HEADS * HEAD_DIM
+        tensors[f"{name}.weight"] = torch.randn(size, HIDDEN, generator=generator) * (1.5 * HIDDEN**-0.5)
+        if biases:
+            tensors[f"{name}.bias"] = 0.3 * torch.randn(size, generator=generator)
+    return tensors
+
+
+def mtp_of_speculators() -> Made:
+    """As speculators writes it, for Qwen3."""
+    tensors = mtp_tensors("mtp_layers.0", 5, biases=False)
+    for name in ("q_norm", "k_norm"):
+        tensors[f"mtp_layers.0.self_attn.{name}.weight"] = torch.linspace(0.5, 1.5, HEAD_DIM)
+    config = {
+        "architectures": ["MTPDraftModel"],
+        "speculators_model_type": "mtp",
+        "num_nextn_predict_layers": 1,
+        "transformer_layer_config": LAYER | {"model_type": "qwen3", "num_hidden_layers": 4},
+        "speculators_config": {"algorithm": "mtp"},
+    }
+    return Made(config, tensors, (), layer="mtp_layers.0", flags=frozenset({"token_first"}))
+
+
+def make_mimo(directory: Path) -> tuple[Made, Any]:
+    """A MiMo, which is a Qwen2 with one more layer: (that layer, the model in transformers, in float64)."""
+    model = make_hf("Qwen2", {"max_position_embeddings": 256, "rope_theta": 500.0, "intermediate_size": INNER})
+    save(model, directory)
+    layer = "model.mtp_layers.0"
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    config = {key: it for key, it in config.items() if key not in ("rope_parameters", "layer_types", "architectures")}
+    config |= {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    config |= {"rope_theta": 500.0, "head_dim": HEAD_DIM, "attention_bias": True, "use_mrope": False}
+    file.write_text(json.dumps(config))
+    tensors = mtp_tensors(layer, 4, biases=True)
+    save_file(load_file(directory / "model.safetensors") | tensors, directory / "model.safetensors", {"format": "pt"})
+    return Made(config, tensors, (), layer=layer), model.double()
+
+
 def seeing(layer: str = "layers.0") -> Made:
     """A head that says of a token what a model says which knows that token alone: `make_blind`."""
     made = of_speculators("norm_before_residual", num_states=1)
@@ -172,39 +221,26 @@ class Reference:
         self.made = made
         self.model = model
         self.w = {name: tensor.double() for name, tensor in made.tensors.items() if tensor.is_floating_point()}
+        inner = made.config.get("transformer_layer_config", made.config)
+        self.eps = inner["rms_norm_eps"]
+        self.theta = inner["rope_theta"]
 
     @torch.no_grad()
     def logits(self, tokens: list[int], drafts: list[int]) -> Tensor:
         """[its vocabulary], about the token behind all of these; `drafts` are the head's own."""
-        states = self.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-        said = torch.cat([states[i][0, :-1] for i in self.made.ids], dim=-1)
-        if len(states) - 1 in self.made.ids:  # transformers norms the last one
-            said = torch.cat([self._state(states, i, tokens) for i in self.made.ids], dim=-1)
-        hidden = list(self._entered(said))
-        behind = [*tokens[1:], *drafts]
+        hidden = list(self._entered(tokens))
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        for position, token in enumerate(behind):
-            h = hidden[position]
-            g = self._layer(h, token, position, keys, values)
-            normed = self._norm(g, "norm")
+        for position, token in enumerate([*tokens[1:], *drafts]):
+            normed, following = self._said(hidden[position], token, keys, values)
             if position >= len(tokens) - 2:
-                hidden.append(normed if "norm_output" in self.made.flags else g)
+                hidden.append(following)
         table = self.w.get("lm_head.weight", self.model.lm_head.weight)
         return table @ normed
 
-    def _state(self, states: Any, index: int, tokens: list[int]) -> Tensor:
-        if index < len(states) - 1:
-            return states[index][0, :-1]
-        seen: list[Tensor] = []
-        handle = self.model.model.layers[-1].register_forward_hook(
-            lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
-        )
-        self.model(torch.tensor([tokens]))
-        handle.remove()
-        return seen[0].reshape(len(tokens), -1)[:-1]
-
-    def _entered(self, said: Tensor) -> Tensor:
+    def _entered(self, tokens: list[int]) -> Tensor:
+        """What it reads of all tokens but the last."""
+        said = torch.cat([self._state(tokens, index) for index in self.made.ids], dim=-1)
         if "norm_before_fc" in self.made.flags:
             said = self._norm(said, "input_norm")
         if "fc_norm" in self.made.flags:
@@ -212,35 +248,71 @@ class Reference:
             said = torch.cat([self._norm(part, f"fc_norm.{i}") for i, part in enumerate(parts)], dim=-1)
         return said @ self.w["fc.weight"].T
 
-    def _layer(self, h: Tensor, token: int, position: int, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    def _state(self, tokens: list[int], index: int) -> Tensor:
+        """Behind the model's layer index - 1; transformers' last hidden state is normed."""
+        seen: list[Any] = []
+        handle = self.model.model.layers[index - 1].register_forward_hook(lambda _m, _a, out: seen.append(out))
+        self.model(torch.tensor([tokens]))
+        handle.remove()
+        [found] = seen
+        return (found[0] if isinstance(found, tuple) else found).reshape(len(tokens), -1)[:-1]
+
+    def _said(self, h: Tensor, token: int, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(what logits are of, what the next position reads)."""
         name = self.made.layer
         table = self.w.get("embed_tokens.weight", self.model.model.embed_tokens.weight)
         normed = self._norm(h, f"{name}.hidden_norm")
         x = torch.cat([self._norm(table[token], f"{name}.input_layernorm"), normed])
-        q, k, v = (self.w[f"{name}.self_attn.{kind}_proj.weight"] @ x for kind in "qkv")
+        residual = normed if "norm_before_residual" in self.made.flags else h
+        g = self._through(x, residual, keys, values)
+        out = self._norm(g, "norm")
+        return out, out if "norm_output" in self.made.flags else g
+
+    def _through(self, x: Tensor, residual: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Attention and the MLP of the layer, at the next position."""
+        name = self.made.layer
+        q, k, v = (self._linear(f"{name}.self_attn.{kind}_proj", x) for kind in "qkv")
         q, k, v = q.view(HEADS, -1), k.view(KV_HEADS, -1), v.view(KV_HEADS, -1)
         if f"{name}.self_attn.q_norm.weight" in self.w:
             q, k = self._norm(q, f"{name}.self_attn.q_norm"), self._norm(k, f"{name}.self_attn.k_norm")
-        keys.append(rotated(k, position))
+        q, k = (self._rotated(it, len(keys)) for it in (q, k))
+        keys.append(k)
         values.append(v)
         group = HEADS // KV_HEADS
         k_all = torch.stack(keys, dim=1).repeat_interleave(group, 0)
         v_all = torch.stack(values, dim=1).repeat_interleave(group, 0)
-        scores = (rotated(q, position)[:, None] * k_all).sum(-1) * HEAD_DIM**-0.5
+        scores = (q[:, None] * k_all).sum(-1) * HEAD_DIM**-0.5
         attended = (scores.softmax(-1)[:, :, None] * v_all).sum(1).flatten()
-        residual = normed if "norm_before_residual" in self.made.flags else h
-        y = residual + self.w[f"{name}.self_attn.o_proj.weight"] @ attended
+        y = residual + self._linear(f"{name}.self_attn.o_proj", attended)
         z = self._norm(y, f"{name}.post_attention_layernorm")
-        gate, up, down = (self.w[f"{name}.mlp.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
-        return y + down @ (torch.nn.functional.silu(gate @ z) * (up @ z))
+        gate, up = (self._linear(f"{name}.mlp.{kind}_proj", z) for kind in ("gate", "up"))
+        return y + self._linear(f"{name}.mlp.down_proj", torch.nn.functional.silu(gate) * up)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return self.w[f"{name}.weight"] @ x + self.w.get(f"{name}.bias", 0)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * self.w[f"{name}.weight"]
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.w[f"{name}.weight"]
+
+    def _rotated(self, x: Tensor, position: int) -> Tensor:
+        """[heads, HEAD_DIM] at this position, halves paired."""
+        half = HEAD_DIM // 2
+        angles = position * self.theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        one, other = x[:, :half], x[:, half:]
+        return torch.cat([one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()], dim=-1)
 
 
-def rotated(x: Tensor, position: int) -> Tensor:
-    """[heads, HEAD_DIM] at this position, halves paired."""
-    half = HEAD_DIM // 2
-    angles = position * THETA ** (-torch.arange(half, dtype=torch.float64) / half)
-    one, other = x[:, :half], x[:, half:]
-    return torch.cat([one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()], dim=-1)
+class MtpReference(Reference):
+    """Of an MTP head, as MiMo's and speculators' modelling code has it."""
+
+    def _entered(self, tokens: list[int]) -> Tensor:
+        return self.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0, :-1]
+
+    def _said(self, h: Tensor, token: int, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        name = self.made.layer
+        embedded = self._norm(self.model.model.embed_tokens.weight[token], f"{name}.token_layernorm")
+        halves = [self._norm(h, f"{name}.hidden_layernorm"), embedded]
+        x = self._linear(f"{name}.input_proj", torch.cat(halves[::-1] if "token_first" in self.made.flags else halves))
+        g = self._through(self._norm(x, f"{name}.input_layernorm"), x, keys, values)
+        out = self._norm(g, f"{name}.final_layernorm")
+        return out, out

@@ -68,6 +68,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "topk_method": (None, "greedy"),
         "use_alibi": (None, False),
         "use_bidirectional_attention": (None, False),
+        "use_mrope": (None, False),
         "use_parallel_residual": (None, False),
         "use_qk_norm": (None, False),
         "use_sliding_window": (None, False),

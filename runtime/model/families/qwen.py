@@ -1,4 +1,4 @@
-"""Qwen 2 and Qwen 3, dense and with experts."""
+"""Qwen 2 and Qwen 3, dense and with experts; and MiMo, which is a Qwen 2 with layers for further tokens."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ FAMILY = Family(
             qkv_bias="always",
             windows="layer_types",
             reads=_QWEN_WINDOW_KEYS,
+        ),
+        "mimo": Architecture(
+            defaults=_QWEN,
+            qkv_bias="always",
+            windows="layer_types",
+            reads=_QWEN_WINDOW_KEYS | {"attention_bias": bool, "num_nextn_predict_layers": Index},
         ),
         "qwen3": Architecture(
             defaults=_QWEN | {"head_dim": 128},

@@ -36,7 +36,8 @@ def test_a_family_is_found_by_its_file_and_claims_what_no_other_does() -> None:
     """Every case of the decoder's comparison with transformers belongs to one."""
     model_types = [model_type for family in FAMILIES for model_type in family.architectures]
     assert len(set(model_types)) == len(model_types)
-    assert {make_config(*CASES[name]).model_type for name in CASES} == set(model_types)
+    of_itself = {"mimo"}  # its code lies in its checkpoints: tests/runtime/test_heads.py
+    assert {make_config(*CASES[name]).model_type for name in CASES} == set(model_types) - of_itself
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
