@@ -107,13 +107,17 @@ class Cell:
     def __init__(self, process: Process, url: str) -> None:
         self.url = url
         self._process = process
+        self._killed = 0
 
     def kill(self, number: int) -> None:
         engines = sorted(pid for pid in children(self._process.pid) if runs(pid, ENGINE))
-        os.kill(engines[number % len(engines)], signal.SIGKILL)
+        self._killed = engines[number % len(engines)]
+        os.kill(self._killed, signal.SIGKILL)
 
     async def all_up(self) -> None:
         def are_up() -> bool:
+            if self._killed in children(self._process.pid):  # the cell hasn't noticed yet, and takes it for up
+                return False
             lines = httpx.get(f"{self.url}/metrics", timeout=PATIENCE).text.splitlines()
             return all(line.endswith(" 1.0") for line in lines if line.startswith("octavo:engine_up{"))
 
