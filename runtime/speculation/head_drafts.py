@@ -28,6 +28,7 @@ from octavo.runtime.speculation.heads import Head, Said
 from octavo.runtime.worker.hidden_states import HiddenStates
 
 MOST_KEPT = 64  # tokens of a sequence, for which a pass is made: it costs little more than one of a single token
+MOST_IN_ALL = 2048  # of all sequences: what is kept of these takes some 50 MB with a model of 8B
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +118,13 @@ class HeadDrafts:
                 read.num_kept += count
             if read.num_kept >= MOST_KEPT:
                 full.append(sequence)
+        num_kept = sum(read.num_kept for read in self._read.values())
+        if num_kept >= MOST_IN_ALL or len(self._read) > 2 * len(plan.scheduled):
+            self._read = {it: read for it, read in self._read.items() if not it.has_ended and it.slot >= 0}
+        if num_kept >= MOST_IN_ALL:
+            full = [sequence for sequence, read in self._read.items() if read.num_kept]
         if full:
             self._catch_up(full)
-        if len(self._read) > 2 * len(plan.scheduled):
-            self._read = {it: read for it, read in self._read.items() if not it.has_ended and it.slot >= 0}
 
     @torch.inference_mode()
     def drafts(self, sequences: Rows[Sequence], count: int) -> list[list[int]]:

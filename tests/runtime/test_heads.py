@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 from draft_engines import KINDS, SIZES, said
+from hf_oracle import make_hf, save
 from made_heads import (
     LAYER,
     VOCAB,
@@ -37,6 +38,7 @@ from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest
 from octavo.runtime.model.inventory import check_dense
 from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.speculation import head_drafts
 from octavo.runtime.speculation.config import SpeculativeConfig
 from octavo.runtime.speculation.head_drafts import HeadDrafts
 from octavo.runtime.speculation.model_speculation import ModelSpeculation
@@ -114,7 +116,7 @@ def requests(rng: random.Random, longest: int = 30, **params: Any) -> list[AddRe
     ]
 
 
-@pytest.mark.parametrize("kind", [*list(MADE)[:-1], slow("each normed")])
+@pytest.mark.parametrize("kind", ["eagle", slow("speculators"), "normed", slow("each normed")])
 def test_logits_are_the_formula_s(kind: str, target: tuple[Path, Any], tmp_path: Path) -> None:
     """Of prompts in chunks, in batches, behind refused drafts and preemptions, and behind cached prefixes."""
     directory, model = target
@@ -159,6 +161,22 @@ def test_an_mtp_head_s_logits_are_its_formula_s(kind: str, target: tuple[Path, A
         ids.append(token)
     reference = MtpReference(made, model)
     for tokens, drafts, row in random.Random(2).sample(recorded.calls, 15):
+        torch.testing.assert_close(row.double(), reference.logits(tokens, drafts), rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_sees_what_the_model_s_blocks_hold(tmp_path: Path) -> None:
+    """Of a model all of whose layers have a window, blocks before it are given to others."""
+    model = make_hf("Mistral", {"sliding_window": 7, "max_position_embeddings": 256})
+    save(model, tmp_path / "model")
+    made = of_eagle()
+    engine = load(tmp_path / "model", made.write(tmp_path / "head"), num_blocks=24)
+    recorded = Recorded(drafts_of(engine))
+    wanted = requests(random.Random(1))
+    expected = run_to_end(load(tmp_path / "model"), wanted)
+    found = run_to_end(engine, wanted)
+    assert {name: said(it) for name, it in found.items()} == {name: said(it) for name, it in expected.items()}
+    reference = Reference(made, model.double(), window=7)
+    for tokens, drafts, row in random.Random(2).sample(recorded.calls, 12):
         torch.testing.assert_close(row.double(), reference.logits(tokens, drafts), rtol=1e-3, atol=1e-3)
 
 
@@ -252,6 +270,24 @@ def test_it_reads_what_it_kept_only_when_it_is_asked(target: tuple[Path, Any], t
     engine.step()
     tokens, said_before, found = recorded.calls[1]
     torch.testing.assert_close(found.double(), Reference(made, model).logits(tokens, said_before), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_kept_of_all_sequences_is_bounded(
+    target: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_drafts, "MOST_IN_ALL", 50)
+    engine = load(target[0], of_eagle().write(tmp_path))
+    drafts = drafts_of(engine)
+    engine.speculation = ModelSpeculation(drafts, lambda _: 0, 3)
+    for i in range(4):
+        engine.add(make_request(f"r{i}", [5, 6, 7 + i], max_tokens=40))
+    most = 0
+    while engine.has_work:
+        engine.step()
+        kept = [read.num_kept for read in drafts._read.values()]
+        assert sum(kept) < 50
+        most = max([most, *kept])
+    assert most > 10
 
 
 def test_it_sleeps_with_the_engine(tmp_path: Path) -> None:

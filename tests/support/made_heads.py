@@ -217,7 +217,9 @@ def make_blind(directory: Path) -> Path:
 class Reference:
     """What a head says, in float64, one position after another, and of the model what transformers says."""
 
-    def __init__(self, made: Made, model: Any) -> None:
+    def __init__(self, made: Made, model: Any, window: int | None = None) -> None:
+        """window: of the latest positions, how many it sees; None: all."""
+        self.window = window
         self.made = made
         self.model = model
         self.w = {name: tensor.double() for name, tensor in made.tensors.items() if tensor.is_floating_point()}
@@ -279,8 +281,9 @@ class Reference:
         keys.append(k)
         values.append(v)
         group = HEADS // KV_HEADS
-        k_all = torch.stack(keys, dim=1).repeat_interleave(group, 0)
-        v_all = torch.stack(values, dim=1).repeat_interleave(group, 0)
+        seen = slice(None) if self.window is None else slice(-self.window, None)
+        k_all = torch.stack(keys[seen], dim=1).repeat_interleave(group, 0)
+        v_all = torch.stack(values[seen], dim=1).repeat_interleave(group, 0)
         scores = (q[:, None] * k_all).sum(-1) * HEAD_DIM**-0.5
         attended = (scores.softmax(-1)[:, :, None] * v_all).sum(1).flatten()
         y = residual + self._linear(f"{name}.self_attn.o_proj", attended)
