@@ -17,8 +17,9 @@ from octavo.calibration.layers import BLOCK, LinearLayer, QuantizeError, Selecti
 from octavo.calibration.output import make_format
 from octavo.calibration.recipe import Recipe, RecipeError, means_layer
 from octavo.quant.checkpoint import SINGLE, Checkpoint
-from octavo.quant.safetensors_file import SafetensorsFile, TensorSpec
+from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import QuantScheme
+from octavo.quant.tensor_file import TensorFile
 
 OUTSIDE = "outside"  # the unit of all that stands in no block
 
@@ -28,7 +29,7 @@ class Item:
     """One tensor of the source, and what becomes of it: the same, or a linear layer's tensors."""
 
     name: str
-    file: SafetensorsFile
+    file: TensorFile
     linear: LinearLayer | None
     scheme: QuantScheme | None
     outputs: Mapping[str, TensorSpec]
@@ -126,7 +127,7 @@ def _units(
 
 def _item(
     name: str,
-    file: SafetensorsFile,
+    file: TensorFile,
     spec: TensorSpec,
     recipe: Recipe,
     linear: LinearLayer | None,

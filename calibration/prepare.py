@@ -126,7 +126,7 @@ def open_source(source: Path, out: Path, *, overwrite: bool, resume: bool, layou
             f"{source} is quantized already (config.json has a quantization_config): rounding twice would lose more "
             "than the report could tell; start from the original checkpoint, or change the format with octavo convert"
         )
-    return Checkpoint.open(source, layouts)
+    return Checkpoint.open(source, layouts, gguf_dtype=torch.bfloat16)
 
 
 def plan_model(

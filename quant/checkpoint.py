@@ -6,19 +6,23 @@ that nobody asked for. Weights must be safetensors files; pickles can run code a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from octavo.quant.formats.format import FormatError, QuantizationConfig
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.fused_experts import divide_experts
+from octavo.quant.gguf.file import GGUFFile
 from octavo.quant.model_files import CheckpointError, read_object
 from octavo.quant.model_layout import NO_LAYOUTS, UNKNOWN, Layouts, ModelLayout
 from octavo.quant.printable import shown, some
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import MAX_TENSORS, SafetensorsError, SafetensorsFile, TensorSpec
+from octavo.quant.tensor_file import TensorFile
 
 # The files where old GPTQ and AWQ writers, and ModelOpt, keep the quantization config.
 SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -34,6 +38,7 @@ KV_SCALES = (
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GGUF = "model.gguf"
 CONFIG_TYPES = {
     "model_type": str,
     "architectures": list,
@@ -58,7 +63,7 @@ class Checkpoint:
         self,
         directory: Path,
         config: dict[str, Any],
-        files: dict[str, SafetensorsFile],
+        files: Mapping[str, TensorFile],
         quantization: QuantizationConfig | None,
         layout: ModelLayout = UNKNOWN,
     ) -> None:
@@ -78,15 +83,22 @@ class Checkpoint:
                 self._suffixes.setdefault(module, []).append(suffix)
 
     @classmethod
-    def open(cls, directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
+    def open(cls, directory: Path, layouts: Layouts = NO_LAYOUTS, gguf_dtype: torch.dtype | None = None) -> Checkpoint:
         """Read the config and all shards' headers, but no tensor. Raises CheckpointError.
 
         layouts: of the model types that are known. Fused experts of other types stay one tensor.
+        gguf_dtype: of all numbers of a GGUF file; None: as `GGUFFile` has them.
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
         config, quantization_file = _read_configs(directory)
-        files = _open_shards(directory, _find_shards(directory))
+        files: Mapping[str, TensorFile]
+        if (directory / GGUF).exists():
+            gguf = GGUFFile(directory / GGUF, gguf_dtype)
+            files = {GGUF: gguf}
+            config = config | {"quantization_config": gguf.quantization_config}
+        else:
+            files = _open_shards(directory, _find_shards(directory))
         layout = layouts.get(str(config.get("model_type")), UNKNOWN)
         try:
             if layout.experts is not None:
@@ -168,7 +180,7 @@ class Checkpoint:
         """The names of the tensors that nobody has asked for yet, sorted."""
         return sorted(self._unread)
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def _file(self, name: str) -> TensorFile:
         try:
             return self._file_of[name]
         except KeyError:

@@ -12,14 +12,15 @@ import re
 from collections.abc import Iterator
 
 from octavo.quant.model_layout import ExpertNames
-from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile
+from octavo.quant.safetensors_file import SafetensorsError
+from octavo.quant.tensor_file import TensorFile
 
 FUSED = re.compile(r"^(?P<layer>.+)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)$")
 ROUTER = re.compile(r"^(?P<layer>.+)\.mlp\.gate\.weight$")
 MAX_EXPERTS = 1 << 16
 
 
-def divide_experts(files: list[SafetensorsFile], names: ExpertNames) -> None:
+def divide_experts(files: list[TensorFile], names: ExpertNames) -> None:
     """Replace each tensor of experts by one tensor per expert of these names, and rename routers to match.
 
     Raises SafetensorsError if the files have an expert's own tensor as well.

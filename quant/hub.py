@@ -8,6 +8,7 @@ from typing import NoReturn
 from octavo.quant.model_files import CheckpointError
 
 # The files to download: everything in a model's directory but weights in pickles, GGUF or ONNX.
+GGUF = ".gguf"
 ALLOWED = [
     "*.safetensors",
     "*.json",
@@ -24,7 +25,7 @@ ALLOWED = [
 
 
 def resolve_model(model: str, revision: str | None = None, cache: str | None = None) -> Path:
-    """The directory of `model`: the path itself if it is a directory, else the snapshot of that Hub id.
+    """The directory of `model`: the path itself if it is one, that of a GGUF file, or the snapshot of that Hub id.
 
     The snapshot is downloaded if it isn't in `cache`, or in the Hub's own one. Honors HF_HOME, HF_TOKEN and
     HF_HUB_OFFLINE, as huggingface_hub does.
@@ -35,8 +36,12 @@ def resolve_model(model: str, revision: str | None = None, cache: str | None = N
         if revision is not None:
             _refuse(f"--revision {revision} is for a Hub id; {model} is a local directory")
         return path
+    if path.is_file() and path.suffix == GGUF:
+        from octavo.quant.gguf.directory import directory_of
+
+        return directory_of(path)
     if path.exists():
-        _refuse(f"{model} is a file; a model is a directory with config.json and safetensors files")
+        _refuse(f"{model} is a file; a model is a directory with config.json and safetensors files, or a .gguf file")
     looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if looks_local:
         _refuse(f"{model}: no such directory")
@@ -55,6 +60,8 @@ def resolve_model(model: str, revision: str | None = None, cache: str | None = N
 def model_name(model: str) -> str:
     """A directory's own name, or a Hub id's last part: no path of this machine is in a report."""
     path = Path(model).expanduser()
+    if path.suffix == GGUF and path.is_file():
+        return path.stem
     return path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from octavo.quant.formats import awq, compressed_tensors, fp8, gptq, microscaling
@@ -14,8 +15,15 @@ from octavo.quant.formats.fp8 import parse_fp8
 from octavo.quant.formats.gptq_config import parse_gptq
 from octavo.quant.formats.modelopt import parse_modelopt
 
+
+def parse_gguf(raw: Mapping[str, Any]) -> QuantizationConfig:
+    """What `GGUFFile.quantization_config` says in compressed-tensors' words; no config.json has it."""
+    return replace(parse_config(raw), name="gguf")
+
+
 METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "compressed-tensors": parse_config,
+    "gguf": parse_gguf,
     "gptq": parse_gptq,
     "awq": parse_awq,
     "auto-round": parse_auto_round,

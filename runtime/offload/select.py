@@ -21,7 +21,7 @@ from octavo.version import VERSION
 
 GIB = 1 << 30
 READ_BYTES = 1 << 22
-FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.py")  # what a model is made of
+FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py")  # what a model is made of
 
 
 def check_offload(config: EngineConfig) -> None:

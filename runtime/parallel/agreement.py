@@ -24,7 +24,7 @@ OWN_PARALLEL = frozenset(
     }
 )
 DESCRIPTIONS = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "*.index.json")
-WEIGHTS = "*.safetensors"
+WEIGHTS = ("*.safetensors", "*.gguf")
 SHOWN = 3  # differences in one line
 
 
@@ -41,7 +41,7 @@ def agreement_of(config: EngineConfig) -> Agreement:
     directory = Path(config.model)
     found = {path.name: path for pattern in DESCRIPTIONS for path in directory.glob(pattern)}
     files = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in found.items()}
-    files |= {path.name: f"{path.stat().st_size} bytes" for path in directory.glob(WEIGHTS)}
+    files |= {path.name: f"{path.stat().st_size} bytes" for pattern in WEIGHTS for path in directory.glob(pattern)}
     options = _options(config, OWN) | _options(config.parallel, OWN_PARALLEL)
     return Agreement(VERSION, files, options)
 

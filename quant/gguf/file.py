@@ -1,0 +1,127 @@
+"""A GGUF file's tensors under Hugging Face's names, as `SafetensorsFile` has those of a safetensors file.
+
+Linear layers whose blocks are integers times scales (Q4_0, Q5_0, Q8_0, Q3_K, Q6_K, IQ4) come as compressed-tensors
+stores integers: `weight` int8 [N, K] and `weight_scale` float32 [N, groups], and `quantization_config` says so in its
+words. Everything else, and with `dtype` everything, comes as numbers, decoded when a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.quant.gguf.architectures import change_of, config_of, rename
+from octavo.quant.gguf.blocks import BLOCK_TYPES, BlockType
+from octavo.quant.gguf.header import StoredTensor, read_header
+from octavo.quant.model_files import CheckpointError
+from octavo.quant.safetensors_file import TensorSpec
+
+CHUNK = 1 << 22  # numbers decoded at a time
+LINEAR = ("_proj.weight", "lm_head.weight")
+SCALE = "_scale"
+
+
+class GGUFFile:
+    """One file: its header is read at once, its tensors on demand.
+
+    dtype  None: numbers in blocks are float32, others as they are stored, and linear layers of integers are integers.
+           Else every number is of this type: what a quantizer takes for the original
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        """Raises CheckpointError for a file that is damaged, or has what isn't known."""
+        self.path = path
+        self.size = path.stat().st_size
+        self.specs: dict[str, TensorSpec] = {}
+        header = read_header(path)
+        self._metadata = header.metadata
+        try:
+            self._config = config_of(header.metadata, header.tensors)
+            self._stored = {rename(name, header.metadata): (name, t) for name, t in header.tensors.items()}
+        except CheckpointError as e:
+            raise CheckpointError(f"{path.name}: {e}") from None
+        self._dtype = dtype
+        self._map: Tensor | None = None
+        self._integers: dict[str, BlockType] = {}
+        for name, (_, tensor) in self._stored.items():
+            self._announce(name, tensor)
+
+    def _announce(self, name: str, tensor: StoredTensor) -> None:
+        block = BLOCK_TYPES[tensor.kind]
+        is_linear = name.endswith(LINEAR) and len(tensor.shape) == 2
+        if self._dtype is None and is_linear and block.integers is not None:
+            n, k = tensor.shape
+            self._integers[name] = block
+            self.specs[name] = TensorSpec(torch.int8, (n, k))
+            self.specs[name + SCALE] = TensorSpec(torch.float32, (n, k // block.group))
+        else:
+            self.specs[name] = TensorSpec(self._dtype or block.plain or torch.float32, tensor.shape)
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """As config.json would have it for the integers; None where every number is of one type."""
+        if self._dtype is not None:
+            return None
+        targets: dict[tuple[int, int], list[str]] = {}
+        for name, block in self._integers.items():
+            targets.setdefault((block.bits, block.group), []).append(name.removesuffix(".weight"))
+        groups = {
+            f"group_{i}": {
+                "targets": modules,
+                "weights": {"num_bits": bits, "type": "int", "strategy": "group", "group_size": size},
+                "format": "naive-quantized",
+            }
+            for i, ((bits, size), modules) in enumerate(targets.items())
+        }
+        return {"quant_method": "gguf", "format": "naive-quantized", "config_groups": groups}
+
+    def view(self, name: str) -> Tensor:
+        """The tensor in its own memory."""
+        if (whole := name.removesuffix(SCALE)) in self._integers:
+            codes, scales = self._decode_integers(whole)
+            return scales if name != whole else codes
+        spec = self.specs[name]
+        original, tensor = self._stored[name]
+        block = BLOCK_TYPES[tensor.kind]
+        raw = self._blocks(tensor, block)
+        change = change_of(original, self._metadata, self._config)
+        out = torch.empty(spec.numel, dtype=spec.dtype)
+        step = max(1, CHUNK // block.columns)
+        for begin in range(0, len(raw), step):
+            part = block.decode(raw[begin : begin + step]).flatten()
+            at = begin * block.columns
+            out[at : at + part.numel()] = part
+        out = out.view(spec.shape)
+        return out if change is None else change(out.float()).to(spec.dtype).contiguous()
+
+    def read(self, name: str) -> Tensor:
+        return self.view(name)
+
+    def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[Tensor]:
+        yield from torch.split(self.view(name).flatten().view(torch.uint8), chunk_bytes)
+
+    def divide(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:  # noqa: ARG002
+        raise CheckpointError(f"{self.path.name}: {name} is of several experts, which are not read from GGUF files")
+
+    def _decode_integers(self, name: str) -> tuple[Tensor, Tensor]:
+        """codes [N, K] int8 and scales [N, groups] float32 of a linear layer."""
+        block = self._integers[name]
+        original, tensor = self._stored[name]
+        assert block.integers is not None
+        n, k = tensor.shape
+        codes, scales = block.integers(self._blocks(tensor, block))
+        change = change_of(original, self._metadata, self._config)
+        found = [codes.reshape(n, k), scales.reshape(n, k // block.group)]
+        codes, scales = found if change is None else [change(rows) for rows in found]
+        return codes, scales
+
+    def _blocks(self, tensor: StoredTensor, block: BlockType) -> Tensor:
+        """A tensor's blocks, [n, bytes] uint8, as a view of the mapped file."""
+        if self._map is None:
+            self._map = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+        raw = self._map[tensor.begin : tensor.begin + tensor.nbytes].view(-1, block.nbytes)
+        return raw.clone() if block.plain is not None and tensor.begin % block.nbytes else raw

@@ -1,0 +1,290 @@
+"""GGUF files: numbers are the gguf package's, logits transformers', and what isn't known is refused by name."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType as Kind
+from gguf_oracle import write_gguf
+from safetensors.torch import save_file
+from served import logits_of
+
+from octavo.cli import main
+from octavo.demo_models import DEMO_MODELS, _download, _join_pieces
+from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.gguf.blocks import BLOCK_TYPES
+from octavo.quant.gguf.file import GGUFFile
+from octavo.quant.gguf.header import read_header
+from octavo.quant.gguf.tokenizer import SPACE, tokenizer_of
+from octavo.quant.hub import model_name, resolve_model
+from octavo.quant.model_files import CheckpointError
+from octavo.quant.qparams import QuantizedWeight
+from octavo.text.tokenizer import Tokenizer
+
+Q = "model.layers.0.self_attn.q_proj"
+TEXTS = (
+    "Hello world! It's 12345 o'clock.\n\n  def f(x):\n\treturn x",
+    "  ünïcödé 你好",
+    "<|im_start|>user\nhi<|im_end|>",
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories of GGUF files are made in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_blocks_stand_for_the_numbers_that_the_gguf_package_says(name: str) -> None:
+    """Of random bytes: every pattern of bits in every place, infinite scales among them."""
+    block, kind = BLOCK_TYPES[name], Kind[name]
+    assert (block.columns, block.nbytes) == gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (300, block.nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        theirs = gguf.quants.dequantize(raw, kind)
+    ours = block.decode(torch.from_numpy(raw).clone()).numpy()
+    assert np.array_equal(ours.reshape(theirs.shape), theirs, equal_nan=True)
+
+
+def random_model(directory: Path, kind: str) -> Path:
+    """A model of another architecture, with norms that matter."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "num_hidden_layers": 6}
+    if kind.startswith("gemma"):
+        sizes |= {"sliding_window": 8, "query_pre_attn_scalar": 32}
+    config = {
+        "qwen3": transformers.Qwen3Config,
+        "gemma2": transformers.Gemma2Config,
+        "gemma3": transformers.Gemma3TextConfig,
+    }[kind](**sizes)
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.add_(torch.randn(parameter.shape) * 0.2)
+    model.bfloat16().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "kind"),
+    [
+        ("tiny", "llama", Kind.Q8_0),
+        ("tiny", "llama", Kind.Q4_0),
+        ("tiny-qwen2", "qwen2", Kind.Q5_1),
+        ("qwen3", "qwen3", Kind.Q5_0),
+        ("gemma2", "gemma2", Kind.Q4_1),
+        ("gemma3", "gemma3", Kind.F16),
+    ],
+)
+def test_logits_are_transformers_of_the_very_numbers(
+    fixtures: Path, tmp_path: Path, name: str, arch: str, kind: Kind
+) -> None:
+    """Rows of llama's q and k, and Gemma's norms, are as the original has them; integers are served as integers."""
+    source = fixtures / name if (fixtures / name).is_dir() else random_model(tmp_path / "source", name)
+    file = tmp_path / f"{name}.gguf"
+    meaning = write_gguf(source, file, arch, kind)
+    directory = resolve_model(str(file))
+    assert resolve_model(str(file)) == directory
+    assert model_name(str(file)) == name
+    checkpoint = Checkpoint.open(directory)
+    for tensor, expected in meaning.items():
+        module = tensor.removesuffix(".weight")
+        found = (
+            checkpoint.linear(module)
+            if tensor.endswith(("_proj.weight", "lm_head.weight"))
+            else checkpoint.tensor(tensor)
+        )
+        numbers = found.dequantize() if isinstance(found, QuantizedWeight) else found.float()
+        assert torch.equal(numbers, expected), tensor
+    assert isinstance(checkpoint.linear(Q), QuantizedWeight) == (kind in (Kind.Q8_0, Kind.Q4_0, Kind.Q5_0))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_file(
+        {key: value.contiguous() for key, value in meaning.items()}, plain / "model.safetensors", {"format": "pt"}
+    )
+    shutil.copy(source / "config.json", plain)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits_of(directory, ids), expected, rtol=0, atol=1e-4)
+
+
+def test_tokenizer_and_chat_template_come_out_of_the_file(fixtures: Path, tmp_path: Path) -> None:
+    write_gguf(fixtures / "tiny", tmp_path / "tiny.gguf", "llama", Kind.Q8_0)
+    directory = resolve_model(str(tmp_path / "tiny.gguf"))
+    ours, theirs = Tokenizer.open(directory), Tokenizer.open(fixtures / "tiny")
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text)
+    assert ours.special_ids == theirs.special_ids
+    assert ours.config["chat_template"] == "{{ messages[0].content }}"
+    assert ours.special_tokens["eos_token"] == "<|im_end|>"
+    assert json.loads((directory / "generation_config.json").read_text()) == {"eos_token_id": 2, "bos_token_id": 1}
+
+
+def joined_by_score(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's BPE as it is defined: the two neighbors whose joint piece has the highest score, the first of
+    equal ones, become one, until no two can.
+    """
+    pieces = list(text)
+    while True:
+        pairs = [(-scores[a + b], i) for i, (a, b) in enumerate(pairwise(pieces)) if a + b in scores]
+        if not pairs:
+            return pieces
+        _, at = min(pairs)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_sentencepiece_joins_by_scores(prefixed: bool) -> None:
+    rng = random.Random(0)
+    pieces = dict.fromkeys("abcd" + SPACE)
+    while len(pieces) < 60:
+        pieces[rng.choice(list(pieces)) + rng.choice(list(pieces))] = None
+    ranked = [piece for piece in pieces if len(piece) > 1] + [piece for piece in pieces if len(piece) == 1]
+    scores = {piece: -float(i) for i, piece in enumerate(ranked)}
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*special, *ranked, "\n\n"],
+        "tokenizer.ggml.scores": [0.0] * len(special) + list(scores.values()) + [-1000.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(ranked), 4],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_space_prefix": prefixed,
+    }
+    state, config = tokenizer_of(metadata)
+    assert (config["add_bos_token"], config["bos_token"]) == (True, "<s>")
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(state)
+    for _ in range(200):
+        text = "".join(rng.choices("abcd ", k=rng.randint(1, 30))).strip() or "a"
+        whole = (SPACE if prefixed else "") + text.replace(" ", SPACE)
+        assert backend.encode(text, add_special_tokens=False).tokens == joined_by_score(whole, scores)
+        assert backend.decode(backend.encode(text).ids) == text
+    assert backend.encode("é", add_special_tokens=False).tokens[-2:] == ["<0xC3>", "<0xA9>"]
+    assert "\n\n" in backend.encode("a\n\nb", add_special_tokens=False).tokens
+
+
+def test_commands_take_the_file(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """inspect, quantize and convert: the second takes the numbers for the original, the third keeps the integers."""
+    file = tmp_path / "tiny.gguf"
+    write_gguf(fixtures / "tiny", file, "llama", Kind.Q8_0)
+    assert main(["inspect", str(file), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["architecture"], shown["format"]) == ("LlamaForCausalLM", "gguf")
+    assert main(["convert", str(file), str(tmp_path / "ct"), "--format", "compressed-tensors"]) == 0
+    original, converted = Checkpoint.open(resolve_model(str(file))), Checkpoint.open(tmp_path / "ct")
+    before, after = original.linear(Q), converted.linear(Q)
+    assert isinstance(before, QuantizedWeight)
+    assert isinstance(after, QuantizedWeight)
+    assert torch.equal(before.dequantize(), after.dequantize())
+    out = tmp_path / "w4"
+    assert main(["quantize", str(file), "-o", str(out), "--scheme", "W4A16", "--group-size", "32", "--no-eval"]) == 0
+    written = Checkpoint.open(out)
+    assert written.tensor("model.norm.weight").dtype == torch.bfloat16
+    error = (written.linear(Q).dequantize() - before.dequantize()).norm() / before.dequantize().norm()  # type: ignore[union-attr]
+    assert 0.05 < float(error) < 0.12
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in out.iterdir()}
+    assert not (out / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "mamba"}, "GGUF architecture 'mamba' is not read; llama, qwen2"),
+        ({"llama.expert_count": 8}, "llama.expert_count, which is not known here"),
+        ({"llama.rope.dimension_count": 16}, "llama.rope.dimension_count is 16, and heads have 32"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'; none, linear and yarn are read"),
+        ({"llama.attention.head_count_kv": [2, 1]}, r"head_count_kv is \[2, 1\]; a number, the same for all"),
+        ({"split.count": 3}, "one of several parts; llama-gguf-split --merge"),
+        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; gpt-2, smollm, qwen2, llama-bpe are read"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'; gpt2 and llama are read"),
+        ({"tokenizer.ggml.token_type": [1]}, "token_type is not one number for each token"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    fixtures: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    arch = changes.pop("general.architecture", "llama")
+    write_gguf(fixtures / "tiny", file, "llama", Kind.Q8_0, **changes)
+    if arch != "llama":
+        file.write_bytes(file.read_bytes().replace(b"llama", arch.encode()))
+    with pytest.raises(CheckpointError, match=f"tiny.gguf: .*{message}"):
+        resolve_model(str(file))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_damaged_files_are_refused(fixtures: Path, tmp_path: Path) -> None:
+    """Cut anywhere, or with any byte of the header's beginning changed: refused or read, no crash."""
+    file, other = tmp_path / "tiny.gguf", tmp_path / "other.gguf"
+    write_gguf(fixtures / "tiny", file, "llama", Kind.Q8_0)
+    whole = file.read_bytes()
+    assert read_header(file).tensors
+    for length in (0, 3, 11, 30, 200, 5000, len(whole) - 1):
+        other.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"other\.gguf"):
+            read_header(other)
+    rng = random.Random(0)
+    for _ in range(200):
+        changed = bytearray(whole)
+        changed[rng.randrange(400)] = rng.randrange(256)
+        other.write_bytes(changed)
+        with suppress(CheckpointError):
+            GGUFFile(other)
+    other.write_bytes(whole.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"))
+    with pytest.raises(CheckpointError, match=r"the tensor blk\.0\.attn_z\.weight, which llama is not known to have"):
+        GGUFFile(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEMO_MODELS)
+def test_real_files(name: str, tmp_path: Path) -> None:
+    """Every tensor equals the gguf package's; text that is generated equals transformers' on these numbers."""
+    for package in DEMO_MODELS[name].packages:
+        _download(package, tmp_path)
+    file = tmp_path / "model.gguf"
+    _join_pieces(tmp_path, file)
+    directory = resolve_model(str(file))
+
+    kinds = set()
+    reader = gguf.GGUFReader(file)
+    as_float = GGUFFile(file, torch.float32)
+    stored = {theirs: name for name, (theirs, _) in as_float._stored.items()}
+    for tensor in reader.tensors:
+        kinds.add(tensor.tensor_type.name)
+        expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        found = as_float.view(stored[tensor.name])
+        if name == "smollm2" and ("attn_q" in tensor.name or "attn_k" in tensor.name):
+            found = found.unflatten(0, (-1, 2, 32)).transpose(1, 2).flatten(0, 2)
+        if name == "gemma3" and "norm" in tensor.name:
+            expected = expected - 1
+        assert torch.equal(found, expected), tensor.name
+    assert kinds >= {"F32", "Q8_0"}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    numbers = {tensor: as_float.view(tensor) for tensor in as_float.specs}
+    save_file(numbers, plain / "model.safetensors", {"format": "pt"})
+    shutil.copy(directory / "config.json", plain)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    ids = torch.tensor([Tokenizer.open(directory).encode("A short history of the printing press:")])
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits_of(directory, ids), expected, rtol=0, atol=1e-3)

@@ -1,0 +1,138 @@
+"""GGUF files out of Hugging Face's checkpoints, written and rounded by the gguf package, and what they stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
+from torch import Tensor
+
+BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm",
+}
+SANDWICH = BLOCK | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def name_of(name: str, arch: str) -> str:
+    """A tensor's name in the file."""
+    module, _, suffix = name.rpartition(".")
+    if module in OUTSIDE:
+        return f"{OUTSIDE[module]}.{suffix}"
+    _, _, index, kind = module.split(".", 3)
+    return f"blk.{index}.{(SANDWICH if arch.startswith('gemma') else BLOCK)[kind]}.{suffix}"
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k: the halves of a head, pair by pair."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -> dict[str, Tensor]:
+    """Write a model's GGUF with linear layers in blocks of a kind. Returns what its tensors stand for, by HF's names.
+
+    changes: of the metadata, by key; None leaves the key out.
+    """
+    config = json.loads((source / "config.json").read_text())
+    meaning = {}
+    writer = gguf.GGUFWriter(out, arch)
+    for key, value in (metadata_of(config, arch) | tokenizer_of(source) | changes).items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_array(key, value)
+    for name, tensor in load_file(source / "model.safetensors").items():
+        numbers = tensor.float().numpy()
+        is_linear = name.endswith(("_proj.weight", "lm_head.weight"))
+        own = kind if is_linear else Kind.F16 if "embed" in name else Kind.F32
+        meaning[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(numbers, own), own).copy())
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            numbers = interleaved(numbers, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            numbers = numbers + 1
+        writer.add_tensor(name_of(name, arch), gguf.quants.quantize(numbers, own), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meaning
+
+
+def metadata_of(config: dict[str, Any], arch: str) -> dict[str, Any]:
+    """Of an architecture, as convert_hf_to_gguf.py writes it."""
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("full_attention", rope).get("rope_theta", config.get("rope_theta"))
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return (
+        {
+            f"{arch}.block_count": config["num_hidden_layers"],
+            f"{arch}.context_length": config["max_position_embeddings"],
+            f"{arch}.embedding_length": config["hidden_size"],
+            f"{arch}.feed_forward_length": config["intermediate_size"],
+            f"{arch}.attention.head_count": config["num_attention_heads"],
+            f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
+            f"{arch}.attention.key_length": head_dim,
+            f"{arch}.attention.value_length": head_dim,
+            f"{arch}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+            f"{arch}.rope.freq_base": float(theta),
+        }
+        | ({f"{arch}.attention.sliding_window": config["sliding_window"]} if arch.startswith("gemma") else {})
+        | (
+            {f"{arch}.attn_logit_softcapping": 50.0, f"{arch}.final_logit_softcapping": 30.0}
+            if arch == "gemma2"
+            else {}
+        )
+    )
+
+
+def tokenizer_of(source: Path) -> dict[str, Any]:
+    """The metadata of a byte-level BPE tokenizer; of none: as many tokens as the model has."""
+    if not (source / "tokenizer.json").is_file():
+        count = json.loads((source / "config.json").read_text())["vocab_size"]
+        tokens = [f"t{i}" for i in range(count)]
+        kinds = [1] * count
+        merges = None
+    else:
+        state = json.loads((source / "tokenizer.json").read_text())
+        special = {token["content"] for token in state["added_tokens"]}
+        ids = state["model"]["vocab"] | {token["content"]: token["id"] for token in state["added_tokens"]}
+        tokens = sorted(ids, key=ids.__getitem__)
+        kinds = [3 if token in special else 1 for token in tokens]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+    }
