@@ -424,17 +424,22 @@ class Asleep(msgspec.Struct, frozen=True, tag="asleep"):
     error: str = ""
 
 
+PairTemplate = Literal["", "qwen3_reranker"]
+
+
 class PooledModel(msgspec.Struct, frozen=True):
     """What a model does that generates nothing.
 
     tasks: what requests may ask for. size: numbers of an embedding, or labels. dimensions: sizes that embeddings may be
-    cut to; (): none; None: any. num_token_types: that a prompt's tokens may have.
+    cut to; (): none; None: any. num_token_types: that a prompt's tokens may have. template: the words in which pairs of
+    texts are asked; empty: as the tokenizer puts two texts together.
     """
 
     tasks: tuple[PoolingTask, ...]
     size: int
     dimensions: tuple[int, ...] | None = ()
     num_token_types: int = 0
+    template: PairTemplate = ""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

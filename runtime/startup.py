@@ -118,7 +118,7 @@ def pooled_model(model: Model) -> PooledModel | None:
     pooler = model.pooler
     if pooler is None:
         return None
-    return PooledModel(pooler.tasks, pooler.size, pooler.dimensions, model.num_token_types)
+    return PooledModel(pooler.tasks, pooler.size, pooler.dimensions, model.num_token_types, pooler.template)
 
 
 def _engine_of(

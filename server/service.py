@@ -107,7 +107,7 @@ class Service:
             self.check_name(name)
             raise bad_request(
                 f"the model {self.model.name!r} generates text, and does nothing else here: POST /v1/completions and "
-                "/v1/chat/completions work",
+                "/v1/chat/completions work (octavo serve --runner pooling makes embeddings of it)",
                 "model",
             )
         self._check(name, http)

@@ -25,6 +25,7 @@ from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
 from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.pooled_decoder import NoHead
 from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
@@ -43,7 +44,7 @@ class Stack:
     embedding: Embedding | Received
     layers: list[DecoderLayer]
     final_norm: AddNorm
-    head: Head | RankHead | HandedOn
+    head: Head | RankHead | HandedOn | NoHead
     first_layer: int = 0
     ranks: tuple[str, ...] = ()
 
@@ -205,4 +206,5 @@ class Decoder:
             rows.insert(0, ("embedding", name, "triton" if self.ops.name == "triton" else "torch"))
         if self._head.linear is not None:
             rows.append(("lm_head", *self._head.linear.describe()))
-        return [*rows, ("norms, rope, attention", name, self.ops.name)]
+        pooling = [] if self.pooler is None else self.pooler.report()
+        return [*rows, ("norms, rope, attention", name, self.ops.name), *pooling]

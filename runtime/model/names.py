@@ -116,7 +116,7 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
     for i in range(len(spec.layers)):
         names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
         names += [*routers(spec, i, prefix, has), *(f"{prefix}layers.{i}.{norm}" for norm in norms)]
-    return [*names, f"{prefix}norm", *([] if spec.tied else [head_name(prefix)])]
+    return [*names, f"{prefix}norm", *([head_name(prefix)] if spec.has_head and not spec.tied else [])]
 
 
 def head_name(prefix: str) -> str:

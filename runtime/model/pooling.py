@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from octavo.runtime.messages import PoolingParams, PoolingTask
+from octavo.runtime.messages import PairTemplate, PoolingParams, PoolingTask
 
 PoolingKind = Literal["cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"]
 KINDS: tuple[PoolingKind, ...] = get_args(PoolingKind)
@@ -70,6 +70,7 @@ class Pooler:
     size           numbers of an embedding, or labels
     dimensions     sizes that an embedding may be cut to (Matryoshka); (): none; None: any
     cut            the size where a request doesn't say it; None: all
+    template       the words in which pairs are asked; empty: as the tokenizer puts two texts together
     """
 
     tasks: tuple[PoolingTask, ...]
@@ -80,6 +81,7 @@ class Pooler:
     probabilities: Probabilities = "none"
     dimensions: tuple[int, ...] | None = ()
     cut: int | None = None
+    template: PairTemplate = ""
 
     def needs_all_rows(self, task: PoolingTask) -> bool:
         """Whether a text's vector is made of other rows than its last one."""

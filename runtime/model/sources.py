@@ -17,7 +17,7 @@ from octavo.quant.formats.select import parse_quantization
 from octavo.quant.qparams import Weight, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
-PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")  # the last: of a model without a head
 
 # Tensors that some writers store and no decoder here needs. Anything else that is left unread is an error.
 UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.q_scale", ".self_attn.attn.q_scale")

@@ -73,6 +73,7 @@ class DecoderSpec:
     residual_multiplier  what attention's and the MLP's output are multiplied by before they are added
     logits_divisor       what logits are divided by, before final_soft_cap
     fused                qkv_proj and gate_up_proj are one tensor each on disk
+    has_head             it has a language model's head; else a pooler follows its layers
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
     moe                  what the layers that are `sparse` have; intermediate_size is the others'
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
@@ -106,6 +107,7 @@ class DecoderSpec:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     fused: bool = False
+    has_head: bool = True
     text_only: bool = False
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
@@ -113,10 +115,13 @@ class DecoderSpec:
     unknown_keys: tuple[str, ...] = ()
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> DecoderSpec:
-        """Read a config.json; raises UnsupportedModelError on what isn't known, ModelConfigError on what can't be."""
+    def from_hf(cls, config: dict[str, Any], *, is_pooled: bool = False) -> DecoderSpec:
+        """Read a config.json; raises UnsupportedModelError on what isn't known, ModelConfigError on what can't be.
+
+        is_pooled: its class may have another head than a language model's, or none.
+        """
         text_only = config.get("model_type") in VISION
-        config, name, row = _select(config)
+        config, name, row = _select(config, is_pooled=is_pooled)
         check_types(config, _KEY_TYPES)
         _refuse_unread(config, name, row)
         settings = ChainMap(dict(_given(config)), dict(row.defaults), dict(DEFAULTS))
@@ -145,6 +150,7 @@ class DecoderSpec:
             norm_eps=float(settings["rms_norm_eps"]),
             activation=_activation(settings, row),
             tied=bool(settings["tie_word_embeddings"]),
+            has_head=not is_pooled,
             norms=row.norms,
             norm_offset=row.norm_offset,
             qk_norm=row.qk_norm,
@@ -161,7 +167,7 @@ class DecoderSpec:
         )
 
 
-def _select(config: dict[str, Any]) -> tuple[dict[str, Any], str, Architecture]:
+def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any], str, Architecture]:
     """The config of the text decoder, its architecture's name and row."""
     name = str(config.get("model_type"))
     classes = config.get("architectures") or []
@@ -171,7 +177,7 @@ def _select(config: dict[str, Any]) -> tuple[dict[str, Any], str, Architecture]:
         name = VISION[name]
     elif name not in ARCHITECTURES:
         raise UnknownArchitectureError(name)
-    elif classes and not str(classes[0]).endswith("ForCausalLM"):
+    elif classes and not is_pooled and not str(classes[0]).endswith("ForCausalLM"):
         raise UnsupportedModelError(f"architecture {classes[0]!r} is not a decoder with a language-model head")
     return config, name, ARCHITECTURES[name]
 

@@ -39,6 +39,7 @@ from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedd
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
+from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_pooler, with_longest
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
@@ -79,17 +80,18 @@ def load_model(
     """
     hf_config = read_config(Path(config.model))
     device = device or Device.choose(config.device)
-    if is_pooled(config, hf_config):
-        if hf_config.get("model_type") in ENCODERS:
-            return load_encoder(config, device, hf_config)
-        if config.runner == "pooling" or config.convert != "auto":
-            raise LoadError("--runner pooling: only encoders are served for pooled requests so far")
+    pooled = is_pooled(config, hf_config)
+    if pooled and hf_config.get("model_type") in ENCODERS:
+        return load_encoder(config, device, hf_config)
+    if pooled:
+        check_pooled(config, device, group)
+        config = with_longest(config)
     if config.model_impl == "hf":
         return _load_hf(config, device, hf_config, "--model-impl hf", group)
     try:
-        spec = DecoderSpec.from_hf(hf_config)
+        spec = DecoderSpec.from_hf(hf_config, is_pooled=pooled)
     except UnknownArchitectureError as unknown:
-        if config.model_impl == "octavo":
+        if config.model_impl == "octavo" or pooled:
             raise
         reason = f"model_type {unknown.model_type!r} has no decoder here"
         try:
@@ -144,11 +146,14 @@ def _load_decoder(
     own = None if rank is None else rank.own
     builder.kv_scales, builder.kv_dtype = read_kv_scales(checkpoint, spec, source.prefix, own)
     model = builder.build(on_layer)
+    if not spec.has_head:
+        model.pooler = decoder_pooler(config, hf_config, spec, source, model.notes)
     model.notes += checkpoint.notes
     checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
     if spec.num_mtp_layers and config.speculative_config is None:
         model.notes.append("the checkpoint has an MTP head, with which --speculative-config.method mtp drafts")
-    if source.check_complete(tied=spec.tied, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0):
+    is_headless = spec.tied or not spec.has_head
+    if source.check_complete(tied=is_headless, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0):
         model.notes.append("the vision tower is not loaded: text only")
     return model
 
@@ -203,7 +208,7 @@ class DecoderBuilder:
             self.embedding(table) if stage.is_first else Received(stage, table),
             list(self._layers(range(*stage.layers), on_layer)),
             self.final_norm() if stage.is_last else self._add_norm(None),
-            self.head(table) if stage.is_last else HandedOn(stage),
+            self._end(table),
             first_layer=stage.layers[0],
             ranks=self._ranks,
         )
@@ -220,6 +225,12 @@ class DecoderBuilder:
         if self.config.lora.enable_lora:
             decoder.serve_adapters(ModelModules(self.spec, self.source, self.own), self.config.lora)
         return decoder
+
+    def _end(self, table: Tensor) -> Head | RankHead | HandedOn | NoHead:
+        """What stands behind the last layer; table: the embedding."""
+        if not self.spec.has_head:
+            return NoHead()
+        return self.head(table) if self.stage.is_last else HandedOn(self.stage)
 
     def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[DecoderLayer]:
         on_layer(0, len(indices))

@@ -131,6 +131,7 @@ class ScoreRequest(PooledRequest):
     data_1: TextOrTexts | None = None
     data_2: TextOrTexts | None = None
     use_activation: Flag | None = None
+    instruction: Text | None = None
 
     @property
     def sides(self) -> tuple[list[str], list[str]]:
@@ -181,6 +182,7 @@ class RerankRequest(PooledRequest):
     return_documents: Flag | None = None
     max_tokens_per_doc: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
     use_activation: Flag | None = None
+    instruction: Text | None = None
 
     @property
     def texts(self) -> list[str]:

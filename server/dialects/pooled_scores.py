@@ -13,9 +13,10 @@ from octavo.runtime.messages import PoolingParams
 from octavo.server.dialects.pooled import answered, headed, name_of, sent
 from octavo.server.dialects.pooled_request import RerankRequest, ScoreRequest
 from octavo.server.errors import RESPONSES, bad_request
-from octavo.server.pooled_inputs import Cut, PooledPrompt, check_total, pair_prompt, text_prompt
+from octavo.server.pooled_inputs import Cut, PooledPrompt, check_total, text_prompt
 from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult
+from octavo.server.reranker_template import asked_pair
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
@@ -71,9 +72,11 @@ async def scored(
                 "model",
             )
         params = PoolingParams("classify", use_activation=body.use_activation)
-        pairs = partial(_pairs, one, other, body.cut, of_document, model)
+        pairs = partial(_pairs, one, other, body, of_document, model)
         results = await answered(body, params, pairs, http, service)
         return [result.vector()[0] for result in results], results
+    if body.instruction is not None:
+        raise bad_request("instruction: this model's embeddings take prompts; prompt_name picks one", "instruction")
     if body.use_activation is not None:
         raise bad_request("use_activation: a cosine of embeddings has no activation; leave it out", "use_activation")
     distinct = list(dict.fromkeys(one)) + other
@@ -105,10 +108,14 @@ def _each(texts: list[str], cuts: list[Cut], pooled: PooledText, model: ServedMo
 
 
 def _pairs(
-    one: list[str], other: list[str], cut: Cut, of_document: int | None, model: ServedModel
+    one: list[str],
+    other: list[str],
+    body: ScoreRequest | RerankRequest,
+    of_document: int | None,
+    model: ServedModel,
 ) -> list[PooledPrompt]:
     found = [
-        pair_prompt(first, second, "documents", model, cut, most_of_second=of_document)
+        asked_pair(first, second, "documents", model, body.cut, body.instruction, most_of_second=of_document)
         for first, second in zip(one, other, strict=True)
     ]
     check_total(found, "documents")

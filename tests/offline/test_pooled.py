@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import CUTS, CrossEncoder, SentenceModel
+import transformers
+from tiny_encoders import CUTS, VOCABULARY, CrossEncoder, SentenceModel, save_tokenizer
 
 from octavo import LLM, AsyncLLM, PoolingParams
 
@@ -75,6 +76,33 @@ def test_what_can_not_be_is_refused(embedder: LLM, ask: Any, said: str) -> None:
 def test_a_model_that_generates_says_so(llm: LLM) -> None:
     with pytest.raises(ValueError, match="this model generates text"):
         llm.embed("red")
+
+
+def test_a_qwen3_reranker_is_asked_in_its_own_words(forked: None, tmp_path: Path) -> None:  # noqa: ARG001
+    directory = tmp_path / "Qwen3-Reranker-tiny"
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+    model.save_pretrained(directory)
+    tokenizer = save_tokenizer(directory)
+    before = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    task = "Given a web search query, retrieve relevant passages that answer the query"
+    behind = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    with LLM(str(directory), dtype="float32", num_threads=1, convert="classify") as llm:
+        for text, output in zip(TEXTS, llm.score("red", TEXTS, use_tqdm=False), strict=True):
+            asked = f"{before}<Instruct>: {task}\n<Query>: red\n<Document>: {text}{behind}"
+            ids = tokenizer.encode(asked, add_special_tokens=False).ids
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            words = [tokenizer.token_to_id("no"), tokenizer.token_to_id("yes")]
+            assert output.outputs.score == pytest.approx(float(logits[words].softmax(dim=0)[1]), abs=1e-4)
 
 
 def test_labels_and_an_event_loop(forked: None, tmp_path: Path) -> None:  # noqa: ARG001

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "query", ":", "red", "green", "blue", "##s", "##ing", "say", "run"]
+WORDS += ["yes", "no"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [
     *SPECIAL,

@@ -17,9 +17,10 @@ from octavo.runtime.messages import PoolingTask
 from octavo.server.admission import Ticket
 from octavo.server.dialects.pooled import checked_dimensions
 from octavo.server.errors import bad_request
-from octavo.server.pooled_inputs import Cut, PooledPrompt, ids_prompt, pair_prompt, text_prompt
+from octavo.server.pooled_inputs import Cut, PooledPrompt, ids_prompt, text_prompt
 from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult, pool, pooled_requests
+from octavo.server.reranker_template import asked_pair
 
 GROUP = 256  # prompts that are tokenized, and open, together
 
@@ -74,7 +75,7 @@ async def scores(
             if pooled.facts.size != 1:
                 raise bad_request(f"this model has {pooled.facts.size} labels, and a score is what a model of one says")
             pairs = [
-                partial(pair_prompt, first, second, "data_2", model.model, cut)
+                partial(asked_pair, first, second, "data_2", model.model, cut)
                 for first, second in zip(one, other, strict=True)
             ]
             made = await _pooled(model, pairs, EngineParams("classify", use_activation=params.use_activation), update)

@@ -181,6 +181,6 @@ def test_a_wrong_feature_is_seen(
     case, change = MUTATIONS[name]
     directory, theirs = oracle(case)
     read = DecoderSpec.from_hf
-    monkeypatch.setattr(weights.DecoderSpec, "from_hf", lambda config: change(read(config)))
+    monkeypatch.setattr(weights.DecoderSpec, "from_hf", lambda config, **how: change(read(config, **how)))
     ours = scattered_logits(weights.load_model(config_for(case, directory)), prompts())
     assert worst(ours, theirs) > 3 * bound(torch.cat(theirs))

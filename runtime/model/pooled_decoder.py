@@ -1,0 +1,147 @@
+"""A decoder that makes embeddings or scores: its pooler, out of a classifier's head or two rows of its output head.
+
+The layers are those that generate; behind the last one a pooler stands in the place of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+from torch import Tensor
+
+from octavo.kernels.quantized_activation import Hidden
+from octavo.quant.model_files import read_object_if_any
+from octavo.quant.qparams import QuantizedWeight
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.messages import PairTemplate
+from octavo.runtime.model.device import Device
+from octavo.runtime.model.families.encoding import HeadStep
+from octavo.runtime.model.names import head_name
+from octavo.runtime.model.pooler_choice import PoolerParts, make_pooler, purpose_of
+from octavo.runtime.model.pooling import Pooler, Projection
+from octavo.runtime.model.sentence_files import read_modules
+from octavo.runtime.model.sources import CheckpointSource, LoadError
+from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.parallel.group import Group
+
+QWEN3_RERANKER = "qwen3-reranker"  # in the name of its directory or repository
+NO_AND_YES = ("no", "yes")
+
+
+class NoHead:
+    """In the place of a `Head`, where a pooler follows the layers."""
+
+    linear = None
+
+    def forward(self, hidden: Hidden, step: object) -> NoReturn:
+        raise NotImplementedError("this model is pooled: it has hidden states and no logits")
+
+
+def check_pooled(config: EngineConfig, device: Device, group: Group) -> None:
+    """Raise LoadError for an option that pooled decoders don't have."""
+    if config.model_impl == "hf":
+        raise LoadError("--model-impl hf: transformers' own code is not served for pooled requests; leave it out")
+    if group.size > 1:
+        raise LoadError("--runner pooling: a pooled model runs on one rank so far; leave the other ranks out")
+    if device.torch_device.type != "cpu":
+        raise LoadError("--runner pooling: pooled models run on the CPU so far: --device cpu works")
+    if config.lora.enable_lora:
+        raise LoadError("--enable-lora: adapters of pooled models are not served; leave it out")
+    if config.speculative_config is not None:
+        raise LoadError("--speculative-config: a pooled model generates nothing; leave it out")
+    if config.load_format == "dummy":
+        raise LoadError("--load-format dummy: a pooled model's weights can't be random; leave it out")
+
+
+def with_longest(config: EngineConfig) -> EngineConfig:
+    """With the longest text that sentence-transformers names, where none was asked for."""
+    modules = read_modules(Path(config.model))
+    if config.max_model_len is not None or modules is None or modules.max_length is None:
+        return config
+    return msgspec.structs.replace(config, max_model_len=modules.max_length)
+
+
+def decoder_pooler(
+    config: EngineConfig, hf_config: Mapping[str, Any], spec: DecoderSpec, source: CheckpointSource, notes: list[str]
+) -> Pooler:
+    """The pooler of a decoder. Raises LoadError."""
+    steps = _head_steps(source)
+    words = _words_of_head(config, hf_config, steps)
+    if words is not None:
+        template: PairTemplate = "qwen3_reranker" if is_qwen3_reranker(config, hf_config) else ""
+        return replace(_from_words(config, spec, source, words), template=template)
+
+    def read(step: HeadStep, rows: int) -> Projection:
+        return _read(step, rows, spec, source)
+
+    if steps and "num_labels" not in hf_config and "id2label" not in hf_config:
+        labels = source.checkpoint.spec(f"{steps[-1].module}.weight").shape[0]  # a reward model says nothing of it
+        hf_config = {**hf_config, "num_labels": labels}
+        if labels == 1:
+            hf_config.setdefault("problem_type", "regression")
+    parts = PoolerParts(spec.hidden_size, "last", steps, steps, "last", read)
+    pooler = make_pooler(config, hf_config, parts, notes)
+    if purpose_of(config, hf_config) == "embed":
+        for step in steps:
+            source.checkpoint.leave(step.module)
+    return pooler
+
+
+def _head_steps(source: CheckpointSource) -> list[HeadStep]:
+    """Of a classifier, or of a reward model, whose head has two layers."""
+    if source.has("score"):
+        return [HeadStep("score")]
+    return [HeadStep("score.0", "relu"), HeadStep("score.2")] if source.has("score.0") else []
+
+
+def _read(step: HeadStep, rows: int, spec: DecoderSpec, source: CheckpointSource) -> Projection:
+    weight = source.linear(step.module, rows, spec.hidden_size)
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize()
+    bias = source.bias(step.module, rows, expected=True) if source.checkpoint.has(f"{step.module}.bias") else None
+    return Projection(weight.float(), None if bias is None else bias.float(), step.activation)
+
+
+def is_qwen3_reranker(config: EngineConfig, hf_config: Mapping[str, Any]) -> bool:
+    """Whether this is a Qwen3-Reranker as its makers have it: a decoder that says yes or no."""
+    named = QWEN3_RERANKER in config.model.lower() or bool(hf_config.get("is_original_qwen3_reranker"))
+    return named and hf_config.get("model_type") == "qwen3"
+
+
+def _words_of_head(config: EngineConfig, hf_config: Mapping[str, Any], steps: list[HeadStep]) -> tuple[str, str] | None:
+    """The tokens whose logits make a score, (against, for); None where there is a classifier, or none is wanted."""
+    if steps or config.convert == "embed":
+        return None
+    words = hf_config.get("classifier_from_token") or (NO_AND_YES if is_qwen3_reranker(config, hf_config) else None)
+    if words is None:
+        return None
+    if len(words) != 2 or not all(isinstance(word, str) for word in words):
+        raise LoadError(f"config.json: classifier_from_token is {words!r}; two tokens work, such as {list(NO_AND_YES)}")
+    return words[0], words[1]
+
+
+def _from_words(config: EngineConfig, spec: DecoderSpec, source: CheckpointSource, words: tuple[str, str]) -> Pooler:
+    """A softmax over two logits is the sigmoid of their difference, which is that of their rows."""
+    name = f"{source.prefix}embed_tokens" if spec.tied else head_name(source.prefix)
+    if source.is_quantized(name):
+        raise LoadError(f"{name} is quantized, and a score would be made of two of its rows; that is not served")
+    table = source.tensor(f"{name}.weight", (spec.vocab_size, spec.hidden_size))
+    against, for_it = (table[_token_id(Path(config.model), word)].float() for word in words)
+    row: Tensor = (for_it - against)[None]
+    projection = Projection(row.to(torch.float32, copy=True))
+    return Pooler(("classify",), ("last",), (projection,), 1, probabilities="sigmoid")
+
+
+def _token_id(directory: Path, word: str) -> int:
+    """The id of a token, out of tokenizer.json: nothing else of the tokenizer is needed here."""
+    content = read_object_if_any(directory / "tokenizer.json")
+    model = content.get("model")
+    found = model.get("vocab", {}).get(word) if isinstance(model, dict) else None
+    if type(found) is not int:
+        raise LoadError(f"{directory / 'tokenizer.json'} has no token {word!r}, of which a score would be made")
+    return found
