@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +27,16 @@ WRITTEN_HERE = (
 )
 CARD = "README.md"
 TEMPLATES = "additional_chat_templates"
+MODULES = "modules.json"  # of sentence-transformers, whose modules have folders
+MODULE = re.compile(r"\d+_\w+")
 PATH_KEYS = ("_name_or_path", "name_or_path")  # where tokenizers and configs remember a path of some machine
 
 
 def other_files(source: Path) -> dict[str, Path]:
     """Name -> file of what goes along: tokenizer, generation config, chat templates, licence, custom code.
 
-    Weights, hidden files and folders stay behind, except the folder of chat templates. A stranger may have made the
+    Weights, hidden files and folders stay behind, except the folder of chat templates, and those of the modules that
+    sentence-transformers puts behind a model, with their weights. A stranger may have made the
     model, and its copy may be published. So a link out of the model is refused, also in place of config.json, and so is
     what is no regular file, since a device has no end. Raises CheckpointError.
     """
@@ -44,6 +48,9 @@ def other_files(source: Path) -> dict[str, Path]:
         if path.name == TEMPLATES and path.is_dir():
             _file_of(path, source)
             found |= {f"{TEMPLATES}/{p.name}": _regular(p, source) for p in sorted(path.iterdir()) if not p.is_dir()}
+        elif path.is_dir() and (source / MODULES).exists() and MODULE.fullmatch(path.name):
+            _file_of(path, source)
+            found |= {f"{path.name}/{p.name}": _regular(p, source) for p in sorted(path.iterdir()) if not p.is_dir()}
         elif not path.is_dir():
             found[path.name] = _regular(path, source)
     return found

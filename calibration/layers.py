@@ -1,7 +1,8 @@
 """Finds the linear layers of a checkpoint by their tensors' names, and checks that a scheme fits them.
 
-Every decoder that transformers saves keeps its blocks under `...layers.N.`, and in them the two-dimensional `.weight`s
-are linear layers, routers aside. A checkpoint without such names (GPT-2 keeps transposed weights) is refused.
+Every decoder that transformers saves keeps its blocks under `...layers.N.`, an encoder also under `...layer.N.`, and in
+them the two-dimensional `.weight`s are linear layers, routers aside. A checkpoint without such names (GPT-2 keeps
+transposed weights) is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from octavo.calibration.recipe import means_layer
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 
-BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)layers\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
+BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)(?P<list>layers?)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
 ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed|wte|wpe")
 MOST_LAYERS = 10_000
+NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")  # names of the key, the last two of encoders
 FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """Layers that engines make one of, by their names in a block."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -91,7 +93,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
                 continue
             module = name.removesuffix(".weight")
             match = BLOCK.match(name)
-            if match and not OTHER_TOWERS.search(match["prefix"]):
+            if match and (checkpoint.layout.is_encoder or not OTHER_TOWERS.search(match["prefix"])):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}: the checkpoint is quantized already")
                 kind = EXPERT.sub(".experts.*.", match["kind"])
@@ -106,7 +108,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
 def _check_blocks(checkpoint: Checkpoint, found: list[LinearLayer]) -> None:
     config = checkpoint.config
     text = config.get("text_config") or config
-    count = text.get("num_hidden_layers")
+    count = next((text[name] for name in NUM_LAYERS if name in text), None)
     if not config.get("model_type") or type(count) is not int:
         raise QuantizeError("config.json lacks model_type or num_hidden_layers: not a decoder that transformers wrote")
     if not 1 <= count <= MOST_LAYERS:

@@ -113,7 +113,7 @@ def _units(
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
             match = BLOCK.match(f"{name.rpartition('.')[0]}.weight")
-            inside = match is not None and f"{match['prefix']}layers" in blocks
+            inside = match is not None and f"{match['prefix']}{match['list']}" in blocks
             index = int(match["index"]) if match is not None and inside else None
             linear = selection.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             members.setdefault(index, []).append(_item(name, file, spec, recipe, linear, schemes))

@@ -27,10 +27,12 @@ class ModelLayout:
     experts       the names of each expert's own tensors, which one fused tensor [experts, rows, columns] may stand for
                   in the same order of bytes; None: a fused tensor is left as it is
     blocks_alike  each decoder block has the same linear layers, so that one which a block lacks was lost
+    is_encoder    its blocks are those of an encoder, which in other models is another tower
     """
 
     experts: ExpertNames | None = None
     blocks_alike: bool = False
+    is_encoder: bool = False
 
 
 UNKNOWN = ModelLayout()

@@ -43,4 +43,5 @@ def _layout(row: Architecture) -> ModelLayout:
 LAYOUTS: Layouts = MappingProxyType(
     {model_type: _layout(row) for model_type, row in ARCHITECTURES.items()}
     | {outer: _layout(ARCHITECTURES[text]) for outer, text in VISION.items()}
+    | dict.fromkeys(ENCODERS, ModelLayout(blocks_alike=True, is_encoder=True))
 )

@@ -127,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         options = read(EvalOptions, args)
         _check(options)
+        if _of_encoder(options, console):
+            return 0
         if options.against is None:
             _alone(options, console)
             return 0
@@ -163,6 +165,27 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
     return EngineConfig(
         model=str(directory), dtype=options.dtype, kv_cache_dtype=kv, lm_head_dtype=options.lm_head_dtype
     )
+
+
+def _of_encoder(options: EvalOptions, console: Console) -> bool:
+    """Whether the model is an encoder, whose cosines to the original are printed then."""
+    from octavo.jobs.embedding_quality import is_encoder, measure_embeddings
+    from octavo.quant.hub import model_name, resolve_model
+    from octavo.report.files import write_whole
+
+    directory = resolve_model(options.model, options.revision)
+    if not is_encoder(directory):
+        return False
+    if options.against is None:
+        raise EvalError("an encoder has no perplexity: --against names the original, to which embeddings are compared")
+    for flag in ("max_kl", "html", "data"):
+        if getattr(options, flag) is not None:
+            raise EvalError(f"--{flag.replace('_', '-')} is about logits, and an encoder has none; leave it out")
+    found = measure_embeddings(resolve_model(options.against, options.against_revision), directory, dtype=options.dtype)
+    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    if options.json is not None:
+        write_whole(options.json, json.dumps({"model": model_name(options.model), **asdict(found)}, indent=2) + "\n")
+    return True
 
 
 def _alone(options: EvalOptions, console: Console) -> None:

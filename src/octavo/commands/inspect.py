@@ -191,6 +191,7 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
     """
     from octavo.quant.scheme import SchemeError
     from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.families.registry import ENCODERS
     from octavo.runtime.model.kernel_plan import plan_kernels
     from octavo.runtime.model.names import required_modules
     from octavo.runtime.model.sources import CheckpointSource, LoadError
@@ -204,6 +205,11 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
         target = _target(device, spec)
         kernels = plan_kernels(checkpoint, spec, target)
     except UnknownArchitectureError as e:
+        if e.model_type in ENCODERS:
+            return {
+                "weight_bytes": weights,
+                "note": f"{e.model_type} is an encoder, and makes embeddings or scores",
+            }, {}
         note = f"{e.model_type} is served in transformers' own code, if that has it"
         return {"weight_bytes": weights, "note": note}, {}
     except (UnsupportedModelError, ModelConfigError, LoadError, SchemeError) as e:

@@ -245,14 +245,23 @@ def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
     """Refuse an incomplete model before anything is done. Returns notes for the report if that can't be checked."""
     from octavo.calibration.layers import QuantizeError
     from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.encoder_spec import EncoderSpec, UnsupportedEncoderError
     from octavo.runtime.model.inventory import check_dense
     from octavo.runtime.model.rope import RopeError
     from octavo.runtime.model.sources import LoadError
     from octavo.runtime.model.spec import UnsupportedModelError
 
     try:
-        check_dense(checkpoint)
-    except (UnsupportedModelError, RopeError) as e:
+        if not checkpoint.layout.is_encoder:
+            check_dense(checkpoint)
+        elif _runs_blocks(job):
+            raise QuantizeError(
+                "calibration runs a decoder's blocks, and this model is an encoder; algorithm rtn with a scheme whose "
+                "activations are dynamic, such as W8A8 or W8A16, needs no model"
+            )
+        else:
+            EncoderSpec.from_hf(checkpoint.config)
+    except (UnsupportedModelError, UnsupportedEncoderError, RopeError) as e:
         if _runs_blocks(job):
             raise QuantizeError(
                 f"calibration runs the model block by block, which this one can't be: {e}; algorithm rtn with a scheme "
@@ -349,15 +358,29 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
     )
 
 
+def _with_cosine(job: Job, source: Path, report: Report) -> Report:
+    """The report of an encoder with what it cost: the verdict on logits says nothing of embeddings."""
+    from octavo.jobs.embedding_quality import measure_embeddings
+
+    try:
+        said = str(measure_embeddings(source, job.output))
+    except (RuntimeError, ValueError) as e:
+        said = f"quality could not be measured: {e}"
+    return replace(report, warnings=(*report.warnings, said))
+
+
 def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
     """The report with measured quality and a verdict, or with the reason why there are none."""
     from octavo.calibration.report.report import rounded
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError
+    from octavo.jobs.embedding_quality import is_encoder
     from octavo.jobs.quality import measure_quality
 
     job.listener.phase("measuring quality")
     begin = time.perf_counter()
+    if is_encoder(source):
+        return _with_cosine(job, source, report)
     try:
         quality = measure_quality(source, job.output, max_tokens=job.eval_tokens, progress=job.listener.progress)
     except (RuntimeError, ValueError) as e:

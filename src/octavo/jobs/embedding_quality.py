@@ -1,0 +1,80 @@
+"""What a quantization costs a model that makes embeddings or scores: the cosine of what both versions say of a text.
+
+Both run as the server would, one after the other. The original computes in its own type, or in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from octavo.calibration.verify import held_out_text
+from octavo.kernels.attention.step import StepInputs
+from octavo.quant.checkpoint import read_config
+from octavo.runtime.config import Dtype, EngineConfig
+from octavo.runtime.messages import PoolingParams
+from octavo.runtime.model.encoder import Encoder
+from octavo.runtime.model.families.registry import ENCODERS
+from octavo.runtime.model.weights import load_model
+from octavo.text.tokenizer import Tokenizer
+
+WORDS = (6, 12, 25, 50, 100)  # of the texts, in turns
+NUM_TEXTS = 100
+
+
+@dataclass(frozen=True)
+class EmbeddingQuality:
+    """Cosines of the quantized model's vectors to the original's: their mean, and the least. num_texts: of how many."""
+
+    mean: float
+    least: float
+    num_texts: int
+
+    def __str__(self) -> str:
+        return f"cosine to the original over {self.num_texts} texts: {self.mean:.5f}, at the least {self.least:.5f}"
+
+
+def is_encoder(directory: Path) -> bool:
+    """Whether a checkpoint is one that this can measure."""
+    return read_config(directory).get("model_type") in ENCODERS
+
+
+def measure_embeddings(original: Path, quantized: Path, *, dtype: Dtype = "auto") -> EmbeddingQuality:
+    """dtype: of the quantized one. Raises ValueError for models that can't be loaded."""
+    tokenizer = Tokenizer.open(original)
+    before = _vectors(original, "float32", tokenizer)
+    after = _vectors(quantized, dtype, tokenizer)
+    cosines = torch.cosine_similarity(before, after)
+    return EmbeddingQuality(float(cosines.mean()), float(cosines.min()), len(cosines))
+
+
+@torch.inference_mode()
+def _vectors(directory: Path, dtype: Dtype, tokenizer: Tokenizer) -> Tensor:
+    """Of each text the embedding, or a classifier's logits, [texts, size]."""
+    model = load_model(EngineConfig(model=str(directory), dtype=dtype))
+    if not isinstance(model, Encoder):
+        raise ValueError(f"{directory} is no encoder")
+    task = model.pooler.tasks[0]
+    found = []
+    for text in _texts():
+        ids = tokenizer.encode(text)[: model.max_position]
+        rows = model.hidden(
+            StepInputs.prefill([len(ids)], len(ids), token_ids=ids, logits_index=torch.arange(len(ids))), []
+        )
+        (vector,) = model.pooler.pool([rows], [PoolingParams(task, use_activation=False)])
+        found.append(vector.mean(dim=0) if vector.ndim > 1 else vector)
+    return torch.stack(found)
+
+
+def _texts() -> list[str]:
+    words = held_out_text().split()
+    texts = []
+    begin = 0
+    for number in range(NUM_TEXTS):
+        count = WORDS[number % len(WORDS)]
+        texts.append(" ".join(words[begin : begin + count]))
+        begin = (begin + count) % (len(words) - max(WORDS))
+    return texts

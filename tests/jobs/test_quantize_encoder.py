@@ -1,0 +1,48 @@
+"""`octavo quantize` of an encoder: its layers are rounded, all else goes along, and the loss is told in cosines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_encoders import SentenceModel
+
+from octavo.calibration.layers import QuantizeError
+from octavo.calibration.recipe import parse_scheme
+from octavo.jobs.embedding_quality import measure_embeddings
+from octavo.jobs.quantize import quantize
+from octavo.kernels.attention.step import StepInputs
+from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.messages import PoolingParams
+from octavo.runtime.model.encoder import Encoder
+from octavo.runtime.model.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def sentence(tmp_path_factory: pytest.TempPathFactory) -> SentenceModel:
+    return SentenceModel(tmp_path_factory.mktemp("sentence"))
+
+
+@pytest.mark.parametrize(("scheme", "least"), [("W8A8", 0.98), ("W8A16@32", 0.995)])
+def test_an_encoder_is_quantized_and_served(scheme: str, least: float, sentence: SentenceModel, tmp_path: Path) -> None:
+    report = quantize(str(sentence.directory), tmp_path / "out", scheme=scheme, algorithm="rtn")
+    (told,) = [line for line in report.warnings if line.startswith("cosine to the original")]
+    quality = measure_embeddings(sentence.directory, tmp_path / "out")
+    assert str(quality) == told
+    assert least < quality.least < quality.mean < 1
+    quantized = Checkpoint.open(tmp_path / "out").quantization
+    assert quantized is not None
+    model = load_model(EngineConfig(model=str(tmp_path / "out"), dtype="float32"))
+    assert isinstance(model, Encoder)
+    assert {linear.scheme for layer in model.linears() for linear in layer.values()} == {str(parse_scheme(scheme))}
+    ids = sentence.tokenizer.encode("the cat sat on a mat").ids
+    step = StepInputs.prefill([len(ids)], 64, token_ids=ids, logits_index=torch.arange(len(ids)))
+    (found,) = model.pooler.pool([model.hidden(step, [])], [PoolingParams()])
+    assert float(found @ sentence.embedding(ids)) > least
+
+
+def test_what_calibrates_is_refused(sentence: SentenceModel, tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match="this model is an encoder; algorithm rtn"):
+        quantize(str(sentence.directory), tmp_path / "out", scheme="W4A16@32", algorithm="gptq")
