@@ -191,6 +191,12 @@ def portability_warnings(scheme: QuantScheme, selection: Selection, format: str 
         partly = [m for m in selection.linears.values() if m.kind in fused and kept & {f"{m.index}.{k}" for k in fused}]
         if partly:
             warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
+    is_int8 = scheme.weight.dtype == "int8" and scheme.activation is not None
+    if is_int8 and format == "compressed-tensors" and any(".experts." in x.kind for x in selection.linears.values()):
+        warnings.append(
+            "int8 experts with int8 inputs: transformers 5.24 with compressed-tensors 0.20 finds none of their tensors "
+            "and doesn't load the model; octavo does, and what transformers loads is FP8_DYNAMIC or W4A16"
+        )
     if not scheme.weight.symmetric and format == "compressed-tensors":
         warnings.append(
             "asymmetric: transformers with compressed-tensors 0.20 reports the packed zero points as a MISMATCH and "

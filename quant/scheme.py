@@ -228,7 +228,7 @@ _W8A8 = QuantScheme(WeightScheme("int8", CHANNEL), ActivationScheme("int8", CHAN
 PRESETS: dict[str, QuantScheme] = {
     "W4A16": QuantScheme(WeightScheme("int4", group(128))),
     "W4A16_ASYM": QuantScheme(WeightScheme("int4", group(128), symmetric=False)),
-    "W3A16": QuantScheme(WeightScheme("int3", group(128))),  # this and W2A16: octavo's own names
+    "W3A16": QuantScheme(WeightScheme("int3", group(128))),
     "W2A16": QuantScheme(WeightScheme("int2", group(128))),
     "W8A16": QuantScheme(WeightScheme("int8", group(128))),
     "W8A8": _W8A8,

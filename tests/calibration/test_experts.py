@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from calibrated import calibration, held_out_tokens
 from hf_oracle import CASES, Sequences, make_hf
 from safetensors.torch import load_file
@@ -93,3 +95,14 @@ def test_many_experts_are_solved_in_runs(tmp_path: Path, monkeypatch: pytest.Mon
     for name, tensor in files[0].items():
         assert torch.equal(tensor, files[1][name]), name
         assert torch.equal(tensor, files[2][name]), name
+
+
+@pytest.mark.parametrize(("scheme", "is_loaded"), [("W8A8", False), ("FP8_DYNAMIC", True), ("W4A16@32", True)])
+def test_experts_that_transformers_does_not_load_are_told(
+    fixtures: Path, tmp_path: Path, scheme: str, is_loaded: bool
+) -> None:
+    result = quantize_model(prepare(fixtures / "tiny-moe", tmp_path / "out", Recipe(scheme)))
+    assert any("transformers 5.24" in warning for warning in result.warnings) != is_loaded
+    outcome = nullcontext() if is_loaded else pytest.raises(RuntimeError, match="conversion of the weights")
+    with outcome:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
