@@ -19,13 +19,16 @@ from octavo.calibration.algorithms.channel_scale_search import ScaleSearch
 from octavo.calibration.algorithms.gptq import gptq_loss, gptq_weight
 from octavo.calibration.algorithms.group_scales import static_input_scale
 from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
+from octavo.calibration.algorithms.learned_rounding import LearnedRounding
 from octavo.calibration.algorithms.scale_folding import fold_scales, tie_scales
 from octavo.calibration.algorithms.smoothquant import smoothquant_scales
+from octavo.calibration.experts import expert_of, rarely_chosen
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.kv import KVCollector
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
+from octavo.calibration.tune import BlockWeights, Differentiable, tune
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -36,6 +39,7 @@ MAX_ROWS = 1 << 15  # of layers that are solved together, or one layer
 NORM_SMOOTHING = 0.8
 INPUT_ROWS = 512  # tokens whose inputs are kept to see what rounding them costs
 Tensors = dict[str, Tensor]
+RecordKV = Callable[[Tensor, Tensor], None]  # keys and values
 Step = Callable[[str], None]  # told what is done next, for the progress bar
 
 
@@ -63,6 +67,8 @@ class Runner(Protocol):
     def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor: ...
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> Any: ...
     def groups(self, index: int, layer: Any) -> list[InputGroup]: ...
+    def modules(self, index: int) -> dict[str, tuple[str, ...]]: ...
+    def differentiable(self, layer: Any) -> Differentiable: ...
     def folds(self, index: int) -> list[Fold]: ...
     def head(self, tensor: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]: ...
     def forward(
@@ -70,7 +76,7 @@ class Runner(Protocol):
         layer: Any,
         hidden: Tensor,
         record: Callable[[str, Tensor], None] | None = None,
-        record_kv: Callable[[Tensor, Tensor], None] | None = None,
+        record_kv: RecordKV | None = None,
     ) -> Tensor: ...
 
 
@@ -84,9 +90,18 @@ class Block:
     recipe: Recipe
     runner: Runner
     step: Step
+    expert_counts: Tensor | None = None  # [num_experts]: tokens that chose each expert, once inputs were measured
 
-    def quantize(self, hidden: Hidden) -> Iterator[Solved]:
-        """Each linear layer that has a scheme, solved; `tensors` holds what it computes with from then on."""
+    def quantize(self, hidden: Hidden, target: Hidden | None = None) -> Iterator[Solved]:
+        """Each linear layer that has a scheme, solved; `tensors` holds what it computes with from then on.
+
+        target: the output of the original's block, for algorithms that tune towards it.
+        """
+        if target is None:
+            return self._solve_layers(hidden)
+        return self._tune(list(self._solve_layers(hidden)), hidden, target)
+
+    def _solve_layers(self, hidden: Hidden) -> Iterator[Solved]:
         layer = self.runner.build(self.index, self.tensors)
         groups = self.runner.groups(self.index, layer)
         stats = self._capture(layer, hidden, groups) if self.recipe.needs_statistics else {}
@@ -120,6 +135,7 @@ class Block:
 
         for batch in hidden.batches():
             self.runner.forward(layer, batch.to(self.runner.device), record)
+        self.expert_counts = self.runner.expert_counts
         found = {name: collectors[name].result() for name in names}
         for group in wanted:
             if group.name in found and not bool(found[group.name].moments.isfinite().all()):
@@ -184,6 +200,31 @@ class Block:
                     self.tensors[f"{module}.weight"] = rounded.to(weight.dtype)
                     yield Solved(module, quantized, weight, output)
 
+    def _tune(self, solved: list[Solved], hidden: Hidden, target: Hidden) -> Iterator[Solved]:
+        """The layers with what tuning made of them; an expert that hardly any token goes to stays as it is."""
+        layers = self.runner.modules(self.index)
+        rare = set() if self.expert_counts is None else set(rarely_chosen(self.expert_counts.tolist()))
+        untuned = {m for name, modules in layers.items() if expert_of(name) in rare for m in modules}
+        device = self.runner.device
+        learned = {
+            s.module: LearnedRounding(s.weight.to(device), s.quantized.to(device))
+            for s in solved
+            if s.module not in untuned
+        }
+        if not learned:
+            yield from solved
+            return
+        self.step("tuning")
+        own = BlockWeights(layers, self.tensors, learned, self.runner.dtype, device)
+        block = self.runner.differentiable(self.runner.build(self.index, self.tensors))
+        tuned = tune(block, own, hidden, target, seed=self.index)
+        for layer in solved:
+            quantized = tuned.weights.get(layer.module)
+            if quantized is not None:
+                self.tensors[f"{layer.module}.weight"] = quantized.dequantize().to("cpu", layer.weight.dtype)
+                layer = replace(layer, quantized=quantized.to(torch.device("cpu")))
+            yield layer
+
     def _runs(self, modules: list[str]) -> Iterator[list[str]]:
         """Layers that are solved together: all, but of a hundred experts no more than make a large layer."""
         run = list[str]()
@@ -239,11 +280,15 @@ class Block:
 
     def advance(self, hidden: Hidden, target: Hidden) -> KVCollector | None:
         """All samples through the block as it is now, to `target`; keys and values on the way, when they are asked."""
+        kv = None if self.recipe.kv is None else KVCollector(self.recipe.kv)
+        self.run(hidden, target, None if kv is None else kv.add)
+        return kv
+
+    def run(self, hidden: Hidden, target: Hidden, record_kv: RecordKV | None = None) -> None:
+        """All samples through the block as it is now, to `target`."""
         self.step("outputs")
         layer = self.runner.build(self.index, self.tensors)
-        kv = None if self.recipe.kv is None else KVCollector(self.recipe.kv)
         for batch in hidden.batches():
-            record_kv = None if kv is None else kv.add
             output = self.runner.forward(layer, batch.to(self.runner.device), None, record_kv)
             if not bool(output.isfinite().all()):
                 raise QuantizeError(
@@ -251,7 +296,6 @@ class Block:
                     "overflow; rtn with a scheme whose activations are dynamic needs none"
                 )
             target.append(output)
-        return kv
 
 
 def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:

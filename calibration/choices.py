@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-Algorithm = Literal["rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq"]
+Algorithm = Literal["rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq", "tune"]
 ActOrder = Literal["none", "static", "group"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8"]

@@ -104,7 +104,7 @@ def convert_model(
                 _write_piece(checkpoint, work, piece)
                 done += piece.format is not None
                 progress(done, 2 * len(found), piece.name)
-            work.finish(shard, None, {})
+            work.finish(shard, {}, {})
         if len(shards) > 1:
             names = {name: shard for shard, names in specs.items() for name in names}
             index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(names.items()))}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +57,21 @@ class Hidden:
 
     def batches(self) -> Iterator[Tensor]:
         """All samples, [B, seq_len, hidden_size] at a time."""
+        for begin in range(0, self.shape.num_samples, self.shape.batch):
+            yield self._read(begin, min(self.shape.batch, self.shape.num_samples - begin))
+
+    def samples(self, indices: Sequence[int]) -> Tensor:
+        """Some samples, [len(indices), seq_len, hidden_size]."""
+        return torch.cat([self._read(index, 1) for index in indices])
+
+    def _read(self, begin: int, count: int) -> Tensor:
         shape = self.shape
-        for begin in range(0, shape.num_samples, shape.batch):
-            count = min(shape.batch, shape.num_samples - begin)
-            out = torch.empty(count, shape.seq_len, shape.hidden_size, dtype=shape.dtype)
-            raw = out.view(torch.uint8).numpy().data.cast("B")
-            offset = begin * shape.nbytes // shape.num_samples
-            if os.preadv(self._file.fileno(), [raw], offset) != len(raw):
-                raise OSError(f"{self.path.name} is shorter than it was written")
-            yield out
+        out = torch.empty(count, shape.seq_len, shape.hidden_size, dtype=shape.dtype)
+        raw = out.view(torch.uint8).numpy().data.cast("B")
+        offset = begin * shape.nbytes // shape.num_samples
+        if os.preadv(self._file.fileno(), [raw], offset) != len(raw):
+            raise OSError(f"{self.path.name} is shorter than it was written")
+        return out
 
     def sync(self) -> str:
         """Have it on the disk; the hash of all that was appended."""

@@ -16,10 +16,12 @@ from octavo.calibration.hidden_states_file import BATCH_TOKENS
 from octavo.calibration.layers import LinearLayer
 from octavo.calibration.plan import Plan, Unit
 from octavo.calibration.recipe import Recipe
+from octavo.calibration.tune import STEP_TOKENS, STEPS
 
 PROCESS_BYTES = 450_000_000  # torch and the kernels, before anything is loaded
 SIDE = 1024  # of the GEMMs whose speed is measured
 AWQ_TRIALS = 50  # roundings of each weight in the search for scales and clipping
+TUNING_BYTES = 32  # for each weight: what it was and is, its rounding and averages in float32, and its gradient
 RTN_BYTES_PER_SECOND = 40e6  # weights read, searched and rounded by one core; a floor for what an estimate says
 
 
@@ -40,7 +42,7 @@ class Estimate:
 def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Estimate:
     """tokens of calibration text in all, 0 for none; hidden_bytes: their hidden states at one depth."""
     largest = max(item.spec.nbytes for unit in plan.units for item in unit.items)
-    disk = plan.bytes_after + 2 * hidden_bytes
+    disk = plan.bytes_after + (4 if recipe.tunes else 2) * hidden_bytes
     if not tokens:
         seconds = plan.bytes_before / RTN_BYTES_PER_SECOND
         return Estimate(PROCESS_BYTES + 4 * largest, disk, seconds)
@@ -57,6 +59,8 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
         exact += sum(3 * n * k * k + 2 * k**3 for unit in layers for k, n in unit)
     if recipe.scaling is not None:
         exact += sum(AWQ_TRIALS * 2 * n * k * k for unit in layers for k, n in unit)
+    if recipe.tunes:  # a step is a forward, and twice that back
+        forward += sum(3 * 2 * n * k * STEPS * STEP_TOKENS for unit in layers for k, n in unit)
     return Estimate(memory, disk, forward / fast + exact / slow + plan.bytes_before / RTN_BYTES_PER_SECOND)
 
 
@@ -67,8 +71,9 @@ def _block_memory(unit: Unit, recipe: Recipe) -> int:
         return 2 * unit.nbytes
     statistics = sum(4 * k * k for k, _ in inputs) if recipe.algorithm != "rtn" else 0
     widest = max(4 * n * k + (2 if recipe.solver == "gptq" else 0) * 2 * k * k for k, n in inputs)
+    tuning = TUNING_BYTES * sum(k * n for k, n in inputs) if recipe.tunes else 0
     activations = 4 * BATCH_TOKENS * max(k + n for k, n in inputs)
-    return 2 * unit.nbytes + statistics + 4 * widest + 4 * activations
+    return 2 * unit.nbytes + max(statistics + 4 * widest, tuning) + 4 * activations
 
 
 def _inputs(unit: Unit) -> list[tuple[int, int]]:

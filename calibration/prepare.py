@@ -162,6 +162,7 @@ def _plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> Plan:
 
 def _check_disk(prepared: Prepared) -> None:
     """Refuse what doesn't fit on the disk: the result, and the hidden states before and behind a block."""
+    paths = 2 if prepared.recipe.tunes else 1
     parent = prepared.out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     needs = {parent: int(prepared.plan.bytes_after * 1.01) + SMALL_FILES}
@@ -169,5 +170,5 @@ def _check_disk(prepared: Prepared) -> None:
         offload_dir = prepared.calibration.offload_dir or parent
         if not offload_dir.is_dir():
             raise QuantizeError(f"--offload-dir {offload_dir} is not a directory that is there; make it first")
-        needs[offload_dir] = needs.get(offload_dir, 0) + 2 * prepared.calibration.hidden_shape.nbytes
+        needs[offload_dir] = needs.get(offload_dir, 0) + 2 * paths * prepared.calibration.hidden_shape.nbytes
     check_space(needs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from octavo.calibration.auxiliary_files import copy_files, without_paths, write_
 from octavo.calibration.block import Block
 from octavo.calibration.experts import rare_experts
 from octavo.calibration.hidden_states_file import Hidden
-from octavo.calibration.kv import KVError, KVReport, kv_advice
+from octavo.calibration.kv import KVCollector, KVError, KVReport, kv_advice
 from octavo.calibration.layers import (
     FLOATS,
     LinearLayer,
@@ -57,13 +57,13 @@ class Quantized:
 
 @dataclass
 class _Run:
-    """State that is carried from unit to unit."""
+    """State that is carried from unit to unit. states: the next block's inputs over all samples, by `_paths`."""
 
     prepared: Prepared
     work: Workspace
     progress: Progress
     done: float = 0
-    hidden: Hidden | None = None
+    states: dict[str, Hidden] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -96,8 +96,8 @@ def quantize_model(prepared: Prepared, progress: Progress = silent) -> Quantized
                 for unit in prepared.plan.units:
                     _unit(run, unit)
             finally:
-                if run.hidden is not None:
-                    run.hidden.close(remove=False)
+                for hidden in run.states.values():
+                    hidden.close(remove=False)
             _finish(run)
             units = work.units
     finally:
@@ -119,13 +119,13 @@ def _offloaded(partial: Path) -> str:
 
 
 def _unit(run: _Run, unit: Unit) -> None:
-    """Do one unit, unless it is done; leaves the next one's input in run.hidden."""
+    """Do one unit, unless it is done; leaves the next one's inputs in run.states."""
     if unit.name in run.work.units:
         run.done += unit.nbytes
-        run.hidden = _hidden_again(run, unit)
+        run.states = _states_again(run, unit)
         return
     run.progress(run.done, run.plan.bytes_before, unit.name)
-    before = run.hidden
+    before = run.states
     rows: list[LayerRow] = []
     kv: dict[str, Any] | None = None
     experts: list[int] | None = None
@@ -135,11 +135,11 @@ def _unit(run: _Run, unit: Unit) -> None:
     else:
         rows = _one_by_one(run, unit)
         if calibration is not None:
-            run.hidden = _embed(run, calibration)
+            run.states = _embed(run, calibration)
     remember = {"layers": [asdict(row) for row in rows], "kv": kv, "experts": experts}
-    run.work.finish(unit.name, run.hidden, remember)
-    if before is not None:
-        before.close(remove=True)
+    run.work.finish(unit.name, run.states, remember)
+    for hidden in before.values():
+        hidden.close(remove=True)
 
 
 def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
@@ -178,43 +178,48 @@ def _global_scale(unit: Unit, linear: LinearLayer, scheme: QuantScheme) -> Tenso
 def _block(
     run: _Run, calibration: Calibration, unit: Unit, index: int
 ) -> tuple[list[LayerRow], dict[str, Any] | None, list[int] | None]:
-    """A block through calibration; leaves its output over all samples in run.hidden.
+    """A block through calibration; leaves its output over all samples in run.states.
 
     Returns the layers' errors, what was found of keys and values, and how often each expert was chosen.
     """
-    assert run.hidden is not None
     items = {item.name: item for item in unit.items}
     tensors = {item.name: _checked(item) for item in unit.items}
     steps = _Steps(run, unit)
     schemes = {item.linear.module: item.scheme for item in unit.items if item.linear and item.scheme}
     block = Block(index, tensors, schemes, run.recipe, calibration.runner, steps.next)
     rows = []
-    for solved in block.quantize(run.hidden):
-        item = items[f"{solved.module}.weight"]
-        assert item.linear is not None
-        rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))
-        _write(run, item, item.linear, solved.quantized)
-    counts = calibration.runner.expert_counts
-    experts = counts.tolist() if counts is not None and run.recipe.needs_statistics else None
-    for item in unit.items:
-        if item.linear is None:
-            run.work.write(item.name, tensors[item.name])
-    last = index == calibration.runner.num_blocks - 1
-    target = _hidden(calibration, run.work, index + 1)
-    with _closed_on_errors(target):
-        kv = None if last and run.recipe.kv is None else block.advance(run.hidden, target)
-    run.hidden = target
+    with _closed_on_errors() as following:
+        if "original" in run.states:
+            following["original"] = _hidden(calibration, run.work, index + 1, "original")
+            block.run(run.states["original"], following["original"])
+        for solved in block.quantize(run.states["hidden"], following.get("original")):
+            item = items[f"{solved.module}.weight"]
+            assert item.linear is not None
+            rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))
+            _write(run, item, item.linear, solved.quantized)
+        for item in unit.items:
+            if item.linear is None:
+                run.work.write(item.name, tensors[item.name])
+        last = index == calibration.runner.num_blocks - 1
+        following["hidden"] = _hidden(calibration, run.work, index + 1)
+        kv = None if last and run.recipe.kv is None else block.advance(run.states["hidden"], following["hidden"])
+    run.states = following
     run.done += unit.nbytes
+    experts = None if block.expert_counts is None else block.expert_counts.tolist()
     if kv is None:
         return rows, None, experts
-    try:
-        report = kv.result()
-    except KVError as e:
-        raise QuantizeError(f"{unit.name}: {e}") from e
+    report = _kv_report(kv, unit)
     found = report.scales()
     for name, spec in unit.scales.items():
         run.work.write(name, found[name.rpartition(".")[2]].view(spec.shape))
     return rows, report.to_json(), experts
+
+
+def _kv_report(kv: KVCollector, unit: Unit) -> KVReport:
+    try:
+        return kv.result()
+    except KVError as e:
+        raise QuantizeError(f"{unit.name}: {e}") from e
 
 
 def _checked(item: Item) -> Tensor:
@@ -263,54 +268,75 @@ class _Steps:
         self._run.progress(done, self._run.plan.bytes_before, f"{self._unit.name} {what}")
 
 
-def _hidden(calibration: Calibration, work: Workspace, index: int, *, again: bool = False) -> Hidden:
-    """The file of block `index`'s input."""
+def _hidden(
+    calibration: Calibration, work: Workspace, index: int, path: str = "hidden", *, again: bool = False
+) -> Hidden:
+    """The file of block `index`'s input; path: one of `_Run.states`."""
     directory = work.directory
-    name = f"hidden-{index}.bin"
+    prefix = "hidden"
     if calibration.offload_dir is not None:
         directory = calibration.offload_dir
-        name = f"{_offloaded(work.directory)}-{index}.bin"
+        prefix = _offloaded(work.directory)
+    name = f"{prefix}-{index}.bin" if path == "hidden" else f"{prefix}-{path}-{index}.bin"
     return Hidden(directory / name, calibration.hidden_shape, again=again)
 
 
-def _embed(run: _Run, calibration: Calibration) -> Hidden:
+def _paths(recipe: Recipe) -> tuple[str, ...]:
+    """Which hidden states are carried: of the model as it is quantized so far, and of the original, where wanted."""
+    return ("hidden", "original") if recipe.tunes else ("hidden",)
+
+
+def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
+    """The first block's inputs."""
     runner = calibration.runner
     embedding = run.prepared.checkpoint.tensor(
         runner.embedding_name
     )  # a view: only the rows of the text's tokens are read
-    hidden = _hidden(calibration, run.work, 0)
-    with _closed_on_errors(hidden):
-        for batch in torch.split(calibration.token_ids, hidden.shape.batch):
-            hidden.append(runner.embed(batch, embedding))
-    return hidden
+    with _closed_on_errors() as states:
+        for path in _paths(run.recipe):
+            states[path] = _hidden(calibration, run.work, 0, path)
+        for batch in torch.split(calibration.token_ids, calibration.hidden_shape.batch):
+            embedded = runner.embed(batch, embedding)
+            for hidden in states.values():
+                hidden.append(embedded)
+    return states
 
 
 @contextmanager
-def _closed_on_errors(hidden: Hidden) -> Iterator[None]:
-    """Close a file when an error passes: a caller from Python may go on after it."""
+def _closed_on_errors() -> Iterator[dict[str, Hidden]]:
+    """Files that are closed when an error passes: a caller from Python may go on after it."""
+    states: dict[str, Hidden] = {}
     try:
-        yield
+        yield states
     except BaseException:
-        hidden.close(remove=False)
+        for hidden in states.values():
+            hidden.close(remove=False)
         raise
 
 
-def _hidden_again(run: _Run, unit: Unit) -> Hidden | None:
-    """The next unit's input as an earlier run left it, if the next unit isn't done too."""
+def _states_again(run: _Run, unit: Unit) -> dict[str, Hidden]:
+    """The next unit's inputs as an earlier run left them, if the next unit isn't done too."""
     entry = run.work.units[unit.name]
     following = run.plan.units[run.plan.units.index(unit) + 1 :]
     calibration = run.prepared.calibration
     if calibration is None or not following or following[0].name in run.work.units:
-        return None
+        return {}
     index = 0 if unit.index is None else unit.index + 1
+    return {path: _hidden_again(run, calibration, unit, index, path, entry) for path in _paths(run.recipe)}
+
+
+def _hidden_again(
+    run: _Run, calibration: Calibration, unit: Unit, index: int, path: str, entry: Mapping[str, Any]
+) -> Hidden:
+    """A file of block `index`'s input, which must be what the manifest's entry says."""
     try:
-        hidden = _hidden(calibration, run.work, index, again=True)
+        hidden = _hidden(calibration, run.work, index, path, again=True)
     except FileNotFoundError as e:
         raise ResumeError(
             f"can't resume: the hidden states after {unit.name} are not in {e.filename}; --offload-dir must be the one "
             "that the run was started with, and --overwrite starts anew"
         ) from e
-    if not hidden.is_whole(entry.get("hidden", {}).get("sha256", "")):
+    if not hidden.is_whole(entry.get(path, {}).get("sha256", "")):
         hidden.close(remove=False)
         raise ResumeError(
             f"can't resume: the hidden states after {unit.name} in {hidden.path} aren't what was written; --overwrite "
@@ -345,7 +371,8 @@ def _result(prepared: Prepared, units: Mapping[str, Mapping[str, Any]]) -> Quant
     layers = [LayerRow(**row) for unit in units.values() for row in unit["layers"]]
     kv = [] if recipe.kv is None else [KVReport.from_json(recipe.kv, u["kv"]) for u in units.values() if u["kv"]]
     advice = kv_advice(kv)
-    rare = rare_experts({name: unit["experts"] for name, unit in units.items() if unit.get("experts")})
+    counts = {name: unit["experts"] for name, unit in units.items() if unit.get("experts")}
+    rare = rare_experts(counts, tunes=recipe.tunes)
     found = [w for scheme in plan.schemes.values() for w in portability_warnings(scheme, plan.selection, recipe.format)]
     warnings = list(dict.fromkeys([*([advice] if advice else []), *rare, *found]))
     return Quantized(recipe, plan.selection, plan.bytes_before, plan.bytes_after, layers, kv, warnings)

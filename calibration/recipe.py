@@ -26,6 +26,7 @@ from octavo.quant.scheme import KV_SHORT_NAMES, PRESETS, KVScheme, QuantScheme, 
 KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
 WHAT = "what to quantize, and how"  # headings of the flags
 HOW = "algorithm"
+TUNED = ("group", "channel")  # granularities whose scales are tuned
 
 
 class RecipeError(ValueError):
@@ -47,7 +48,8 @@ class Recipe(msgspec.Struct, frozen=True):
         Algorithm,
         Meta(
             description="rtn: round each weight by itself, without data. gptq: correct each column's error in the "
-            "columns that follow. awq: scale channels by their inputs first. smoothquant: the same for W8A8",
+            "columns that follow. awq: scale channels by their inputs first. smoothquant: the same for W8A8. tune: "
+            "begin with awq+gptq, then learn roundings and scales by each block's output",
             extra={"group": HOW},
         ),
     ] = "rtn"
@@ -129,6 +131,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         _check_values(self)
+        _check_tuning(self)
         _check_format(self)
 
     @property
@@ -142,13 +145,18 @@ class Recipe(msgspec.Struct, frozen=True):
     @property
     def solver(self) -> Literal["rtn", "gptq"]:
         """The algorithm that rounds the weights once they are scaled."""
-        return "gptq" if self.algorithm.endswith("gptq") else "rtn"
+        return "gptq" if self.algorithm.endswith("gptq") or self.tunes else "rtn"
 
     @property
     def scaling(self) -> Literal["awq", "smoothquant"] | None:
         """The algorithm whose scales per input channel are folded into the op before."""
         first = self.algorithm.partition("+")[0]
-        return "awq" if first == "awq" else "smoothquant" if first == "smoothquant" else None
+        return "awq" if first == "awq" or self.tunes else "smoothquant" if first == "smoothquant" else None
+
+    @property
+    def tunes(self) -> bool:
+        """True if what awq+gptq gives is where tuning by the block's output begins."""
+        return self.algorithm == "tune"
 
     @property
     def schemes(self) -> list[QuantScheme]:
@@ -182,6 +190,11 @@ class Recipe(msgspec.Struct, frozen=True):
         return self.search or ("mse" if scheme.weight.bits < 8 else "absmax")
 
 
+def _can_be_tuned(scheme: QuantScheme) -> bool:
+    w = scheme.weight
+    return w.dtype.startswith("int") and scheme.activation is None and w.granularity.kind in TUNED
+
+
 def _check_values(recipe: Recipe) -> None:
     """Refuse other types, values out of range, patterns that are none, and settings of another algorithm."""
     for name, kind in _TYPES.items():
@@ -206,6 +219,21 @@ def _check_values(recipe: Recipe) -> None:
             raise RecipeError(f"{name} is GPTQ's, and the algorithm is {recipe.algorithm}; gptq has it")
     if recipe.true_sequential and not recipe.needs_statistics:
         raise RecipeError(f"true_sequential is for algorithms that measure inputs, which {recipe.algorithm} does not")
+
+
+def _check_tuning(recipe: Recipe) -> None:
+    """Refuse what a block's output isn't tuned for."""
+    if not recipe.tunes:
+        return
+    for scheme in recipe.schemes:
+        if not _can_be_tuned(scheme):
+            raise RecipeError(
+                f"algorithm tune is for integer weights with inputs as they are, not {scheme}; W4A16 is one"
+            )
+    if recipe.act_order == "group":
+        raise RecipeError(
+            "act_order group moves columns to other groups, which algorithm tune doesn't know; static does"
+        )
 
 
 def _check_format(recipe: Recipe) -> None:

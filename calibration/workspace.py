@@ -83,14 +83,14 @@ class Workspace:
         self._writers[self._of[name]].write_bytes(name, chunks)
         self._names.append(name)
 
-    def finish(self, unit: str, hidden: Hidden | None, remember: Mapping[str, Any]) -> None:
-        """The unit's tensors are all written: have them, and the next unit's input, on the disk, and say so."""
+    def finish(self, unit: str, states: Mapping[str, Hidden], remember: Mapping[str, Any]) -> None:
+        """The unit's tensors are all written: have them, and the next unit's inputs, on the disk, and say so."""
         shards = {self._of[name] for name in self._names}
         for shard in shards:
             self._writers[shard].sync()
         entry: dict[str, Any] = {"tensors": self._names, "sha256": self._digest(self._names), **remember}
-        if hidden is not None:
-            entry["hidden"] = {"file": hidden.path.name, "sha256": hidden.sync()}
+        for name, hidden in states.items():
+            entry[name] = {"file": hidden.path.name, "sha256": hidden.sync()}
         self.units[unit] = entry
         self._names = []
         self._write_manifest()

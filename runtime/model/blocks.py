@@ -23,6 +23,7 @@ from octavo.quant.linear import Linear
 from octavo.quant.qparams import Weight
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
+from octavo.runtime.model.differentiable import DifferentiableBlock
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.layers import DecoderLayer
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
@@ -109,6 +110,14 @@ class BlockRunner:
         for name in layer.linears():
             groups.setdefault(_group(name), []).extend(self._parts[index][name].modules)
         return [InputGroup(name, tuple(modules)) for name, modules in groups.items()]
+
+    def modules(self, index: int) -> dict[str, tuple[str, ...]]:
+        """The checkpoint's modules of each linear layer of a block that was built, by the layer's name in it."""
+        return {name: tuple(parts.modules) for name, parts in self._parts[index].items()}
+
+    def differentiable(self, layer: DecoderLayer) -> DifferentiableBlock:
+        """The layer's forward over whole sequences with other weights, which have gradients."""
+        return DifferentiableBlock(layer, self.spec.activation)
 
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded."""

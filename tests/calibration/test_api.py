@@ -53,7 +53,7 @@ def test_calibrated_algorithms_beat_rounding(fixtures: Path, tmp_path: Path, tex
     """Three bits, where there is something to win. The tiny-qwen2 has biases, which folding must divide too."""
     kl = {
         algorithm: quantized(fixtures, name, tmp_path, text, scheme="W3A16@32", algorithm=algorithm)
-        for algorithm in ("rtn", "gptq", "awq", "awq+gptq")
+        for algorithm in ("rtn", "gptq", "awq", "awq+gptq", "tune")
     }
     assert max(kl["gptq"], kl["awq+gptq"]) < 0.9 * kl["rtn"], kl
     assert kl["awq"] < kl["rtn"], kl  # by little: channels of these models are much alike

@@ -1,0 +1,146 @@
+"""Tuning: a block's roundings and scales by gradients of its output, from where another algorithm has left them.
+
+GPTQ and AWQ see one linear layer at a time. Here the block's output over the calibration text is compared with that of
+the original model, whatever the blocks before have lost, and each weight that this moves may be rounded the other way
+(`algorithms/learned_rounding.py`). Some samples are held back: what doesn't get better on them stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.calibration.algorithms.learned_rounding import LearnedRounding
+from octavo.calibration.hidden_states_file import Hidden
+from octavo.calibration.layers import QuantizeError
+from octavo.quant.qparams import QuantizedWeight
+
+STEPS = 200
+STEP_TOKENS = 1024  # whose gradients make a step
+ROUNDING_RATE = 0.003  # of the first step, in codes; it falls to 0 linearly
+SCALE_RATE = 0.002  # of the first step, as a part of the scale
+HELD_BACK = 8  # every how many-th sample is held back
+CHECKS = 8  # how often the held-back samples are looked at
+PATIENCE = 3  # looks without a gain after which the block is left
+
+
+class Differentiable(Protocol):
+    """`runtime/model/differentiable.py`: a block's forward with weights by their linear layer's name in the block."""
+
+    def forward(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The weights that are best on the held-back samples, by module, and the error there before and after."""
+
+    weights: dict[str, QuantizedWeight]
+    error_before: float
+    error: float
+
+
+class BlockWeights:
+    """A block's weights by its linear layers' names; some of their modules are on their way, the others as they are.
+
+    layers   a linear layer's name in the block -> its modules, in the order of their rows
+    tensors  what the block computes with, `MODULE.weight`
+    learned  module -> its rounding
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Sequence[str]],
+        tensors: Mapping[str, Tensor],
+        learned: Mapping[str, LearnedRounding],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.learned = learned
+        self._layers = layers
+        self._dtype = dtype
+        fixed = {m for modules in layers.values() for m in modules} - learned.keys()
+        self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in fixed}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Each layer's [N, K], which records its gradient if it is learned in part."""
+        found = {}
+        for name, modules in self._layers.items():
+            parts = [self._fixed[m] if m in self._fixed else self.learned[m].weight(self._dtype) for m in modules]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+            found[name] = weight.requires_grad_(any(m in self.learned for m in modules))
+        return found
+
+    def step(self, weights: Mapping[str, Tensor], share: float) -> None:
+        """Move against the gradients of weights that `weights` gave last, at a share of the rates."""
+        for name, modules in self._layers.items():
+            gradient = weights[name].grad
+            if gradient is None:  # an expert that no token of the batch went to
+                continue
+            begin = 0
+            for module in modules:
+                rows = self._fixed[module].shape[0] if module in self._fixed else self.learned[module].start.shape[0]
+                if module in self.learned:
+                    rates = share * ROUNDING_RATE, share * SCALE_RATE
+                    self.learned[module].step(gradient[begin : begin + rows], *rates)
+                begin += rows
+
+    def results(self) -> dict[str, QuantizedWeight]:
+        return {module: learned.result() for module, learned in self.learned.items()}
+
+
+def tune(block: Differentiable, own: BlockWeights, hidden: Hidden, target: Hidden, seed: int) -> Tuned:
+    """Tune a block whose input over all samples is `hidden`, towards `target`, the original's output.
+
+    The error is that of each token's output, relative to its size: the first token's, whose norm may be a thousand
+    times the others', counts as one of them. Raises QuantizeError for a single sample.
+    """
+    count = hidden.shape.num_samples
+    if count < 2:
+        raise QuantizeError("algorithm tune holds samples back, so it needs 2 at least: --num-calibration-samples 2")
+    device = next(iter(own.learned.values())).latent.device
+    held = list(range(0, count, HELD_BACK))
+    order = _batches([i for i in range(count) if i not in held], max(1, STEP_TOKENS // hidden.shape.seq_len), seed)
+
+    def errors(samples: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+        output = block.forward(hidden.samples(samples).to(device), weights).float()
+        wanted = target.samples(samples).to(device).float()
+        size = wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((output - wanted).square().sum(-1) / size).mean()
+
+    @torch.no_grad()
+    def look() -> float:
+        weights = own.weights()
+        return sum(float(errors([sample], weights)) for sample in held) / len(held)
+
+    before = look()
+    best = Tuned(own.results(), before, before)
+    without_gain = 0
+    for step in range(STEPS):
+        with torch.enable_grad():
+            weights = own.weights()
+            torch.autograd.backward(errors(next(order), weights))
+        own.step(weights, 1 - step / STEPS)
+        if (step + 1) % (STEPS // CHECKS) == 0:
+            error = look()
+            without_gain += 1
+            if error < best.error:
+                best = Tuned(own.results(), before, error)
+                without_gain = 0
+            if without_gain == PATIENCE:
+                break
+    return best
+
+
+def _batches(samples: list[int], size: int, seed: int) -> Iterator[list[int]]:
+    """Without end, each sample as often as the others, in an order that the seed says."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+        yield waiting[:size]
+        waiting = waiting[size:]

@@ -1,0 +1,127 @@
+"""One block's forward in operators that back-propagate, for calibration that learns from the block's output.
+
+The block is the `DecoderLayer` that serves, and so are its norms, rotation and router; only its linear layers' weights
+are the caller's, who wants their gradients. The serving operators write into a cache and have no gradients. The type
+is that of the hidden states: in float32 the output is that of `BlockRunner.forward` but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.attention import reference as attention
+from octavo.kernels.moe import reference as moe
+from octavo.kernels.norm.reference import rms_norm
+from octavo.quant.linear import Linear
+from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp
+from octavo.runtime.model.moe import MoeMlp
+from octavo.runtime.model.spec import Activation
+
+
+class DifferentiableBlock:
+    """A block whose linear layers multiply by given weights, [N, K] by their names in the layer ('qkv', 'down')."""
+
+    def __init__(self, layer: DecoderLayer, activation: Activation) -> None:
+        self._layer = layer
+        self._linears = layer.linears()
+        self._activation = activation
+
+    def forward(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """hidden [B, T, H], sequences from their first token on -> [B, T, H]."""
+        layer = self._layer
+        enter = layer.enter
+        x = hidden if enter.weight is None else rms_norm(hidden, enter.weight, enter.eps)
+        middle, residual = _add_norm(layer.middle, self._attention(layer.attention, x, weights), hidden)
+        return _add_norm(layer.leave, self._mlp(middle, weights), residual)[1]
+
+    def _linear(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        return _linear(self._linears[name], x, weights[name])
+
+    def _attention(self, part: Attention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        batch, length, _ = x.shape
+        shape = part.shape
+        d = shape.head_dim
+        sizes = [shape.num_heads * d, shape.num_kv_heads * d, shape.num_kv_heads * d]
+        q, k, v = torch.split(self._linear("qkv", x, weights), sizes, dim=-1)
+        q = _positioned(q, part.q_norm, part, length)
+        k = _positioned(k, part.k_norm, part, length)
+        v = v.view(batch, length, -1, d).transpose(1, 2)
+        repeat = shape.num_heads // shape.num_kv_heads
+        k = k.repeat_interleave(repeat, dim=1)
+        v = v.repeat_interleave(repeat, dim=1)
+        if shape.soft_cap is None:
+            seen = None if shape.window is None else _seen(length, shape.window, x.device)
+            out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=shape.scale)
+        else:
+            scores = shape.soft_cap * torch.tanh(
+                q.float() @ k.float().transpose(-1, -2) * (shape.scale / shape.soft_cap)
+            )
+            mask = _seen(length, shape.window or length, x.device)
+            out = (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v.float()).to(x.dtype)
+        return self._linear("o", out.transpose(1, 2).flatten(2), weights)
+
+    def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        mlp = self._layer.mlp
+        if isinstance(mlp, GatedMlp):
+            return self._gated("", x, weights)
+        assert isinstance(mlp, MoeMlp)  # calibration's experts aren't stacked
+        rows = x.flatten(0, 1)
+        chosen, shares = moe.route(rows, mlp.router, mlp.top_k, mlp.normalize)
+        total = torch.zeros_like(rows, dtype=torch.float32)
+        for expert in range(len(mlp.experts)):
+            tokens, rank = (chosen == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                # index_select, whose gradient adds rows up in their order on a CPU, unlike that of rows[tokens]
+                out = self._gated(f"experts.{expert}.", rows.index_select(0, tokens), weights)
+                share = shares[tokens, rank].unsqueeze(1)
+                total = total.index_add(0, tokens, out.float() * share)
+        out = total.to(x.dtype)
+        if mlp.shared is not None:
+            shared = self._gated("shared.", rows, weights)
+            if mlp.shared_gate is not None:
+                shared = shared * torch.sigmoid(F.linear(rows.float(), mlp.shared_gate)).to(x.dtype)
+            out = out + shared
+        return out.view_as(x)
+
+    def _gated(self, owner: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        gate, up = self._linear(f"{owner}gate_up", x, weights).chunk(2, dim=-1)
+        acted = F.silu(gate) if self._activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self._linear(f"{owner}down", acted * up, weights)
+
+
+def _linear(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:
+    bias = linear.whole_bias
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _add_norm(part: AddNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The normed sum and the sum, as `AddNorm.forward` returns them."""
+    x = x if part.after is None else rms_norm(x, part.after, part.eps)
+    total = (x if part.multiplier == 1.0 else x * part.multiplier) + residual
+    return (total if part.weight is None else rms_norm(total, part.weight, part.eps)), total
+
+
+def _positioned(x: Tensor, norm: Tensor | None, part: Attention, length: int) -> Tensor:
+    """Queries or keys [B, T, H * D], normed and rotated: [B, H, T, D]."""
+    d = part.shape.head_dim
+    per_head = norm is not None and norm.numel() == d
+    if norm is not None and not per_head:
+        x = rms_norm(x, norm, part.eps)
+    heads = x.view(*x.shape[:2], -1, d)
+    if norm is not None and per_head:
+        heads = rms_norm(heads, norm, part.eps)
+    if part.cos_sin is not None:
+        rows = part.cos_sin[:length].repeat(len(heads), 1)
+        heads = attention.rotate(heads.flatten(0, 1), rows).view_as(heads)
+    return heads.transpose(1, 2)
+
+
+def _seen(length: int, window: int, device: torch.device) -> Tensor:
+    """Which keys each query sees, [T, T]."""
+    position = torch.arange(length, device=device)
+    distance = position.unsqueeze(1) - position
+    return (distance >= 0) & (distance < window)

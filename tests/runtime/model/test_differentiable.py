@@ -1,0 +1,71 @@
+"""The block that back-propagates against the block that serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf_oracle import CASES, make_hf, save
+
+from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.model.blocks import BlockRunner
+from octavo.runtime.model.families.registry import LAYOUTS
+
+LENGTH = 24  # beyond the cases' windows, and beyond the 16 positions that their ropes were pretrained for
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_its_output_is_the_serving_block_s(name: str, tmp_path: Path) -> None:
+    """Every block of every family, in float32: both round some hundred sums, each by a part of EPS."""
+    checkpoint = Checkpoint.open(save(make_hf(*CASES[name]), tmp_path), LAYOUTS)
+    runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
+    token_ids = torch.randint(3, 90, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    hidden = runner.embed(token_ids, checkpoint.tensor(runner.embedding_name))
+    for index in range(runner.num_blocks):
+        tensors = {n: checkpoint.tensor(n) for n in checkpoint.names if f".layers.{index}." in n}
+        layer = runner.build(index, tensors)
+        weights = {
+            linear: torch.cat([tensors[f"{module}.weight"] for module in modules]).requires_grad_()
+            for linear, modules in runner.modules(index).items()
+        }
+        expected = runner.forward(layer, hidden)
+        found = runner.differentiable(layer).forward(hidden.clone(), weights)
+        found.square().sum().backward()
+        worst = (found.detach() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert float(worst.max()) < 200 * EPS
+        used = [weight.grad for linear, weight in weights.items() if not linear.startswith("experts.")]
+        assert all(gradient is not None and bool((gradient != 0).any()) for gradient in used)
+        hidden = expected
+
+
+def test_its_gradients_are_those_of_transformers(tmp_path: Path) -> None:
+    """Through grouped-query attention, biases and the MLP, of one block whose output is the model's hidden state."""
+    hf = make_hf("Llama", CASES["llama"][1] | {"num_hidden_layers": 1})
+    checkpoint = Checkpoint.open(save(hf, tmp_path), LAYOUTS)
+    token_ids = torch.randint(3, 90, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(2, LENGTH, 64, generator=torch.Generator().manual_seed(2))
+    layer = hf.model.layers[0]
+    outputs = []
+    handle = layer.register_forward_hook(lambda *given: outputs.append(given[2]))
+    hf(token_ids)
+    handle.remove()
+    (output,) = outputs
+    (output[0] if isinstance(output, tuple) else output).mul(direction).sum().backward()
+
+    runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
+    hidden = runner.embed(token_ids, checkpoint.tensor(runner.embedding_name)).clone()
+    tensors = {n: checkpoint.tensor(n) for n in checkpoint.names if ".layers.0." in n}
+    block = runner.differentiable(runner.build(0, tensors))
+    weights = {
+        linear: torch.cat([tensors[f"{module}.weight"] for module in modules]).requires_grad_()
+        for linear, modules in runner.modules(0).items()
+    }
+    block.forward(hidden, weights).mul(direction).sum().backward()
+    expected = {name.removesuffix(".weight"): parameter.grad for name, parameter in layer.named_parameters()}
+    for linear, modules in runner.modules(0).items():
+        wanted = torch.cat([expected[module.removeprefix("model.layers.0.")] for module in modules])
+        gradient = weights[linear].grad
+        assert gradient is not None
+        assert float((gradient - wanted).norm() / wanted.norm()) < 200 * EPS, linear
