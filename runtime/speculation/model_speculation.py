@@ -118,8 +118,10 @@ class ModelSpeculation:
         most = self._most_of(num)
         if self._costs is None:
             return most
-        counts = [0, *(count for count in COUNTS if count < most), most]
         chances = [followed.chances.of(MOST_KIND) for followed in running]
+        if num + sum(sum(row[:most]) for row in chances) < GAIN * num:
+            return 0  # whatever they cost
+        counts = [0, *(count for count in COUNTS if count < most), most]
         seconds = self._costs.steps.seconds([num * (1 + count) for count in counts])
         of_draft = self._costs.of_draft(num, float(seconds[0]))
         rates = [
