@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from octavo.kernels.attention.step import StepInputs
+from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.dtypes import DTYPES
@@ -17,6 +18,7 @@ from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.draft_model import DraftModel
+from octavo.runtime.speculation.head_config import method_of
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory
 from octavo.runtime.worker.kv_layout import one_group
@@ -30,6 +32,11 @@ def load_draft_model(config: EngineConfig, target: Model, limits: SchedulerConfi
     """The draft model of a configuration that names one, run once, and a line about it. Raises ValueError."""
     asked = config.speculative_config
     assert asked is not None
+    method = method_of(read_config(Path(asked.model)))
+    if method is not None:
+        raise ValueError(
+            f"--speculative-config: {asked.model} is a head, and no model: the method {method} drafts with it"
+        )
     check_tokenizers(Path(config.model), Path(asked.model))
     own = msgspec.structs.replace(
         config,

@@ -55,6 +55,14 @@ class EagleConfig:
         return ids
 
 
+def method_of(config: dict[str, Any]) -> str | None:
+    """The method that drafts with what this config.json describes; None: it is no head."""
+    kind = config.get("speculators_model_type")
+    if isinstance(kind, str):
+        return kind
+    return "eagle3" if "draft_vocab_size" in config or "eagle_config" in config else None
+
+
 def read_eagle_config(config: dict[str, Any]) -> EagleConfig:
     """Raises LoadError for what isn't an EAGLE-3 head, or one that can't be served, with the key that says so."""
     inner = _layer_config(config, "eagle3")

@@ -397,6 +397,18 @@ def test_pickles_are_refused_with_what_reads_them(target: tuple[Path, Any], tmp_
         load(target[0], tmp_path)
 
 
+def test_a_head_is_no_draft_model(target: tuple[Path, Any], tmp_path: Path) -> None:
+    """vLLM tells one by its name, so that configurations without a method are about."""
+    for made, method in ((of_eagle(), "eagle3"), (of_speculators(), "eagle3"), (mtp_of_speculators(), "mtp")):
+        config = EngineConfig(
+            model=str(target[0]),
+            device="cpu",
+            speculative_config=SpeculativeConfig("draft_model", model=str(made.write(tmp_path / method))),
+        )
+        with pytest.raises(ValueError, match=f"is a head, and no model: the method {method} drafts with it"):
+            load_engine(config, time.time())
+
+
 def test_what_a_head_can_t_be_with(target: tuple[Path, Any], tmp_path: Path) -> None:
     head = of_eagle().write(tmp_path)
     config = SpeculativeConfig("eagle3", model="head")
