@@ -30,12 +30,13 @@ from made_heads import (
 )
 from slow_cases import slow
 from torch import Tensor
-from toy_model import make_request, run_to_end, run_with_arrivals
+from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
+from octavo.kernels.native import cpu_features
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest
+from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
 from octavo.runtime.model.inventory import check_dense
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation import head_drafts
@@ -209,6 +210,21 @@ def test_a_head_changes_no_answer(kind: str, limits: dict[str, Any], target: tup
     if limits:
         assert stats.num_preemptions
     engine.scheduler.pool.check([])
+
+
+@pytest.mark.skipif(not cpu_features.has_dot_products(), reason="needs AVX-512 BF16 and VNNI")
+def test_deterministic_answers_are_the_same_to_the_bit(target: tuple[Path, Any], tmp_path: Path) -> None:
+    wanted = requests(random.Random(3), logprobs=2)
+    plain, drafted = (
+        {name: exactly(it) for name, it in run_to_end(load(target[0], head, deterministic=True), wanted).items()}
+        for head in (None, of_eagle().write(tmp_path))
+    )
+    assert drafted == plain
+
+
+def exactly(outputs: list[TokenOutput]) -> tuple[list[int], list[Logprobs]]:
+    """Tokens and log-probabilities, however many came at once."""
+    return tokens_of(outputs), [entry for output in outputs for entry in output.logprobs or []]
 
 
 def test_an_answer_that_another_engine_has_begun_goes_on(target: tuple[Path, Any], tmp_path: Path) -> None:
