@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.kernels.packed_weight import PackedWeight
-from octavo.quant.body import Body, PackOptions, PermutedColumns, dense_of, rounding
+from octavo.quant.body import Body, PackOptions, PermutedColumns, RoundedInput, dense_of, rounding
+from octavo.quant.input_rounding import Round, input_rounding
 from octavo.quant.qparams import QuantizedWeight, Weight
 
 
@@ -51,8 +53,16 @@ def fp4() -> Body:
 
 
 def fp4_rounding() -> Body:
-    """As `fp4`, with inputs rounded as the scheme says."""
-    return rounding(fp4())
+    """As `fp4`, with inputs rounded as the scheme says: to e2m1 by a kernel, else by torch."""
+    body = fp4()
+
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
+        return RoundedInput(body.pack(weight, options), _rounding_of(weight, options))
+
+    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
+        return body.run(packed.rounds(x).to(x.dtype), packed.inner, out_dtype)
+
+    return replace(body, pack=pack, run=run)
 
 
 def bf16() -> Body:
@@ -104,6 +114,21 @@ def _pack_fp4(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  #
         scale = (scale * weight.global_scale).to(torch.float8_e4m3fn)
         rows /= weight.global_scale
     return cpu.pack_fp4(weight.codes, scale, rows)
+
+
+def _rounding_of(weight: QuantizedWeight, options: PackOptions) -> Round:
+    """How a layer's input is rounded, to bf16 where a kernel does it."""
+    activation = weight.scheme.activation
+    rounds = input_rounding(activation, weight.input_scale, options.target.device)
+    assert rounds is not None
+    if activation is None or activation.dtype != "fp4_e2m1":
+        return rounds
+    from octavo.kernels.fp4 import round_cpu
+
+    round_cpu.prepare()
+    size = activation.granularity.group_size or weight.shape[1]
+    whole = float(weight.input_scale) if activation.has_stored_scale and weight.input_scale is not None else 0.0
+    return lambda x: round_cpu.round_rows(x, size, whole)
 
 
 def _pack_bf16(weight: Weight, options: PackOptions) -> PackedWeight:

@@ -15,6 +15,7 @@ from served import logits_of
 from torch import Tensor
 
 import octavo.kernels.fp4.reference as fp4
+from octavo.kernels.fp4 import round_cpu
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.formats.compressed_tensors_config import parse_config
 from octavo.quant.formats.format import FormatError
@@ -76,6 +77,20 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(name: str) -> None
     x[0, 0], x[1, 5] = torch.inf, torch.nan
     assert bool(rounds(x)[0, 0].isinf())
     assert bool(rounds(x)[1, 5].isnan())
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "MXFP4"])
+@pytest.mark.parametrize("columns", [512, 200, 7])
+def test_the_cpu_rounds_inputs_as_the_reference_does(name: str, columns: int) -> None:
+    """Bit for bit in bf16, a short last group and numbers that are none among them."""
+    x = awkward((70, 512))[:, :columns].bfloat16()
+    x[0, 3], x[1, 5], x[2, 0], x[3, :4] = torch.inf, torch.nan, -torch.inf, 0
+    x[4] = -0.0
+    whole = torch.tensor(7.5) if name == "NVFP4" else None
+    rounds = input_rounding(PRESETS[name].activation, whole, x.device)
+    assert rounds is not None
+    ours = round_cpu.round_rows(x, 16 if name == "NVFP4" else 32, 7.5 if name == "NVFP4" else 0.0)
+    torch.testing.assert_close(ours, rounds(x).bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
