@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Algorithm = Literal["rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq", "tune"]
+Algorithm = Literal["auto", "rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq", "tune"]
+Effort = Literal["fast", "auto", "best"]
 ActOrder = Literal["none", "static", "group"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8"]

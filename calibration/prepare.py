@@ -107,8 +107,10 @@ def prepare(
 ) -> Prepared:
     """Check and plan a quantization of the checkpoint in `source` whose text is there already.
 
+    Algorithm auto is rtn without calibration.
     Raises QuantizeError, CheckpointError or OSError; nothing but the output's parent directory has been made then.
     """
+    recipe = recipe.resolved(calibrates=calibration is not None)
     checkpoint = open_source(source, out, overwrite=overwrite, resume=resume, layouts=layouts)
     planned = plan_model(checkpoint, out, recipe, max_shard_bytes=max_shard_bytes, overwrite=overwrite, resume=resume)
     return complete(planned, recipe, calibration)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from octavo.calibration.choices import ActOrder, Algorithm, Format
+from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format
 from octavo.flags import check_bounds
 from octavo.quant.scheme import KV_SHORT_NAMES, PRESETS, KVScheme, QuantScheme, SchemeError, Search, group
 
@@ -36,6 +36,7 @@ class RecipeError(ValueError):
 class Recipe(msgspec.Struct, frozen=True):
     """How to quantize. Fields with a description are flags of `octavo quantize`.
 
+    algorithm   auto is none yet: `resolved` puts one in its place before anything is planned
     scheme      of every linear layer that `layers` and `ignore` don't name, as spelled: 'W4A16@64'
     layers      pattern -> scheme, or 'none'; the first that matches holds
     dampening   more than the paper's 0.01: some ten thousand tokens tell the moments of a few thousand inputs badly,
@@ -49,7 +50,7 @@ class Recipe(msgspec.Struct, frozen=True):
         Meta(
             description="rtn: round each weight by itself, without data. gptq: correct each column's error in the "
             "columns that follow. awq: scale channels by their inputs first. smoothquant: the same for W8A8. tune: "
-            "begin with awq+gptq, then learn roundings and scales by each block's output",
+            "begin with awq+gptq, then learn roundings and scales by each block's output. auto: as --effort says",
             extra={"group": HOW},
         ),
     ] = "rtn"
@@ -172,6 +173,24 @@ class Recipe(msgspec.Struct, frozen=True):
     def needs_data(self) -> bool:
         return self.needs_statistics or self.kv is not None
 
+    def resolved(self, effort: Effort = "auto", *, calibrates: bool = True) -> Recipe:
+        """The recipe with an algorithm in auto's place: rtn where the model's blocks can't be run.
+
+        Raises RecipeError for settings of another algorithm than that.
+        """
+        if self.algorithm != "auto":
+            return self
+        algorithm: Algorithm = "rtn"
+        if calibrates and effort != "fast":
+            algorithm = _usual(self.default)
+        if algorithm == "awq+gptq" and effort == "best" and all(_can_be_tuned(scheme) for scheme in self.schemes):
+            algorithm = "tune"
+        return msgspec.structs.replace(self, algorithm=algorithm)
+
+    def with_rtn(self) -> Recipe:
+        """The same schemes for the same layers, rounded to nearest."""
+        return Recipe(self.scheme, "rtn", self.format, self.layers, self.ignore, self.search, kv_cache=self.kv_cache)
+
     def scheme_of(self, module: str, kind: str) -> QuantScheme | None:
         """A linear layer's scheme by its full name and its name in the block; None: left as it is."""
         for pattern, spelled in self.layers.items():
@@ -188,6 +207,16 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def search_of(self, scheme: QuantScheme) -> Search:
         return self.search or ("mse" if scheme.weight.bits < 8 else "absmax")
+
+
+def _usual(scheme: QuantScheme) -> Algorithm:
+    """What loses least of the algorithms that take minutes; where none gains, rtn."""
+    weight = scheme.weight
+    if weight.dtype.startswith("int") and weight.bits <= 4:
+        return "awq+gptq"
+    activation = scheme.activation
+    is_int8 = activation is not None and activation.dtype == "int8" and weight.dtype == "int8"
+    return "smoothquant" if is_int8 else "rtn"
 
 
 def _can_be_tuned(scheme: QuantScheme) -> bool:
@@ -212,6 +241,8 @@ def _check_values(recipe: Recipe) -> None:
             means_layer(pattern, "", "")
         except re.error as e:
             raise RecipeError(f"pattern {pattern!r} is not a regex: {e}") from None
+    if recipe.algorithm == "auto":
+        return
     if recipe.smoothing is not None and recipe.scaling != "smoothquant":
         raise RecipeError(f"smoothing is SmoothQuant's, and the algorithm is {recipe.algorithm}; smoothquant has it")
     for name in ("act_order", "dampening"):

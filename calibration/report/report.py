@@ -69,6 +69,7 @@ class Report:
     kinds         `by_kind` of the layers; layers: `in_order`
     ignore        linear layers that were left as they are
     seconds       what each phase took
+    rtn_kl        the mean KL that algorithm rtn would have had, where another was used and this was measured
     """
 
     task: Literal["quantize", "eval"] = "quantize"
@@ -91,6 +92,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=_versions)
     seconds: dict[str, float] = field(default_factory=dict)
     kv_layers: tuple[KVRow, ...] = ()
+    rtn_kl: float | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

@@ -22,6 +22,8 @@ def print_report(report: Report, console: Console) -> None:
     bits = f", {sizes.bits_per_weight:.2f} bits a quantized weight" if sizes.bits_per_weight else ""
     lines = [f"weights {sizes.before / 1e6:.1f} MB -> {sizes.after / 1e6:.1f} MB ({sizes.ratio:.2f}x smaller{bits})"]
     lines += quality_lines(report.quality)
+    if report.rtn_kl is not None and report.quality is not None:
+        lines.append(f"KL mean: {report.algorithm} {report.quality.mean_kl:.4f}, rtn {report.rtn_kl:.4f}")
     if report.verdict is not None:
         lines += report.verdict.lines()
     for line in lines:

@@ -5,6 +5,7 @@ Wires the rooms: calibration decides and writes, the runtime runs blocks and ser
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.calibration.choices import ActOrder, Algorithm, Format
+from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format
 from octavo.calibration.progress import Progress, silent
-from octavo.calibration.recipe import WHAT, Recipe, RecipeError, read_recipe
+from octavo.calibration.recipe import HOW, WHAT, Recipe, RecipeError, read_recipe
 from octavo.flags import parse_size
 from octavo.jobs.calibration_data import DataOptions
 
@@ -55,6 +56,15 @@ class Job(msgspec.Struct, frozen=True):
     ]
     recipe: Recipe
     data: DataOptions = DataOptions()
+    effort: Annotated[
+        Effort,
+        Meta(
+            description="choose the algorithm by the scheme, and how long it may take. fast: rtn. auto: awq+gptq for "
+            "integer weights of 4 bits and fewer, smoothquant for int8 weights and inputs, rtn for others, and for "
+            "models that octavo has no code of. best: tune where auto has awq+gptq and inputs stay as they are",
+            extra={"group": HOW, "default": "the algorithm says; with --algorithm auto, auto"},
+        ),
+    ] = "auto"
     bits_budget: Annotated[
         float | None,
         Meta(
@@ -91,6 +101,13 @@ class Job(msgspec.Struct, frozen=True):
         Meta(
             description="don't measure quality",
             extra={"group": "quality", "flag": "--no-eval", "default": "measure it"},
+        ),
+    ] = True
+    compares_rtn: Annotated[
+        bool,
+        Meta(
+            description="don't measure what algorithm rtn would have cost",
+            extra={"group": "quality", "flag": "--no-compare-rtn", "default": "measure it too, with another algorithm"},
         ),
     ] = True
     eval_tokens: Annotated[
@@ -138,7 +155,7 @@ def quantize(
     model       a local directory, or a Hub id
     output      the directory to write; all of it or nothing
     scheme      a preset of compressed-tensors, with '@' and a group size where it isn't the preset's: 'W4A16@64'
-    algorithm   rtn needs no data, the others do; format is what vLLM and transformers call it
+    algorithm   auto chooses by scheme and `effort`; rtn needs no data, the others do
     data        a file, a data set's id, texts, records, or tensors of token ids; None: the model generates its text
     layers      pattern -> scheme (or 'none') of layers that differ
     recipe      a recipe, or its file, instead of all of the above but data
@@ -196,9 +213,12 @@ def prepare(job: Job) -> Prepared:
 
     source = resolve_model(job.model, job.revision)
     how = {"overwrite": job.overwrite, "resume": job.resume}
-    _check_options(job)
+    _check_effort(job)
+    _check_options(_resolved(job, calibrates=True))
     checkpoint = open_source(source, job.output, layouts=LAYOUTS, **how)
-    notes = _check_source(job, checkpoint)
+    notes = _check_source(_resolved(job, calibrates=False), checkpoint)
+    job = _resolved(job, calibrates=not notes and not checkpoint.layout.is_encoder)
+    _check_options(job)
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
     _check_budget(job, planned.plan)
     seconds: dict[str, float] = {}
@@ -221,12 +241,24 @@ def prepare(job: Job) -> Prepared:
     return replace(prepared, text=text, notes=tuple(notes), seconds=seconds)
 
 
+def _resolved(job: Job, *, calibrates: bool) -> Job:
+    """The job with an algorithm in auto's place."""
+    return msgspec.structs.replace(job, recipe=job.recipe.resolved(job.effort, calibrates=calibrates))
+
+
 def _runs_blocks(job: Job) -> bool:
     return job.recipe.needs_data or job.bits_budget is not None
 
 
+def _check_effort(job: Job) -> None:
+    if job.effort != "auto" and job.recipe.algorithm != "auto":
+        raise RecipeError(
+            f"--effort {job.effort} chooses an algorithm, and {job.recipe.algorithm} is one: leave one of the two out"
+        )
+
+
 def _check_options(job: Job) -> None:
-    """Refuse data that the algorithm wouldn't use: whoever gives text and forgets --algorithm doesn't want rtn."""
+    """Refuse data that the algorithm wouldn't use: whoever gives text doesn't want rtn."""
     if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
         raise RecipeError(
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
@@ -242,7 +274,7 @@ def _check_budget(job: Job, plan: Plan) -> None:
 
 
 def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
-    """Refuse an incomplete model before anything is done. Returns notes for the report if that can't be checked."""
+    """Refuse an incomplete model before anything is done. Returns notes for the report if its blocks can't be run."""
     from octavo.calibration.layers import QuantizeError
     from octavo.runtime.model.config_types import ModelConfigError
     from octavo.runtime.model.encoder_spec import EncoderSpec, UnsupportedEncoderError
@@ -396,4 +428,29 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
         algorithm=report.algorithm,
         kv_cache=report.kv_cache,
     )
-    return replace(report, quality=quality, verdict=verdict, seconds=seconds)
+    return _with_rtn(job, recipe, source, replace(report, quality=quality, verdict=verdict, seconds=seconds))
+
+
+def _with_rtn(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
+    """The report with the KL that rtn would have had, of a copy that is written beside OUT, measured and removed."""
+    from octavo.calibration.prepare import prepare as prepare_rtn
+    from octavo.calibration.quantize_model import quantize_model
+    from octavo.calibration.report.report import rounded
+    from octavo.jobs.quality import measure_quality
+    from octavo.runtime.model.families.registry import LAYOUTS
+
+    plain = recipe.with_rtn()
+    if not job.compares_rtn or recipe.algorithm == "rtn" or plain.needs_data:
+        return report
+    job.listener.phase("measuring rtn")
+    begin = time.perf_counter()
+    copy = job.output.resolve().with_name(f".{job.output.name}.rtn")
+    try:
+        quantize_model(prepare_rtn(source, copy, plain, overwrite=True, layouts=LAYOUTS), job.listener.progress)
+        quality = measure_quality(source, copy, max_tokens=job.eval_tokens, progress=job.listener.progress)
+    except (RuntimeError, ValueError, OSError) as e:
+        return replace(report, warnings=(*report.warnings, f"what rtn would have cost could not be measured: {e}"))
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    seconds = report.seconds | rounded({"rtn": time.perf_counter() - begin})
+    return replace(report, rtn_kl=quality.mean_kl, seconds=seconds)

@@ -1,0 +1,94 @@
+"""Algorithm auto: what it is for each scheme and effort, and what rtn would have cost beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import octavo
+from octavo.calibration.choices import Algorithm, Effort
+from octavo.calibration.recipe import Recipe, RecipeError
+from octavo.calibration.report.report import read_report
+from octavo.cli import main
+
+pytestmark = pytest.mark.long
+
+LICENSE = Path(__file__).parent.parent.parent / "LICENSE"  # of the kind of text that the tiny models were trained on
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copy(LICENSE, tmp_path_factory.mktemp("text") / "license.txt"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "effort", "algorithm"),
+    [
+        ("W4A16", "auto", "awq+gptq"),
+        ("W4A16_ASYM", "best", "tune"),
+        ("W2A16", "best", "tune"),
+        ("W4A8", "best", "awq+gptq"),
+        ("W4AFP8", "auto", "awq+gptq"),
+        ("W8A8", "best", "smoothquant"),
+        ("W8A16", "best", "rtn"),
+        ("FP8_DYNAMIC", "best", "rtn"),
+        ("FP8", "auto", "rtn"),
+        ("NVFP4", "auto", "rtn"),
+        ("W4A16", "fast", "rtn"),
+        ("W8A8", "fast", "rtn"),
+    ],
+)
+def test_auto_is_an_algorithm_of_the_scheme(scheme: str, effort: Effort, algorithm: Algorithm) -> None:
+    recipe = Recipe(scheme, algorithm="auto")
+    assert recipe.resolved(effort) == Recipe(scheme, algorithm=algorithm)
+    assert recipe.resolved(effort, calibrates=False).algorithm == "rtn"
+    assert Recipe(scheme, algorithm="gptq").resolved(effort).algorithm == "gptq"
+
+
+def test_settings_of_another_algorithm_are_refused_once_it_is_known() -> None:
+    recipe = Recipe("FP8_DYNAMIC", algorithm="auto", dampening=0.2)
+    with pytest.raises(RecipeError, match="dampening is GPTQ's, and the algorithm is rtn"):
+        recipe.resolved()
+    assert Recipe("W4A16", algorithm="auto", dampening=0.2).resolved().dampening == 0.2
+
+
+def test_it_says_what_rtn_would_have_cost(
+    fixtures: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The KL that a run with rtn measures; the recipe says which algorithm it was, and nothing else is left."""
+    words = ["quantize", str(fixtures / "tiny"), "--scheme", "W3A16", "--group-size", "32", "--eval-tokens", "500"]
+    limits = ["--max-kl", "100"]
+    data = ["--dataset", str(text), "--num-calibration-samples", "16", "--max-seq-length", "64"]
+    assert main([*words, *limits, "-o", str(tmp_path / "rtn"), "--algorithm", "rtn"]) == 0
+    plain = read_report(tmp_path / "rtn" / "quantization_report.json")
+    assert plain.rtn_kl is None
+    assert plain.quality is not None
+    capsys.readouterr()
+    assert main([*words, *limits, "-o", str(tmp_path / "out"), "--effort", "auto", *data]) == 0
+    report = read_report(tmp_path / "out" / "quantization_report.json")
+    assert report.quality is not None
+    assert report.algorithm == json.loads((tmp_path / "out" / "recipe.json").read_text())["algorithm"] == "awq+gptq"
+    assert report.rtn_kl == plain.quality.mean_kl
+    assert report.quality.mean_kl < report.rtn_kl
+    assert f"KL mean: awq+gptq {report.quality.mean_kl:.4f}, rtn {report.rtn_kl:.4f}" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rtn"]
+
+
+def test_a_model_without_a_decoder_here_is_rounded_to_nearest(fixtures: Path, tmp_path: Path, text: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(fixtures / "tiny", model, ignore=shutil.ignore_patterns("expected.safetensors"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "martian"}))
+    report = octavo.quantize(model, tmp_path / "out", scheme="W4A16@32", algorithm="auto", evaluate=False)
+    assert report.algorithm == "rtn"
+    assert "octavo doesn't have this model's code" in report.warnings[0]
+    with pytest.raises(RecipeError, match="algorithm rtn with scheme W4A16@32 uses no calibration text"):
+        octavo.quantize(model, tmp_path / "more", scheme="W4A16@32", algorithm="auto", data=str(text))
+
+
+def test_an_effort_and_an_algorithm_are_one_too_many(fixtures: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--effort best chooses an algorithm, and gptq is one"):
+        octavo.quantize(fixtures / "tiny", tmp_path / "out", scheme="W4A16@32", algorithm="gptq", effort="best")
