@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.native.huge_memory import huge_tensor
 from octavo.quant import scheme
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import KVScales, Model
@@ -211,7 +211,7 @@ def allocate(
 
     Without a layout each layer has memory of its own; with one, layer i of every group has the same.
     Zeroed, not just reserved: a kernel may multiply a masked slot by 0, and what memory happens to hold may be NaN.
-    On a CPU the zeros come from the system (calloc), page by page at the first write: an unused cache costs nothing.
+    On a CPU the zeros come from the system, page by page at the first write: an unused cache costs nothing.
     """
     layout = layout or one_group(len(model.kv_shapes))
     tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -230,10 +230,10 @@ def allocate(
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """torch.zeros writes its zeros at once on a CPU: three seconds for 4 GiB; numpy's asks calloc for them."""
+    """torch.zeros writes its zeros at once on a CPU: three seconds for 4 GiB; the system has them at hand."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    return huge_tensor(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def choose_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales | None:
