@@ -8,7 +8,7 @@ length on the way in, and put back on the way out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
 import numpy as np
@@ -98,15 +98,20 @@ class EncoderEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class EncoderAttention:
-    """Attention of each token to its whole text. cos_sin: as in `layers.Attention`; None: no rotation."""
+    """Attention of each token to its whole text.
+
+    cos_sin       as in `layers.Attention`; None: no rotation
+    input_factor  [H], what x is multiplied by before it is rounded (balance.py); None: nothing
+    """
 
     qkv: Linear
     o: Linear
     shape: PackedShape
     cos_sin: Tensor | None
+    input_factor: Tensor | None = None
 
     def forward(self, x: Tensor, texts: Texts) -> Tensor:
-        qkv = self.qkv.forward(x, None)
+        qkv = self.qkv.forward(x if self.input_factor is None else x * self.input_factor, None)
         if self.cos_sin is not None:
             _rotate(qkv, self.cos_sin[texts.positions], self.shape)
         return self.o.forward(packed_attention(qkv, texts.runs, self.shape, texts.biases), None)
@@ -126,7 +131,15 @@ def _rotate(qkv: Tensor, cos_sin: Tensor, shape: PackedShape) -> None:
 
 
 class EncoderMlp(Protocol):
-    """x [T, H] -> [T, H]."""
+    """x [T, H] -> [T, H]. first: the linear layer that reads x; input_factor: as in EncoderAttention."""
+
+    @property
+    def first(self) -> Linear: ...
+
+    @property
+    def input_factor(self) -> Tensor | None: ...
+
+    def with_first(self, linear: Linear) -> EncoderMlp: ...
 
     def forward(self, x: Tensor) -> Tensor: ...
 
@@ -140,8 +153,18 @@ class PlainMlp:
     up: Linear
     down: Linear
     act: Callable[[Tensor], Tensor]
+    input_factor: Tensor | None = None
+
+    @property
+    def first(self) -> Linear:
+        return self.up
+
+    def with_first(self, linear: Linear) -> PlainMlp:
+        return replace(self, up=linear)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_factor is not None:
+            x = x * self.input_factor
         return self.down.forward(self.act(self.up.forward(x, None)), None)
 
     def linears(self) -> dict[str, Linear]:
@@ -156,8 +179,18 @@ class GatedEncoderMlp:
     down: Linear
     act: Callable[[Tensor], Tensor]
     gate_is_last: bool
+    input_factor: Tensor | None = None
+
+    @property
+    def first(self) -> Linear:
+        return self.gate_up
+
+    def with_first(self, linear: Linear) -> GatedEncoderMlp:
+        return replace(self, gate_up=linear)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_factor is not None:
+            x = x * self.input_factor
         gate, up = self.gate_up.forward(x, None).chunk(2, dim=-1)
         if self.gate_is_last:
             gate, up = up, gate
@@ -197,8 +230,8 @@ class EncoderLayer:
         if self.attention_norm is not None:
             yield from self.attention_norm.tensors()
         yield from self.mlp_norm.tensors()
-        if self.attention.cos_sin is not None:
-            yield self.attention.cos_sin
+        tables = (self.attention.cos_sin, self.attention.input_factor, self.mlp.input_factor)
+        yield from (table for table in tables if table is not None)
 
 
 @dataclass(frozen=True, slots=True)

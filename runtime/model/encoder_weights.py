@@ -20,6 +20,7 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.at_load import quantized_at_load
+from octavo.runtime.model.balance import factors, measured_peaks
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encoder import (
@@ -87,8 +88,18 @@ class EncoderBuilder:
         found = (one for one in spec.row.prefixes if self._source.has(f"{one}{names.word}"))
         self.prefix = next(found, spec.row.prefixes[0])
         self._tables: dict[RopeSpec, Tensor] = {}
+        self._rounds = True  # weights, where --dtype says so
+        self._peaks: list[tuple[Tensor, Tensor]] = []  # of each layer's inputs, where they are balanced
 
     def build(self, hf_config: Mapping[str, Any]) -> Encoder:
+        pooler = self._pooler(hf_config)
+        if self.config.dtype == "int8":  # what is measured computes as the checkpoint has it
+            self._rounds = False
+            self._peaks = measured_peaks(self._encoder(pooler))
+            self._rounds = True
+        return self._encoder(pooler)
+
+    def _encoder(self, pooler: Pooler) -> Encoder:
         names = self.spec.row.names
         longest = self._longest()
         stack = EncoderStack(
@@ -97,7 +108,7 @@ class EncoderBuilder:
             self._norm(names.final_norm) if names.final_norm else None,
             self._distances(longest),
         )
-        return Encoder(self.spec, stack, self._pooler(hf_config), longest, self.notes)
+        return Encoder(self.spec, stack, pooler, longest, self.notes)
 
     def _longest(self) -> int:
         """The longest text: the model's, less where sentence-transformers says so, or as was asked for."""
@@ -133,46 +144,65 @@ class EncoderBuilder:
         layer = names.layer.format(index)
         width = spec.num_heads * spec.head_dim
         rope = spec.layers[index].rope
+        peaks = self._peaks[index] if self._peaks else (None, None)
+        modules = [f"{layer}{name}" for name in names.qkv]
+        qkv, factor = self._balanced(modules, 3 * width, spec.hidden_size, spec.qkv_bias, peaks[0])
         attention = EncoderAttention(
-            self._linear([f"{layer}{name}" for name in names.qkv], 3 * width, spec.hidden_size, spec.qkv_bias),
+            qkv,
             self._linear([f"{layer}{names.o}"], spec.hidden_size, width, spec.o_bias),
             PackedShape(spec.num_heads, spec.head_dim, spec.head_dim**-0.5, spec.layers[index].window),
             None if rope is None else self._table(rope, longest),
+            factor,
         )
         has_norm = not (row.skips_first_norm and index == 0)
         return EncoderLayer(
             attention,
             self._norm(f"{layer}{names.attention_norm}") if has_norm else None,
-            self._mlp(layer),
+            self._mlp(layer, peaks[1]),
             self._norm(f"{layer}{names.mlp_norm}"),
             norms_first=row.norms == "pre",
         )
 
-    def _mlp(self, layer: str) -> EncoderMlp:
+    def _mlp(self, layer: str, peaks: Tensor | None) -> EncoderMlp:
         spec = self.spec
         row = spec.row
         inner = spec.intermediate_size
         ups = [f"{layer}{name}" for name in row.names.up]
-        up = self._linear(ups, 2 * inner if row.gated else inner, spec.hidden_size, spec.up_bias)
+        rows = 2 * inner if row.gated else inner
+        up, factor = self._balanced(ups, rows, spec.hidden_size, spec.up_bias, peaks)
         down = self._linear([f"{layer}{row.names.down}"], spec.hidden_size, inner, spec.down_bias)
         act = ACTIVATIONS[spec.activation]
-        return GatedEncoderMlp(up, down, act, row.gate_is_last) if row.gated else PlainMlp(up, down, act)
+        if row.gated:
+            return GatedEncoderMlp(up, down, act, row.gate_is_last, factor)
+        return PlainMlp(up, down, act, factor)
 
     def _linear(self, modules: list[str], rows: int, columns: int, has_bias: bool) -> Linear:
-        """One layer of modules that share their input, each with as many of the rows."""
+        return self._balanced(modules, rows, columns, has_bias, None)[0]
+
+    def _balanced(
+        self, modules: list[str], rows: int, columns: int, has_bias: bool, peaks: Tensor | None
+    ) -> tuple[Linear, Tensor | None]:
+        """One layer of modules that share their input, each with as many of the rows, and what its input is multiplied
+        by first: None where nothing was measured, or where the weights are rounded already.
+        """
         own = rows // len(modules)
         named = [f"{self.prefix}{module}" for module in modules]
         self._source.require(named)
-        weights = [
-            quantized_at_load(name, self._source.linear(name, own, columns), self.config.dtype, self.target.device)
-            for name in named
-        ]
+        weights = [self._source.linear(name, own, columns) for name in named]
+        factor = None
+        if peaks is not None and all(isinstance(weight, Tensor) for weight in weights):
+            divisors = factors(peaks, torch.cat(weights))  # type: ignore[arg-type]  # all are tensors
+            weights = [(weight * divisors).to(weight.dtype) for weight in weights]  # type: ignore[operator, union-attr]
+            factor = (1 / divisors).to(self.target.dtype)
+        if self._rounds:
+            wanted = self.config.dtype
+            weights = [quantized_at_load(n, w, wanted, self.target.device) for n, w in zip(named, weights, strict=True)]
         biases = [self._source.bias(name, own, expected=has_bias) for name in named]
         linear = make_linear(weights, biases, self.target)
         for part in linear.parts:
             if part.choice.departs and part.choice.reason not in self.notes:
                 self.notes.append(part.choice.reason)
-        return linear
+        return linear, factor
 
     def _norm(self, module: str, *, has_bias: bool | None = None) -> LayerNorm:
         size = (self.spec.hidden_size,)

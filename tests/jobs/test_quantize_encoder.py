@@ -14,7 +14,7 @@ from octavo.jobs.embedding_quality import measure_embeddings
 from octavo.jobs.quantize import quantize
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
-from octavo.runtime.config import EngineConfig
+from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.messages import PoolingParams
 from octavo.runtime.model.encoder import Encoder
 from octavo.runtime.model.weights import load_model
@@ -46,3 +46,31 @@ def test_an_encoder_is_quantized_and_served(scheme: str, least: float, sentence:
 def test_what_calibrates_is_refused(sentence: SentenceModel, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="this model is an encoder; algorithm rtn"):
         quantize(str(sentence.directory), tmp_path / "out", scheme="W4A16@32", algorithm="gptq")
+
+
+def test_inputs_are_balanced_with_weights_where_they_are_rounded_at_load(tmp_path: Path) -> None:
+    """A channel far above the others, as real encoders have some, takes a token's scale from all of its others."""
+    sentence = SentenceModel(tmp_path / "plain")
+    with torch.no_grad():
+        sentence.model.embeddings.LayerNorm.weight[5] *= 40
+    sentence.model.save_pretrained(sentence.directory)
+    quantize(str(sentence.directory), tmp_path / "out", scheme="W8A8", algorithm="rtn", evaluate=False)
+    truth = _loaded(sentence.directory, "float32")
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 40
+    wanted = truth.stack.layers[0].attention.qkv.forward(x, None)
+    plain = _loaded(tmp_path / "out", "bfloat16").stack.layers[0].attention
+    balanced = _loaded(sentence.directory, "int8").stack.layers[0].attention
+    assert plain.input_factor is None
+    assert balanced.input_factor is not None
+    errors = [
+        float((layer.qkv.forward(own.bfloat16(), None).float() - wanted).norm())
+        for layer, own in ((plain, x), (balanced, x * balanced.input_factor))
+    ]
+    assert errors[1] < errors[0] * 2 / 3  # 12.9 and 24.0
+
+
+def _loaded(directory: Path, dtype: Dtype) -> Encoder:
+    model = load_model(EngineConfig(model=str(directory), dtype=dtype))
+    assert isinstance(model, Encoder)
+    return model

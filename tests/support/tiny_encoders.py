@@ -72,6 +72,7 @@ class SentenceModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        directory.mkdir(exist_ok=True)
         self.model = make("BertModel", directory)
         self.tokenizer = save_tokenizer(directory)
         self.dense = torch.randn(SIZE, 64, generator=torch.Generator().manual_seed(2)) * 0.2
