@@ -22,9 +22,9 @@ TEXTS = [
     "The central bank left its interest rate unchanged on Thursday.",
     "def add(a, b):\n    return a + b",
     "Ein Satz auf Deutsch, mit Umlauten: schön, größer, über.",
-    "one two three four five six seven eight nine ten " * 15,
-    "?",
 ]
+ODD = ["one two three four five six seven eight nine ten " * 15, "?"]
+"""Rounding is not averaged over three tokens, nor over tokens that are all alike."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def truths(directory: Path) -> list[Tensor]:
     model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     found = []
-    for text in TEXTS:
+    for text in [*TEXTS, *ODD]:
         with torch.inference_mode():
             states = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=256)).last_hidden_state
         mean = states[0].mean(dim=0)
@@ -51,9 +51,14 @@ def truths(directory: Path) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999999), ("bfloat16", 0.9999), ("int8", 0.997)])
-def test_embeddings_are_close_to_float32(dtype: str, least: float, directory: Path, truths: list[Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "least", "odd"), [("float32", 0.999999, 0.999999), ("bfloat16", 0.9999, 0.9998), ("int8", 0.998, 0.99)]
+)
+def test_embeddings_are_close_to_float32(
+    dtype: str, least: float, odd: float, directory: Path, truths: list[Tensor]
+) -> None:
     with LLM(str(directory), dtype=dtype) as llm:
-        outputs = llm.embed(TEXTS, use_tqdm=False)
+        outputs = llm.embed([*TEXTS, *ODD], use_tqdm=False)
     cosines = [float(torch.tensor(it.outputs.embedding) @ truth) for truth, it in zip(truths, outputs, strict=True)]
-    assert min(cosines) >= least, cosines
+    assert min(cosines[: len(TEXTS)]) >= least, cosines
+    assert min(cosines) >= odd, cosines
