@@ -85,11 +85,11 @@ class DraftMetrics:
             found["per_step_drafted"] = [drafts for drafts, _ in self.steps]
         return found
 
-    def of_sglang(self, num_tokens: int) -> dict[str, Any]:
-        """SGLang's entries of `meta_info`, of an answer of so many tokens."""
+    def of_sglang(self) -> dict[str, Any]:
+        """SGLang's entries of `meta_info`. The length is that of steps that checked drafts: not all do, as there."""
         return {
             "spec_accept_rate": _ratio(self.num_right, self.num_drafts),
-            "spec_accept_length": _ratio(num_tokens, self.num_steps),
+            "spec_accept_length": 1.0 + _ratio(self.num_right, self.num_steps),
             "spec_accept_histogram": self.histogram(),
             "spec_accept_token_num": self.num_right,
             "spec_draft_token_num": self.num_drafts,

@@ -47,5 +47,6 @@ def parse_quantization(raw: Mapping[str, Any]) -> QuantizationConfig:
     method = raw.get("quant_method")
     parse = METHODS.get(str(method).lower())
     if parse is None:
-        raise FormatError(f"quant_method {method!r} is not supported; {', '.join(METHODS)} are")
+        named = ", ".join(name for name, parse in METHODS.items() if parse is not parse_gguf)
+        raise FormatError(f"quant_method {method!r} is not supported; {named} are")
     return parse(raw)

@@ -44,8 +44,6 @@ class NoHead:
 
 def check_pooled(config: EngineConfig, device: Device, group: Group) -> None:
     """Raise LoadError for an option that pooled decoders don't have."""
-    if config.model_impl == "hf":
-        raise LoadError("--model-impl hf: transformers' own code is not served for pooled requests; leave it out")
     if group.size > 1:
         raise LoadError("--runner pooling: a pooled model runs on one rank so far; leave the other ranks out")
     if device.torch_device.type != "cpu":

@@ -81,6 +81,8 @@ def load_model(
     hf_config = read_config(Path(config.model))
     device = device or Device.choose(config.device)
     pooled = is_pooled(config, hf_config)
+    if pooled and config.model_impl == "hf":
+        raise LoadError("--model-impl hf: transformers' own code is not served for pooled requests; leave it out")
     if pooled and hf_config.get("model_type") in ENCODERS:
         return load_encoder(config, device, hf_config)
     if pooled:

@@ -230,7 +230,7 @@ class NativeAnswer(Answer):
             "e2e_latency": time.time() - timeline.arrival,
         }
         if choice.drafted is not None:
-            about |= choice.drafted.of_sglang(len(delta.token_ids))
+            about |= choice.drafted.of_sglang()
         if item.returns_logprob:
             about |= self._logprobs(delta, choice, item)
         return {"text": text_of(delta.parts), "output_ids": list(delta.token_ids), "meta_info": about}

@@ -72,7 +72,6 @@ def test_what_changes_nothing_is_told() -> None:
         ({"lora_modules": ["a=b"]}, ValueError, "LLM: lora_modules: a LoRARequest names the adapter and its directory"),
         ({"max_loras": 0}, ValueError, "LLM: argument max_loras: '0' is not a whole number"),
         ({"speculative_config": {"method": "eagle"}}, ValueError, "method 'eagle': drafts are made by ngram, suffix"),
-        ({"runner": "pooling"}, ValueError, "LLM: runner pooling: octavo generates text"),
         ({"port": 80}, ValueError, "LLM: port: there is no server"),
         ({"api_key": "a"}, ValueError, "LLM: api_key: there is no server"),
         ({"headless": True}, ValueError, "LLM: headless: there is no server"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import jsonschema
 import openai
 import pytest
 from documented import Command
-from octavo_server import Server
+from octavo_server import Server, serving
+from tiny_encoders import SentenceModel
 
 ADDRESS = re.compile(r"(?:http://)?(?:localhost|127\.0\.0\.1):8000")
 CURLS = [c for page in documented.pages() for c in documented.commands(page) if c.program == "curl"]
@@ -27,8 +29,17 @@ PROGRAMS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The server of docs/pooling.md."""
+    model = SentenceModel(tmp_path_factory.mktemp("sentence")).directory
+    with serving("--served-model-name", "tiny", model=model) as server, server.client() as client:
+        yield client
+
+
 @pytest.mark.parametrize("command", CURLS, ids=lambda c: f"{c.page}:{c.line}")
-def test_a_curl_is_answered(client: httpx.Client, command: Command) -> None:
+def test_a_curl_is_answered(request: pytest.FixtureRequest, command: Command) -> None:
+    client: httpx.Client = request.getfixturevalue("pooled" if command.page == "docs/pooling.md" else "client")
     curl = argparse.ArgumentParser(exit_on_error=False)
     curl.add_argument("url")
     curl.add_argument("-H", "--header", action="append", default=[])

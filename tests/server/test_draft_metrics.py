@@ -51,7 +51,7 @@ def test_no_drafts_are_zeros_and_several_answers_null() -> None:
 
 
 def test_sglang_counts_an_answer_s_tokens_by_its_steps() -> None:
-    found = counted("summary", (3, 3), (3, 1)).of_sglang(8)
-    assert found["spec_accept_length"] == 4.0
+    found = counted("summary", (3, 3), (3, 1)).of_sglang()
+    assert found["spec_accept_length"] == 3.0
     assert found["spec_accept_rate"] == pytest.approx(4 / 6)
     assert found["spec_verify_ct"] == 2

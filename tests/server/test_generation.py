@@ -13,6 +13,7 @@ from octavo_server import TINY
 from octavo.runtime.messages import Logprobs
 from octavo.server import generation
 from octavo.server.dialects.completions import CompletionRequest, wanted_of
+from octavo.server.draft_metrics import DraftReports
 from octavo.server.errors import ApiError
 from octavo.server.generation import Delta
 from octavo.server.message.parts import Part, text_of
@@ -36,6 +37,7 @@ def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
         token_id=lambda _: None,
         adapter=lambda _: None,
         serves=lambda _: True,
+        draft_reports=DraftReports(),
     )
     choices = generation.make_choices([Prompt([1, 2, 3]), Prompt([4, 5])], request, wanted_of(request), model)
     sent = list({id(choice.sent): choice.sent for choice in choices}.values())
