@@ -282,6 +282,8 @@ class Scheduler:
             blocks = self.prefixes.find(sequence)
             length = len(sequence.token_ids)
             size = self._chunk(step, sequence, length - len(blocks) * block_size)
+            if size == 0 and self.config.whole_prompts and length <= step.tokens_left:
+                continue
             if size == 0 or not self._fits(blocks, length, spare=sequence is not due):
                 break
             if self.prefixes.begin_fetch(sequence, blocks):
@@ -322,9 +324,12 @@ class Scheduler:
             sequence.scheduled_time = self._clock()
 
     def _chunk(self, step: Step, sequence: Sequence, remaining: int) -> int:
-        if self.config.whole_prompts and remaining > step.tokens_left:
-            return 0
-        size = min(remaining, step.tokens_left, step.limits.get(sequence.owner, remaining))
+        """How many of the remaining tokens a step computes. Whole prompts: all or none, but an owner's first always."""
+        limit = step.limits.get(sequence.owner, remaining)
+        if self.config.whole_prompts:
+            is_first = limit == self.config.shared_tokens
+            return remaining if remaining <= step.tokens_left and (is_first or remaining <= limit) else 0
+        size = min(remaining, step.tokens_left, limit)
         return min(size, step.prompt_logits_left) if sequence.wants_prompt_logprobs else size
 
     def _extend(self, step: Step, sequence: Sequence, size: int, is_new: bool = False) -> None:

@@ -212,3 +212,23 @@ def test_whoever_asks_alone_gets_whole_steps() -> None:
         while it.has_work:
             sizes.append(step(it)[0].num_tokens)
         assert set(sizes[-300:-1]) == {it.config.max_num_batched_tokens}
+
+
+def test_a_whole_prompt_is_never_divided_by_its_owners_share() -> None:
+    """An encoder reads a text at once: each is in one step, also one longer than the share, and others go on."""
+    limits = {"num_blocks": 400, "max_model_len": 200, "max_num_batched_tokens": 200, "shared_tokens": 10}
+    it = scheduler(**limits, whole_prompts=True, enable_prefix_caching=False)
+    add(it, "flood", 6, length=7, max_tokens=1)
+    add(it, "long", 6, length=150, max_tokens=1)
+    add(it, "b", 1, length=6, max_tokens=1)
+    seen: Counter[str] = Counter()
+    together = []
+    while it.has_work:
+        plan, _ = step(it)
+        assert plan.scheduled
+        assert all(at.start == 0 and at.end == at.sequence.num_prompt for at in plan.scheduled)
+        together.append([at.sequence.request_id for at in plan.scheduled])
+        seen.update(together[-1])
+    assert set(seen.values()) == {1}
+    assert len(seen) == 13
+    assert set(together[0]) == {"flood0", "long0", "b0"}
