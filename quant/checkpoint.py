@@ -94,6 +94,7 @@ class Checkpoint:
         config, quantization_file = _read_configs(directory)
         files: Mapping[str, TensorFile]
         if (directory / GGUF).exists():
+            _check_alone(directory)
             gguf = GGUFFile(directory / GGUF, gguf_dtype)
             files = {GGUF: gguf}
             config = config | {"quantization_config": gguf.quantization_config}
@@ -268,6 +269,15 @@ def _find_shards(directory: Path) -> dict[str, list[str] | None]:
             "loaded and are not read; convert them with transformers' save_pretrained"
         )
     raise CheckpointError(f"{directory} has no safetensors file")
+
+
+def _check_alone(directory: Path) -> None:
+    """A GGUF file is a model by itself: which of two is meant can't be known."""
+    others = sorted(path.name for path in directory.iterdir() if path.name.endswith((".safetensors", INDEX)))
+    if others:
+        raise CheckpointError(
+            f"{directory} has {GGUF} and {some(others)}: two models; name {directory / GGUF} itself, or remove one"
+        )
 
 
 def _read_index(directory: Path) -> dict[str, list[str] | None]:

@@ -203,6 +203,16 @@ def test_commands_take_the_file(fixtures: Path, tmp_path: Path, capsys: pytest.C
     assert 0.05 < float(error) < 0.12
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in out.iterdir()}
     assert not (out / "model.gguf").exists()
+    assert json.loads((out / "quantization_report.json").read_text())["base_model"] is None
+    assert str(tmp_path) not in (out / "README.md").read_text()
+
+
+def test_a_directory_of_two_models_is_refused(fixtures: Path, tmp_path: Path) -> None:
+    shutil.copytree(fixtures / "tiny", tmp_path / "both")
+    write_gguf(fixtures / "tiny", tmp_path / "both" / "model.gguf", "llama", Kind.Q8_0)
+    with pytest.raises(CheckpointError, match=r"model\.gguf and .*model\.safetensors: two models; name .*model\.gguf"):
+        Checkpoint.open(tmp_path / "both")
+    assert Checkpoint.open(resolve_model(str(tmp_path / "both" / "model.gguf"))).names
 
 
 @pytest.mark.parametrize(

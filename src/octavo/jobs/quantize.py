@@ -354,7 +354,7 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
     from octavo.calibration.report.weight_error import by_kind, in_order
     from octavo.quant.hub import model_name
 
-    local = Path(job.model).expanduser().is_dir()
+    local = Path(job.model).expanduser().exists()  # a directory, or a .gguf file
     recipe = result.recipe
     data = prepared.text
     calibration = (
