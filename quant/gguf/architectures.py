@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from octavo.quant.gguf.header import StoredTensor
+from octavo.quant.gguf.metadata import Keys
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.printable import printable, shown, some
 
@@ -75,33 +76,38 @@ class GGUFArchitecture:
     rotates: bool = False
     adds_one: bool = False  # to the weights of norms
     keys: frozenset[str] = frozenset()  # that it has beside the common ones
-    extra: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = lambda keys, config: {}  # noqa: ARG005
+    extra: Callable[[Keys, dict[str, Any]], dict[str, Any]] = lambda keys, config: {}  # noqa: ARG005
 
 
-def _gemma(keys: Mapping[str, Any], config: dict[str, Any], large: int) -> dict[str, Any]:
+def _gemma(keys: Keys, config: dict[str, Any], large: int) -> dict[str, Any]:
     """The models with `large` layers scale scores by the hidden size's share of a head, not by the head's own size."""
     own = config["hidden_size"] // config["num_attention_heads"]
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": own if config["num_hidden_layers"] == large else config["head_dim"],
-        "sliding_window": keys.get("attention.sliding_window"),
+        "sliding_window": _if_any(keys, "attention.sliding_window", keys.count),
     }
 
 
-def _gemma2(keys: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _if_any(keys: Keys, key: str, read: Callable[[str], Any]) -> Any:
+    """None where the key is missing, or 0."""
+    return read(key) if keys.get(key) not in (None, 0) else None
+
+
+def _gemma2(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     count = config["num_hidden_layers"]
     return _gemma(keys, config, large=46) | {
-        "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
-        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "attn_logit_softcapping": keys.positive("attn_logit_softcapping", 50.0),  # llama.cpp's defaults
+        "final_logit_softcapping": keys.positive("final_logit_softcapping", 30.0),
         "layer_types": ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(count)],
     }
 
 
-def _gemma3(keys: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     count = config["num_hidden_layers"]
-    local = {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base_swa", SWA_ROPE))}
+    local = {"rope_type": "default", "rope_theta": keys.positive("rope.freq_base_swa", SWA_ROPE)}
     return _gemma(keys, config, large=62) | {
-        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "final_logit_softcapping": _if_any(keys, "final_logit_softcapping", keys.positive),
         "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)],
         "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
     }
@@ -135,7 +141,7 @@ def architecture_of(metadata: Mapping[str, Any]) -> GGUFArchitecture:
     if metadata.get("split.count", 0) not in (0, 1):
         raise CheckpointError("it is one of several parts; llama-gguf-split --merge makes one file of them")
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise CheckpointError(f"GGUF architecture {shown(name)} is not read; {', '.join(ARCHITECTURES)} are")
     return ARCHITECTURES[name]
 
@@ -144,52 +150,48 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) 
     """config.json. Raises CheckpointError for what is missing, or not known."""
     architecture = architecture_of(metadata)
     prefix = f"{metadata['general.architecture']}."
-    keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if unknown := [key for key in keys if key not in _READ | architecture.keys and keys[key]]:
+    keys = Keys(metadata, prefix)
+    if unknown := [key for key in keys.names() if key not in _READ | architecture.keys and keys.get(key)]:
         raise CheckpointError(f"its metadata has {some([prefix + key for key in unknown])}, which is not known here")
     config: dict[str, Any] = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
         "dtype": "bfloat16",
-        **{ours: _count(keys, prefix, theirs) for theirs, ours in _SIZES.items()},
+        **{ours: keys.count(theirs) for theirs, ours in _SIZES.items()},
     }
     heads = config["num_attention_heads"]
-    config["num_key_value_heads"] = _count(keys, prefix, "attention.head_count_kv", heads)
-    config["head_dim"] = _count(keys, prefix, "attention.key_length", config["hidden_size"] // max(1, heads))
+    config["num_key_value_heads"] = keys.count("attention.head_count_kv", heads)
+    config["head_dim"] = keys.count("attention.key_length", config["hidden_size"] // heads)
     for same in ("attention.value_length", "rope.dimension_count"):
-        if keys.get(same, config["head_dim"]) != config["head_dim"]:
-            raise CheckpointError(f"{prefix}{same} is {shown(keys[same])}, and heads have {config['head_dim']}")
+        if (length := keys.get(same)) not in (None, config["head_dim"]):
+            raise CheckpointError(f"{prefix}{same} is {shown(length)}, and heads have {config['head_dim']}")
     if "token_embd.weight" not in tensors:
         raise CheckpointError("it has no tensor token_embd.weight")
     biased = "blk.0.attn_q.bias" in tensors
     config |= {
         "vocab_size": tensors["token_embd.weight"].shape[0],
-        "rms_norm_eps": float(keys.get("attention.layer_norm_rms_epsilon", 1e-6)),
-        "rope_parameters": _rope(keys, prefix),
+        "rms_norm_eps": keys.positive("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(keys),
         "tie_word_embeddings": "output.weight" not in tensors,
         **({"attention_bias": biased} if architecture.model_type != "qwen2" else {}),
     }
     return config | architecture.extra(keys, config)
 
 
-def _count(keys: Mapping[str, Any], prefix: str, key: str, otherwise: int | None = None) -> int:
-    value = keys.get(key, otherwise)
-    if type(value) is not int or not 1 <= value <= 1 << 24:
-        raise CheckpointError(f"{prefix}{key} is {shown(value)}; a number, the same for all layers, is needed")
-    return value
-
-
-def _rope(keys: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    theta = float(keys.get("rope.freq_base", 10_000.0))
-    kind = keys.get("rope.scaling.type", "none")
-    rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
+def _rope(keys: Keys) -> dict[str, Any]:
+    """A factor alone scales linearly, as llama.cpp has it."""
+    factor = keys.positive("rope.scaling.factor", 1.0)
+    kind = keys.text("rope.scaling.type") or ("none" if factor == 1.0 else "linear")
+    rope: dict[str, Any] = {"rope_theta": keys.positive("rope.freq_base", 10_000.0), "rope_type": "default"}
     if kind == "none":
+        if factor != 1.0:
+            keys.refuse("rope.scaling.factor", "rope.scaling.type is none: 1 or no factor goes with it", factor)
         return rope
     if kind not in ("linear", "yarn"):
-        raise CheckpointError(f"{prefix}rope.scaling.type is {shown(kind)}; none, linear and yarn are read")
-    rope |= {"rope_type": kind, "factor": float(keys.get("rope.scaling.factor", 1.0))}
+        keys.refuse("rope.scaling.type", "none, linear and yarn are read", kind)
+    rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = _count(keys, prefix, "rope.scaling.original_context_length")
+        rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
     return rope
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from octavo.quant.gguf.metadata import Keys
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.printable import shown
 
@@ -27,33 +28,50 @@ SPLITS = {  # tokenizer.ggml.pre: how text is split before bytes are joined; Non
     "qwen2": _WORDS % "",
     "llama-bpe": _WORDS % "{1,3}",
 }
+ENDS = {  # texts of control tokens that end an answer, whatever the metadata names
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+    "_<EOT>",
+    "<|EOT|>",
+    f"<\uff5cend{SPACE}of{SPACE}sentence\uff5c>",
+}
 NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """tokenizer.json and the content of tokenizer_config.json. Raises CheckpointError for a kind that isn't read."""
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+    keys = Keys(metadata, "tokenizer.ggml.")
+    tokens = keys.texts("tokens")
+    if not tokens:
         raise CheckpointError("it has no tokenizer.ggml.tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise CheckpointError("tokenizer.ggml.token_type is not one number for each token")
-    model = metadata.get("tokenizer.ggml.model")
+    kinds = _kinds(keys, len(tokens))
+    model = keys.text("model")
     if model == "gpt2":
-        backend = _byte_level(metadata, tokens)
+        backend = _byte_level(keys, tokens)
     elif model == "llama":
-        backend = _sentencepiece(metadata, tokens, kinds)
+        backend = _sentencepiece(keys, tokens, kinds)
     else:
         raise CheckpointError(f"tokenizer.ggml.model is {shown(model)}; gpt2 and llama are read")
     _add_tokens(backend, tokens, kinds)
-    return backend.to_str(), _config(metadata, tokens)
+    return backend.to_str(), _config(keys, tokens) | _template(metadata)
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
-    pre = metadata.get("tokenizer.ggml.pre")
+def _kinds(keys: Keys, num_tokens: int) -> list[int]:
+    return keys.numbers("token_type", num_tokens, int) or [NORMAL] * num_tokens
+
+
+def _byte_level(keys: Keys, tokens: list[str]) -> Tokenizer:
+    pre = keys.text("pre")
     if pre not in SPLITS:
         raise CheckpointError(f"tokenizer.ggml.pre is {shown(pre)}; {', '.join(SPLITS)} are read")
-    merges: Any = [tuple(str(merge).split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges") or ()]
+    merges: Any = [tuple(merge.split(" ", 1)) for merge in keys.texts("merges")]
     backend = _bpe(tokens, merges, ignore_merges=pre == "llama-bpe")
     split = SPLITS[pre]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))
@@ -69,14 +87,14 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise CheckpointError("tokenizer.ggml.scores is not one number for each token")
-    unknown = _token(metadata, tokens, "unknown")
+def _sentencepiece(keys: Keys, tokens: list[str], kinds: list[int]) -> Tokenizer:
+    scores = keys.numbers("scores", len(tokens), float)
+    if scores is None:
+        raise CheckpointError("it has no tokenizer.ggml.scores")
+    unknown = _token(keys, tokens, "unknown")
     merges = _merges(tokens, scores, kinds)
     backend = _bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in kinds)
-    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = keys.flag("add_space_prefix", otherwise=True)
     replace = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefixed else replace
     parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -124,31 +142,33 @@ def _add_tokens(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> None
     backend.add_tokens(added)
 
 
-def _token(metadata: Mapping[str, Any], tokens: list[str], name: str) -> str | None:
+def _token(keys: Keys, tokens: list[str], name: str) -> str | None:
     """The text of a token that the metadata names by its id."""
-    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if number is None:
-        return None
-    if type(number) is not int or not 0 <= number < len(tokens):
-        raise CheckpointError(f"tokenizer.ggml.{name}_token_id is {shown(number)}, and there are {len(tokens)} tokens")
-    return tokens[number]
+    number = keys.token(f"{name}_token_id", len(tokens))
+    return None if number is None else tokens[number]
 
 
-def _config(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
-    named = {ours: _token(metadata, tokens, theirs) for theirs, ours in NAMED.items()}
-    is_sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
-    begins = is_sentencepiece or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+def _config(keys: Keys, tokens: list[str]) -> dict[str, Any]:
+    named = {ours: _token(keys, tokens, theirs) for theirs, ours in NAMED.items()}
+    begins = keys.text("model") == "llama" or keys.text("pre") == "llama-bpe"
     config: dict[str, Any] = {key: token for key, token in named.items() if token is not None}
-    config |= {
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", begins)),
-        "add_eos_token": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+    return config | {
+        "add_bos_token": keys.flag("add_bos_token", begins),
+        "add_eos_token": keys.flag("add_eos_token", otherwise=False),
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    template = metadata.get("tokenizer.chat_template")
-    return config | ({"chat_template": template} if isinstance(template, str) else {})
+
+
+def _template(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    template = Keys(metadata).text("tokenizer.chat_template")
+    return {} if template is None else {"chat_template": template}
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids that end an answer: of a text, of a turn, of a message."""
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    return list(dict.fromkeys(i for i in ids if type(i) is int))
+    """Ids that end an answer: of a text, of a turn, of a message; and control tokens that are known to, as ENDS."""
+    keys = Keys(metadata, "tokenizer.ggml.")
+    tokens = keys.texts("tokens")
+    ids = [keys.token(f"{name}_token_id", len(tokens)) for name in ("eos", "eot", "eom")]
+    kinds = _kinds(keys, len(tokens))
+    known = [i for i, token in enumerate(tokens) if token in ENDS and kinds[i] == CONTROL]
+    return list(dict.fromkeys(i for i in (*ids, *known) if i is not None))

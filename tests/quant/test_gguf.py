@@ -26,7 +26,7 @@ from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.gguf.blocks import BLOCK_TYPES
 from octavo.quant.gguf.file import GGUFFile
 from octavo.quant.gguf.header import read_header
-from octavo.quant.gguf.tokenizer import SPACE, tokenizer_of
+from octavo.quant.gguf.tokenizer import SPACE, end_tokens, tokenizer_of
 from octavo.quant.hub import model_name, resolve_model
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.qparams import QuantizedWeight
@@ -134,7 +134,10 @@ def test_tokenizer_and_chat_template_come_out_of_the_file(fixtures: Path, tmp_pa
     assert ours.special_ids == theirs.special_ids
     assert ours.config["chat_template"] == "{{ messages[0].content }}"
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
-    assert json.loads((directory / "generation_config.json").read_text()) == {"eos_token_id": 2, "bos_token_id": 1}
+    assert json.loads((directory / "generation_config.json").read_text()) == {
+        "eos_token_id": [2, 0],  # <|endoftext|> ends an answer, too
+        "bos_token_id": 1,
+    }
 
 
 def joined_by_score(text: str, scores: dict[str, float]) -> list[str]:
@@ -227,6 +230,24 @@ def test_a_directory_of_two_models_is_refused(fixtures: Path, tmp_path: Path) ->
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; gpt-2, smollm, qwen2, llama-bpe are read"),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'; gpt2 and llama are read"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type is not one number for each token"),
+        ({"tokenizer.ggml.token_type": 1}, "token_type is not one number for each token"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, r"tokenizer.ggml.pre is \['gpt-2'\]; a string is needed"),
+        ({"tokenizer.ggml.model": 3}, "tokenizer.ggml.model is 3; a string is needed"),
+        ({"tokenizer.ggml.merges": 5}, "tokenizer.ggml.merges is 5; an array of strings is needed"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, r"tokenizer.ggml.tokens is \[1, 2\]; an array of strings is needed"),
+        ({"tokenizer.ggml.eot_token_id": 10**9}, "eot_token_id is 1000000000, and there are"),
+        ({"tokenizer.ggml.add_bos_token": "no"}, "add_bos_token is 'no'; true or false is needed"),
+        ({"tokenizer.chat_template": 1}, "tokenizer.chat_template is 1; a string is needed"),
+        ({"llama.rope.freq_base": [1.0]}, r"llama.rope.freq_base is \[1.0\]; a finite number above 0 is needed"),
+        ({"llama.rope.freq_base": "much"}, "llama.rope.freq_base is 'much'; a finite number above 0"),
+        ({"llama.attention.layer_norm_rms_epsilon": "1e-5"}, "rms_epsilon is '1e-5'; a finite number above 0"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon is nan; a finite number above 0"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "rms_epsilon is None; a finite number above 0"),
+        ({"llama.rope.scaling.factor": 0.0}, "rope.scaling.factor is 0.0; a finite number above 0"),
+        (
+            {"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"},
+            "rope.scaling.factor is 4.0; rope.scaling.type is none: 1 or no factor",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(
@@ -240,6 +261,45 @@ def test_what_is_not_known_is_refused_by_name(
     with pytest.raises(CheckpointError, match=f"tiny.gguf: .*{message}"):
         resolve_model(str(file))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "linear"},
+            {"rope_type": "linear", "factor": 4.0},
+        ),
+        ({"llama.rope.scaling.factor": 1.0, "llama.rope.scaling.type": "none"}, {"rope_type": "default"}),
+        ({}, {"rope_type": "default"}),
+    ],
+)
+def test_a_factor_alone_scales_rotations_linearly(
+    fixtures: Path, tmp_path: Path, changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    write_gguf(fixtures / "tiny", tmp_path / "tiny.gguf", "llama", Kind.Q8_0, **changes)
+    rope = json.loads((resolve_model(str(tmp_path / "tiny.gguf")) / "config.json").read_text())["rope_parameters"]
+    del rope["rope_theta"]
+    assert rope == expected
+
+
+def test_gemma2_has_llama_cpp_s_soft_caps_where_the_file_names_none(tmp_path: Path) -> None:
+    source = random_model(tmp_path / "source", "gemma2")
+    caps = {"gemma2.attn_logit_softcapping": None, "gemma2.final_logit_softcapping": None}
+    write_gguf(source, tmp_path / "g.gguf", "gemma2", Kind.Q8_0, **caps)
+    config = json.loads((resolve_model(str(tmp_path / "g.gguf")) / "config.json").read_text())
+    assert (config["attn_logit_softcapping"], config["final_logit_softcapping"]) == (50.0, 30.0)
+
+
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<end_of_turn>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "_<EOT>"])
+def test_control_tokens_that_end_an_answer_by_their_texts(text: str) -> None:
+    metadata = {
+        "tokenizer.ggml.tokens": ["</s>", text, "<|im_end|>", "<s>"],
+        "tokenizer.ggml.token_type": [3, 3, 1, 3],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert end_tokens(metadata) == [0, 1]  # the third is a word like any other
 
 
 def test_damaged_files_are_refused(fixtures: Path, tmp_path: Path) -> None:
