@@ -57,7 +57,8 @@ def text_prompt(
 def pair_prompt(
     first: str, second: str, name: str, model: ServedModel, cut: Cut, *, most_of_second: int | None = None
 ) -> PooledPrompt:
-    """Two texts as a cross-encoder reads them. Where they are cut, the longer one is, as tokenizers do it.
+    """Two texts as a cross-encoder reads them. Where they are cut, it is as tokenizers' longest_first does it: the
+    shorter one keeps half of the room at most, and the longer one the rest.
 
     most_of_second: tokens of the second one that are kept whatever `cut` says.
     """
@@ -75,13 +76,10 @@ def pair_prompt(
     other = other if most_of_second is None else other[:most_of_second]
     if cut.most is not None:
         room = limit_of(cut, model) - len(before) - len(between) - len(after)
-        excess = len(one) + len(other) - room
-        if excess > 0:
-            from_longer = min(excess, abs(len(one) - len(other)))
-            rest = excess - from_longer
-            of_one, of_other = (from_longer, 0) if len(one) > len(other) else (0, from_longer)
-            one = _cut(one, len(one) - of_one - rest // 2, cut.side)
-            other = _cut(other, len(other) - of_other - (rest - rest // 2), cut.side)
+        if len(one) + len(other) > room:
+            shorter = min(len(one), len(other), room // 2)
+            of_one, of_other = (room - shorter, shorter) if len(one) > len(other) else (shorter, room - shorter)
+            one, other = _cut(one, of_one, cut.side), _cut(other, of_other, cut.side)
     begin = len(before) + len(one) + len(between)
     has_types = pooled_facts(model).facts.num_token_types > 1 and model.tokenizer.pairs_have_types
     ids = [*before, *one, *between, *other, *after]

@@ -1,0 +1,48 @@
+"""How pairs of texts are cut, against the tokenizers library itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+from octavo_server import TINY
+from tiny_encoders import WORDS, save_tokenizer
+
+from octavo.runtime.messages import PooledModel
+from octavo.server.pooled_inputs import Cut, Side, pair_prompt
+from octavo.server.pooled_text import PooledText
+from octavo.server.served_model import ServedModel
+from octavo.server.template_renderer import TemplateRenderer
+from octavo.text.chat_template import ChatTemplate
+from octavo.text.tokenizer import Tokenizer
+
+LENGTHS = (0, 1, 2, 4, 5, 8, 9, 10, 17, 30)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokenizer, ServedModel]:
+    directory: Path = tmp_path_factory.mktemp("pairs")
+    backend = save_tokenizer(directory)
+    tokenizer = Tokenizer.open(directory)
+    renderer = TemplateRenderer(ChatTemplate.open(TINY, tokenizer.special_tokens, None))
+    model = ServedModel(("m",), "m", tokenizer, renderer, frozenset({0}), {}, 512, 1024, 4)
+    return backend, replace(model, pooled=PooledText(PooledModel(("classify",), 1, num_token_types=2)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("most", [9, 14, 15, 21])
+def test_pairs_are_cut_as_longest_first_cuts_them(
+    truth: tuple[tokenizers.Tokenizer, ServedModel], most: int, side: Side
+) -> None:
+    backend, model = truth
+    backend.enable_truncation(most, strategy="longest_first", direction=side)
+    words = [word for word in WORDS if word.isalpha()]
+    for one in LENGTHS:
+        for other in LENGTHS:
+            first, second = (" ".join(words[i % len(words)] for i in range(n)) for n in (one, other))
+            found = pair_prompt(first, second, "pair", model, Cut(most, side))
+            wanted = backend.encode(first, second)
+            assert found.token_ids == wanted.ids, (one, other)
+            assert found.second == wanted.type_ids.index(1)
