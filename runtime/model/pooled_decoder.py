@@ -21,6 +21,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import PairTemplate
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.families.encoding import HeadStep
+from octavo.runtime.model.families.registry import ENCODERS
 from octavo.runtime.model.names import head_name
 from octavo.runtime.model.pooler_choice import PoolerParts, make_pooler, purpose_of
 from octavo.runtime.model.pooling import Pooler, Projection
@@ -42,8 +43,16 @@ class NoHead:
         raise NotImplementedError("this model is pooled: it has hidden states and no logits")
 
 
-def check_pooled(config: EngineConfig, device: Device, group: Group) -> None:
-    """Raise LoadError for an option that pooled decoders don't have."""
+def check_pooled(config: EngineConfig, hf_config: Mapping[str, Any], device: Device, group: Group) -> None:
+    """Raise LoadError for what pooled decoders don't have: attention both ways, and some options."""
+    classes = hf_config.get("architectures") or [""]
+    is_causal = hf_config.get("is_causal")
+    if is_causal not in (None, True) or "Bidirectional" in str(classes[0]):
+        named = f"architecture {classes[0]!r}" if is_causal in (None, True) else f"is_causal {is_causal!r}"
+        raise LoadError(
+            f"config.json: {named}: decoders that attend both ways are not served; those whose tokens see only "
+            f"the ones before work, and encoders ({', '.join(ENCODERS)})"
+        )
     if group.size > 1:
         raise LoadError("--runner pooling: a pooled model runs on one rank so far; leave the other ranks out")
     if device.torch_device.type != "cpu":

@@ -86,7 +86,7 @@ def load_model(
     if pooled and hf_config.get("model_type") in ENCODERS:
         return load_encoder(config, device, hf_config)
     if pooled:
-        check_pooled(config, device, group)
+        check_pooled(config, hf_config, device, group)
         config = with_longest(config)
     if config.model_impl == "hf":
         return _load_hf(config, device, hf_config, "--model-impl hf", group)

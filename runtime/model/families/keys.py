@@ -36,6 +36,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "embedding_multiplier": (None, 1),
         "final_logit_softcapping": (None,),
         "first_k_dense_replace": (None, 0),
+        "is_causal": (None, True),
         "kv_lora_rank": (None,),
         "layer_types": (None,),
         "logit_scale": (None, 1),

@@ -17,6 +17,7 @@ from torch import Tensor
 from octavo.runtime.config import EngineConfig, PoolerConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, PoolingParams, SamplingParams
+from octavo.runtime.model.families.family import UnsupportedModelError
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.startup import load_engine
 
@@ -155,3 +156,24 @@ def test_what_can_not_be_is_refused(kind: str, options: dict[str, Any], said: st
     made(kind, tmp_path)
     with pytest.raises(LoadError, match=said):
         engine(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"is_causal": False}, "is_causal False: decoders that attend both ways are not served"),
+        ({"architectures": ["Qwen2BidirectionalModel"]}, "'Qwen2BidirectionalModel': decoders that attend both ways"),
+    ],
+)
+def test_attention_both_ways_is_refused(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    made("Qwen2Model", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    with pytest.raises(LoadError, match=said):
+        engine(tmp_path)
+
+
+def test_attention_both_ways_is_refused_where_text_is_generated(tmp_path: Path) -> None:
+    made("Qwen2ForCausalLM", tmp_path, is_causal=False)
+    with pytest.raises(UnsupportedModelError, match="is_causal = False"):
+        engine(tmp_path)
