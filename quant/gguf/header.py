@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ VERSIONS = (2, 3)
 MAX_TENSORS = 400_000
 MAX_KEYS = 10_000
 MAX_DIMENSIONS = 4
+MAX_VALUES = 1 << 22  # in all arrays of the metadata; 300,000 tokens have a million
+MAX_TEXT = 1 << 22  # bytes of a string, such as a chat template
+MAX_ITEM = 1 << 16  # bytes of a string in an array, such as a token
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING = 8
 ARRAY = 9
@@ -69,6 +73,7 @@ class _Reader:
         self.data = data
         self.size = len(data)
         self.at = 0
+        self.num_values = 0
 
     def header(self) -> GGUFHeader:
         if self.take(4) != MAGIC:
@@ -98,7 +103,14 @@ class _Reader:
         for name, kind, shape, offset in entries:
             if name in tensors:
                 raise ValueError(f"the tensor {printable(name, 100)} is there twice")
+            if offset % alignment:
+                raise ValueError(
+                    f"{printable(name, 100)} begins at byte {offset} of the tensors, no multiple of {alignment}"
+                )
             tensors[name] = self.placed(name, kind, shape, start + offset)
+        for (one, first), (other, second) in pairwise(sorted(tensors.items(), key=lambda item: item[1].begin)):
+            if first.begin + first.nbytes > second.begin:
+                raise ValueError(f"{printable(one, 100)} and {printable(other, 100)} overlap")
         return GGUFHeader(metadata, tensors, header_bytes)
 
     def placed(self, name: str, kind: str, shape: tuple[int, ...], begin: int) -> StoredTensor:
@@ -137,17 +149,15 @@ class _Reader:
             return self.number(self.form(kind))
         kind = self.number("<I")
         count = self.number("<Q")
+        self.num_values += count
+        if self.num_values > MAX_VALUES:
+            raise ValueError(f"the arrays of its metadata have {self.num_values:,} values; {MAX_VALUES:,} are the most")
         if kind == STRING:
-            if count > self.size // 8:
-                raise _TruncatedError
-            return [self.string() for _ in range(count)]
+            return [self.string(MAX_ITEM) for _ in range(count)]
         if kind == ARRAY:
             raise ValueError("it has an array of arrays, which no model needs")
         form = self.form(kind)
-        size = struct.calcsize(form)
-        if count > self.size // size:
-            raise _TruncatedError
-        return list(struct.unpack(f"<{count}{form[1]}", self.take(count * size)))
+        return list(struct.unpack(f"<{count}{form[1]}", self.take(count * struct.calcsize(form))))
 
     def form(self, kind: int) -> str:
         if kind not in SCALARS:
@@ -157,8 +167,11 @@ class _Reader:
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def string(self) -> str:
-        return self.take(self.number("<Q")).decode()
+    def string(self, most: int = MAX_TEXT) -> str:
+        length = self.number("<Q")
+        if most < length <= self.size - self.at:
+            raise ValueError(f"a string of its header has {length:,} bytes; {most:,} are the most here")
+        return self.take(length).decode()
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:

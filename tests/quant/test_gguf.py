@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import struct
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -322,6 +323,44 @@ def test_damaged_files_are_refused(fixtures: Path, tmp_path: Path) -> None:
     other.write_bytes(whole.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"))
     with pytest.raises(CheckpointError, match=r"the tensor blk\.0\.attn_z\.weight, which llama is not known to have"):
         GGUFFile(other)
+
+
+def test_tensors_lie_aligned_and_apart(fixtures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(fixtures / "tiny", file, "llama", Kind.Q8_0)
+    whole = file.read_bytes()
+    one, two = (whole.index(name) + len(name) + 24 for name in (b"blk.0.attn_q.weight", b"blk.1.attn_q.weight"))
+    offset = int.from_bytes(whole[two : two + 8], "little")
+    assert offset % 32 == 0
+    for changed, message in (
+        (offset + 16, rf"blk\.0\.attn_q\.weight begins at byte {offset + 16} of the tensors, no multiple of 32"),
+        (offset, r"blk\.[01]\.attn_q\.weight and blk\.[01]\.attn_q\.weight overlap"),
+    ):
+        file.write_bytes(whole[:one] + changed.to_bytes(8, "little") + whole[one + 8 :])
+        with pytest.raises(CheckpointError, match=message):
+            read_header(file)
+
+
+def with_value(file: Path, value: bytes, size: int) -> None:
+    """A file of zeros, as many as `size`, behind a header with one key."""
+    with file.open("wb") as out:
+        out.write(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 3) + b"key" + value)
+        out.truncate(size)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (struct.pack("<IIQ", 9, 0, 5_000_000), "arrays of its metadata have 5,000,000 values; 4,194,304 are the most"),
+        (struct.pack("<IIQ", 9, 8, 5_000_000), "arrays of its metadata have 5,000,000 values; 4,194,304 are the most"),
+        (struct.pack("<IIQQ", 9, 8, 1, 70_000), "a string of its header has 70,000 bytes; 65,536 are the most here"),
+        (struct.pack("<IQ", 8, 5_000_000), "a string of its header has 5,000,000 bytes; 4,194,304 are the most here"),
+    ],
+)
+def test_a_file_of_zeros_is_not_unpacked(tmp_path: Path, value: bytes, message: str) -> None:
+    with_value(tmp_path / "sparse.gguf", value, 100_000_000)
+    with pytest.raises(CheckpointError, match=message):
+        read_header(tmp_path / "sparse.gguf")
 
 
 @pytest.mark.slow
