@@ -28,7 +28,7 @@ from octavo.runtime.speculation.heads import Head, Said
 from octavo.runtime.worker.hidden_states import HiddenStates
 
 MOST_KEPT = 64  # tokens of a sequence, for which a pass is made: it costs little more than one of a single token
-MOST_IN_ALL = 2048  # of all sequences: what is kept of these takes some 50 MB with a model of 8B
+MOST_IN_ALL = 2048  # of all sequences from step to step: these take some 50 MB with a model of 8B
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class _Read:
             self.num_computed = position
             self.kept = []
         else:
-            self.kept = [torch.cat(self.kept)[: position - self.num_computed]]
+            self.kept = [torch.cat(self.kept)[: position - self.num_computed].clone()]
         self.num_kept = position - self.num_computed
 
 
@@ -114,11 +114,11 @@ class HeadDrafts:
                 read.go_back(it.start)
             count = _num_valid(it)
             if count > 0:
-                read.kept.append(said[rows : rows + count])
+                read.kept.append(said[rows : rows + count].clone())
                 read.num_kept += count
             if read.num_kept >= MOST_KEPT:
                 full.append(sequence)
-        num_kept = sum(read.num_kept for read in self._read.values())
+        num_kept = sum(read.num_kept for read in self._read.values() if read.num_kept < MOST_KEPT)  # others: read now
         if num_kept >= MOST_IN_ALL or len(self._read) > 2 * len(plan.scheduled):
             self._read = {it: read for it, read in self._read.items() if not it.has_ended and it.slot >= 0}
         if num_kept >= MOST_IN_ALL:

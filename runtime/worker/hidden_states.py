@@ -28,5 +28,5 @@ class HiddenStates:
                 self._rows[: len(residual), place * self._size : (place + 1) * self._size].copy_(residual)
 
     def rows(self, num_tokens: int) -> Tensor:
-        """Of the tokens of the step [num_tokens, layers x hidden_size], the layers side by side; a copy."""
-        return self._rows[:num_tokens].clone()
+        """Of the tokens of the step [num_tokens, layers x hidden_size], side by side; the next step overwrites them."""
+        return self._rows[:num_tokens]
