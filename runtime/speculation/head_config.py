@@ -66,16 +66,16 @@ def method_of(config: dict[str, Any]) -> str | None:
 def read_eagle_config(config: dict[str, Any]) -> EagleConfig:
     """Raises LoadError for what isn't an EAGLE-3 head, or one that can't be served, with the key that says so."""
     inner = _layer_config(config, "eagle3")
-    eagle = dict(config.get("eagle_config") or {})
+    eagle = config.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        raise LoadError(f"eagle_config {eagle!r} is no object")
     if eagle.get("use_aux_hidden_state") is False:
         raise LoadError("eagle_config.use_aux_hidden_state false: that is EAGLE-1; EAGLE-3 and MTP are supported")
     if found := [key for key in PARALLEL if config.get(key)]:
         raise LoadError(f"{found[0]} = {config[found[0]]!r}: a head that says several tokens at once is not supported")
-    ids = config.get("eagle_aux_hidden_state_layer_ids")
-    if ids is None and (outputs := eagle.get("eagle_aux_hidden_state_layer_ids")):
+    ids = _layer_ids(config)
+    if ids is None and (outputs := _layer_ids(eagle)):
         ids = [number + 1 for number in outputs]  # SpecForge and SGLang name layers, and not what stands before one
-    if ids is not None and not (isinstance(ids, list) and all(type(number) is int for number in ids)):
-        raise LoadError(f"eagle_aux_hidden_state_layer_ids {ids!r} is no list of numbers")
     return EagleConfig(
         spec=one_layer(inner),
         draft_vocab_size=_size(config, "draft_vocab_size"),
@@ -110,6 +110,13 @@ def read_mtp_config(config: dict[str, Any]) -> MtpConfig:
         raise LoadError(f"num_nextn_predict_layers {count}: heads of one layer are what is supported")
     spec = one_layer(_layer_config(config, "mtp") | {"num_hidden_layers": 1})
     return MtpConfig(spec, "model.mtp_layers.0." if is_model else "mtp_layers.0.", not is_model, is_model)
+
+
+def _layer_ids(config: dict[str, Any]) -> list[int] | None:
+    ids = config.get("eagle_aux_hidden_state_layer_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(number) is int for number in ids)):
+        raise LoadError(f"eagle_aux_hidden_state_layer_ids {ids!r} is no list of integers")
+    return ids
 
 
 def _size(config: dict[str, Any], key: str) -> int | None:

@@ -302,8 +302,32 @@ def test_what_is_kept_of_all_sequences_is_bounded(
         engine.step()
         kept = [read.num_kept for read in drafts._read.values()]
         assert sum(kept) < 50
+        rows = [rows for read in drafts._read.values() for rows in read.kept]
+        assert all(it.untyped_storage().nbytes() == it.nbytes for it in rows)  # it pins no step's memory
         most = max([most, *kept])
     assert most > 10
+
+
+def test_a_prompt_that_is_read_at_once_is_not_kept(
+    target: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It doesn't make the head read the other sequences early."""
+    monkeypatch.setattr(head_drafts, "MOST_KEPT", 20)
+    monkeypatch.setattr(head_drafts, "MOST_IN_ALL", 30)
+    engine = load(target[0], of_eagle().write(tmp_path))
+    drafts = drafts_of(engine)
+    engine.speculation = ModelSpeculation(drafts, lambda _: 0, 3)
+    engine.add(make_request("short", [5, 6, 7], max_tokens=12))
+    while not any(read.num_kept == 5 for read in drafts._read.values()):
+        engine.step()
+    engine.add(make_request("long", [5 + i % 80 for i in range(40)], max_tokens=2))
+    most = {}
+    while engine.has_work:
+        engine.step()
+        for sequence, read in drafts._read.items():
+            most[sequence.request_id] = max(most.get(sequence.request_id, 0), read.num_kept)
+    assert most["short"] > 10
+    assert most["long"] < 20
 
 
 def test_it_sleeps_with_the_engine(tmp_path: Path) -> None:
@@ -370,6 +394,18 @@ WRONG: dict[str, tuple[Callable[[], Made], str]] = {
     "EAGLE-1": (
         lambda: with_config(of_eagle(), eagle_config={"use_aux_hidden_state": False}),
         "that is EAGLE-1; EAGLE-3 and MTP are supported",
+    ),
+    "a config that is none": (
+        lambda: with_config(of_eagle(), eagle_config=[1]),
+        r"eagle_config \[1\] is no object",
+    ),
+    "ids that are none": (
+        lambda: with_config(of_eagle(), eagle_config={"eagle_aux_hidden_state_layer_ids": ["1", 2]}),
+        r"eagle_aux_hidden_state_layer_ids \['1', 2\] is no list of integers",
+    ),
+    "a number as ids": (
+        lambda: with_config(of_eagle(), eagle_config={"eagle_aux_hidden_state_layer_ids": 7}),
+        "eagle_aux_hidden_state_layer_ids 7 is no list of integers",
     ),
     "several at once": (lambda: with_config(of_eagle(), parallel_drafting=True), "several tokens at once"),
     "another method's": (
