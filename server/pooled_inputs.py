@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from octavo.server.prompts import encode, in_vocabulary
 from octavo.server.served_model import ServedModel
 
 Side = Literal["left", "right"]
+MOST_REPEATED = 1 << 24  # characters of a prompt or query, counted for each text that they stand in front of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +56,28 @@ def text_prompt(
 
 
 def pair_prompt(
-    first: str, second: str, name: str, model: ServedModel, cut: Cut, *, most_of_second: int | None = None
+    first: str,
+    second: str,
+    name: str,
+    model: ServedModel,
+    cut: Cut,
+    *,
+    most_of_second: int | None = None,
+    known: dict[str, list[int]] | None = None,
 ) -> PooledPrompt:
     """Two texts as a cross-encoder reads them. Where they are cut, it is as tokenizers' longest_first does it: the
     shorter one keeps half of the room at most, and the longer one the rest.
 
-    most_of_second: tokens of the second one that are kept whatever `cut` says.
+    most_of_second: tokens of the second one that are kept whatever `cut` says. known: tokens of first texts, which
+    this one is added to: a query is tokenized once for all of its documents.
     """
     before, between, after = model.tokenizer.pair_frame()
-    one, other = (
-        encode(
-            _lowered(text, model),
-            name,
-            model,
-            add_special_tokens=False,
-            must_fit=cut.most is None and most_of_second is None,
-        )
-        for text in (first, second)
-    )
+    must_fit = cut.most is None and most_of_second is None
+    known = {} if known is None else known
+    if first not in known:
+        known[first] = encode(_lowered(first, model), name, model, add_special_tokens=False, must_fit=must_fit)
+    one = known[first]
+    other = encode(_lowered(second, model), name, model, add_special_tokens=False, must_fit=must_fit)
     other = other if most_of_second is None else other[:most_of_second]
     if cut.most is not None:
         room = limit_of(cut, model) - len(before) - len(between) - len(after)
@@ -120,11 +125,35 @@ def checked(ids: list[int], name: str, model: ServedModel) -> list[int]:
     return ids
 
 
-def check_total(prompts: Sequence[PooledPrompt], name: str) -> None:
-    """A body of some megabytes must not become gigabytes in the engine."""
-    total = sum(len(prompt.token_ids) for prompt in prompts)
-    if total > MAX_TOKENS_SENT:
-        raise bad_request(f"{name}: {total} tokens; a request may send {MAX_TOKENS_SENT}. Make several of it", name)
+def within_total(prompts: Iterable[PooledPrompt], name: str) -> list[PooledPrompt]:
+    """Prompts that are made one by one, while they aren't too many: megabytes must not become gigabytes."""
+    found: list[PooledPrompt] = []
+    total = 0
+    for prompt in prompts:
+        total += len(prompt.token_ids)
+        if total > MAX_TOKENS_SENT:
+            raise bad_request(
+                f"{name}: {total} tokens in the first {len(found) + 1} texts; a request may send {MAX_TOKENS_SENT}. "
+                "Make several of it",
+                name,
+            )
+        found.append(prompt)
+    return found
+
+
+def repeated(text: str, count: int, name: str) -> int:
+    """Characters that are tokenized beside the body's own, as each of count texts has `text` in front of it.
+
+    Raises ApiError for very many, which also a request whose texts are cut would be tokenized for.
+    """
+    size = len(text) * count
+    if size > MOST_REPEATED:
+        raise bad_request(
+            f"{name}: {len(text)} characters in front of each of {count} texts; a request may have {MOST_REPEATED} "
+            "in all. Make several of it",
+            name,
+        )
+    return size
 
 
 def _lowered(text: str, model: ServedModel) -> str:

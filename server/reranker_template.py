@@ -41,12 +41,13 @@ def asked_pair(
     instruction: str | None = None,
     *,
     most_of_second: int | None = None,
+    known: dict[str, list[int]] | None = None,
 ) -> PooledPrompt:
-    """A pair of texts as the model reads it. most_of_second: as of `pair_prompt`. Raises ApiError."""
+    """A pair of texts as the model reads it. most_of_second, known: as of `pair_prompt`. Raises ApiError."""
     if not pooled_facts(model).facts.template:
         if instruction is not None:
             raise bad_request("instruction: this model's pairs have no instruction; leave it out", "instruction")
-        return pair_prompt(first, second, name, model, cut, most_of_second=most_of_second)
+        return pair_prompt(first, second, name, model, cut, most_of_second=most_of_second, known=known)
     if most_of_second is not None:
         ids = encode(second, name, model, add_special_tokens=False, must_fit=False)
         second = model.tokenizer.decode(ids[:most_of_second])

@@ -198,14 +198,14 @@ class Service:
         """Count the fields of a request that were passed over."""
         self._metrics.hints(hints)
 
-    async def off_loop(self, http: Request, work: Callable[[], T], weight: int = 1) -> T:
+    async def off_loop(self, http: Request, work: Callable[[], T], weight: int = 1, beside: int = 0) -> T:
         """Do work whose time grows with the prompt: at once for a short body, in a thread for a longer one.
 
-        weight: how much longer a byte of this body takes than one of a prompt.
+        weight: how much longer a byte of this body takes than one of a prompt. beside: further bytes of work.
 
         Work for very long bodies is done one at a time: tokenizing 4 MB takes 150 MB, which a thread's heap keeps.
         """
-        size: int = http.state.body_size * weight
+        size: int = http.state.body_size * weight + beside
         if size < LONG_BODY:
             return work()
         if size < VERY_LONG_BODY:

@@ -18,7 +18,7 @@ from octavo.server.dialects.pooled_request import TextOrTexts
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.errors import OLLAMA_RESPONSES
 from octavo.server.hints import Hint
-from octavo.server.pooled_inputs import Cut, PooledPrompt, check_total, text_prompt
+from octavo.server.pooled_inputs import Cut, PooledPrompt, text_prompt, within_total
 from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult
 from octavo.server.served_model import ServedModel
@@ -85,6 +85,4 @@ def routes(service: Service) -> APIRouter:
 
 
 def _prompts(texts: list[str], cut: Cut, pooled: PooledText, model: ServedModel) -> list[PooledPrompt]:
-    found = [text_prompt(text, "input", model, cut, before=pooled.prompt) for text in texts]
-    check_total(found, "input")
-    return found
+    return within_total((text_prompt(text, "input", model, cut, before=pooled.prompt) for text in texts), "input")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +20,7 @@ from octavo.server.dialects.pooled_request import (
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.errors import RESPONSES, bad_request
 from octavo.server.hints import hints_in
-from octavo.server.pooled_inputs import PooledPrompt, check_total, ids_prompt, text_prompt
+from octavo.server.pooled_inputs import PooledPrompt, ids_prompt, repeated, text_prompt, within_total
 from octavo.server.pooled_numbers import in_base64
 from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult
@@ -40,7 +41,8 @@ def routes(service: Service) -> APIRouter:
         """Embeddings of texts."""
         pooled = service.check_pooled(body.model, http, "embed")
         params = PoolingParams("embed", checked_dimensions(body.dimensions, pooled), body.normalizes)
-        results = await answered(body, params, lambda: prompts_of(body, pooled, model), http, service)
+        prompts = partial(prompts_of, body, pooled, model)
+        results = await answered(body, params, prompts, http, service, _beside(body, pooled))
         shown = _shower(body)
         data = ({"object": "embedding", "index": i, "embedding": shown(it)} for i, it in enumerate(results))
         return await sent({"object": "list", "data": data, "model": body.model or model.name}, results)
@@ -52,7 +54,8 @@ def routes(service: Service) -> APIRouter:
         task = body.task or own
         pooled = service.check_pooled(body.model, http, task)
         params = PoolingParams(task, checked_dimensions(body.dimensions, pooled), body.normalizes)
-        results = await answered(body, params, lambda: prompts_of(body, pooled, model), http, service)
+        prompts = partial(prompts_of, body, pooled, model)
+        results = await answered(body, params, prompts, http, service, _beside(body, pooled))
         shown = _shower(body, by_rows=task.startswith("token_"))
         data = ({"object": "pooling", "index": i, "data": shown(it)} for i, it in enumerate(results))
         return await sent(headed("pool", body, http, model) | {"data": data}, results)
@@ -76,10 +79,11 @@ async def answered(
     prompts: Callable[[], list[PooledPrompt]],
     http: Request,
     service: Service,
+    beside: int = 0,
 ) -> list[PooledResult]:
-    """What the model makes of each prompt of a request. Raises ApiError."""
+    """What the model makes of each prompt of a request. beside: as of `off_loop`. Raises ApiError."""
     service.count_hints(hints_in(body))
-    made = await service.off_loop(http, prompts)
+    made = await service.off_loop(http, prompts, beside=beside)
     return await service.pooled(http, made, params, body.priority or 0, body.user_name)
 
 
@@ -126,16 +130,21 @@ def prompts_of(body: EmbeddingRequest | ClassifyRequest, pooled: PooledText, mod
     before = prompt_before(body, pooled) if isinstance(body, EmbeddingRequest) else ""
     if isinstance(given, str):
         given = [given]
-    found = []
+    special = body.add_special_tokens
     lists = [given] if given and isinstance(given[0], int) else given
-    for each in lists:
-        if isinstance(each, str):
-            special = body.add_special_tokens
-            found.append(text_prompt(each, "input", model, body.cut, before=before, add_special_tokens=special))
-        else:
-            found.append(ids_prompt(each, "input", model, body.cut))  # type: ignore[arg-type]  # told by its first
-    check_total(found, "input")
-    return found
+    prompts = (
+        text_prompt(each, "input", model, body.cut, before=before, add_special_tokens=special)
+        if isinstance(each, str)
+        else ids_prompt(each, "input", model, body.cut)  # type: ignore[arg-type]  # told by its first
+        for each in lists
+    )
+    return within_total(prompts, "input")
+
+
+def _beside(body: EmbeddingRequest, pooled: PooledText) -> int:
+    given = body.input
+    is_many = not isinstance(given, str) and bool(given) and isinstance(given[0], str)
+    return repeated(prompt_before(body, pooled), len(given) if is_many else 1, "prompt")
 
 
 def prompt_before(body: EmbeddingRequest, pooled: PooledText) -> str:

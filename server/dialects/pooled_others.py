@@ -13,7 +13,7 @@ from octavo.server.dialects.pooled_request import CohereEmbedRequest, EncodeRequ
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.errors import RESPONSES, bad_request
 from octavo.server.hints import hints_in
-from octavo.server.pooled_inputs import Cut, PooledPrompt, check_total, ids_prompt, text_prompt
+from octavo.server.pooled_inputs import Cut, PooledPrompt, ids_prompt, text_prompt, within_total
 from octavo.server.pooled_numbers import in_base64, signs
 from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult
@@ -82,9 +82,7 @@ def routes(service: Service) -> APIRouter:
 def _cohere_prompts(body: CohereEmbedRequest, pooled: PooledText, model: ServedModel) -> list[PooledPrompt]:
     names = PROMPTS.get(body.input_type or "", ())
     before = next((pooled.prompts[name] for name in names if name in pooled.prompts), pooled.prompt)
-    found = [text_prompt(text, "texts", model, body.cut, before=before) for text in body.texts]
-    check_total(found, "texts")
-    return found
+    return within_total((text_prompt(text, "texts", model, body.cut, before=before) for text in body.texts), "texts")
 
 
 def _in_type(name: str, results: list[PooledResult]) -> list[Any]:
@@ -102,12 +100,11 @@ def _encode_prompts(body: EncodeRequest, pooled: PooledText, model: ServedModel)
         raise bad_request("text or input_ids: one of them is needed", "text")
     if body.text is not None:
         texts = [body.text] if isinstance(body.text, str) else body.text
-        found = [text_prompt(text, "text", model, Cut(), before=pooled.prompt) for text in texts]
+        made = (text_prompt(text, "text", model, Cut(), before=pooled.prompt) for text in texts)
         is_one = isinstance(body.text, str)
     else:
         assert body.input_ids is not None
         is_one = isinstance(body.input_ids[0], int)
         lists = [body.input_ids] if is_one else body.input_ids
-        found = [ids_prompt(ids, "input_ids", model, Cut()) for ids in lists]  # type: ignore[arg-type]
-    check_total(found, "text" if body.text is not None else "input_ids")
-    return found, is_one
+        made = (ids_prompt(ids, "input_ids", model, Cut()) for ids in lists)  # type: ignore[arg-type]
+    return within_total(made, "text" if body.text is not None else "input_ids"), is_one

@@ -13,7 +13,7 @@ from octavo.runtime.messages import PoolingParams
 from octavo.server.dialects.pooled import answered, headed, name_of, sent
 from octavo.server.dialects.pooled_request import RerankRequest, ScoreRequest
 from octavo.server.errors import RESPONSES, bad_request
-from octavo.server.pooled_inputs import Cut, PooledPrompt, check_total, text_prompt
+from octavo.server.pooled_inputs import Cut, PooledPrompt, repeated, text_prompt, within_total
 from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult
 from octavo.server.reranker_template import asked_pair
@@ -73,7 +73,9 @@ async def scored(
             )
         params = PoolingParams("classify", use_activation=body.use_activation)
         pairs = partial(_pairs, one, other, body, of_document, model)
-        results = await answered(body, params, pairs, http, service)
+        asked = (body.instruction or "") + (one[0] if len(set(one)) == 1 else "")
+        beside = repeated(asked, len(one), "documents") if pooled.facts.template else 0
+        results = await answered(body, params, pairs, http, service, beside)
         return [result.vector()[0] for result in results], results
     if body.instruction is not None:
         raise bad_request("instruction: this model's embeddings take prompts; prompt_name picks one", "instruction")
@@ -87,6 +89,7 @@ async def scored(
         lambda: _each(distinct, cuts, pooled, model),
         http,
         service,
+        repeated(pooled.prompt, len(distinct), "documents"),
     )
     vectors = [result.values for result in results]
     places = {text: place for place, text in enumerate(dict.fromkeys(one))}
@@ -100,11 +103,10 @@ def _document_cut(cut: Cut, most: int | None) -> Cut:
 
 
 def _each(texts: list[str], cuts: list[Cut], pooled: PooledText, model: ServedModel) -> list[PooledPrompt]:
-    found = [
+    prompts = (
         text_prompt(text, "documents", model, cut, before=pooled.prompt) for text, cut in zip(texts, cuts, strict=True)
-    ]
-    check_total(found, "documents")
-    return found
+    )
+    return within_total(prompts, "documents")
 
 
 def _pairs(
@@ -114,9 +116,11 @@ def _pairs(
     of_document: int | None,
     model: ServedModel,
 ) -> list[PooledPrompt]:
-    found = [
-        asked_pair(first, second, "documents", model, body.cut, body.instruction, most_of_second=of_document)
+    known: dict[str, list[int]] = {}
+    prompts = (
+        asked_pair(
+            first, second, "documents", model, body.cut, body.instruction, most_of_second=of_document, known=known
+        )
         for first, second in zip(one, other, strict=True)
-    ]
-    check_total(found, "documents")
-    return found
+    )
+    return within_total(prompts, "documents")

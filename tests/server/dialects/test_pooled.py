@@ -208,6 +208,11 @@ def test_states_of_tokens(client: httpx.Client, sentence: SentenceModel) -> None
         ("/v1/embeddings", {"input": "a", "embed_dtype": "float16"}, "encoding_format base64 has such numbers"),
         ("/v1/embeddings", {"input": "a", "n": 2}, "n: octavo does not support this field"),
         ("/v1/embeddings", {"input": "a", "priority": 1}, "--scheduling-policy priority"),
+        (
+            "/v1/embeddings",
+            {"input": ["a"] * 100, "prompt": "cat " * 50_000, "truncate_prompt_tokens": 8},
+            "in front of each of 100 texts",
+        ),
         ("/classify", {"input": "a"}, "doesn't classify"),
         ("/score", {"queries": "a"}, "queries and documents"),
         ("/score", {"queries": ["a", "b"], "documents": ["c"]}, "queries has 2 texts, and documents 1"),
