@@ -23,7 +23,7 @@ from octavo.offline.errors import python_errors
 from octavo.offline.refusals import checked_others, checked_reset, missing
 from octavo.offline.start import start
 from octavo.outputs import PoolingOutput, PoolingRequestOutput, RequestOutput
-from octavo.pooling_params import PoolingParams
+from octavo.pooling_params import PoolingParams, checked_params
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -104,18 +104,15 @@ class AsyncLLM:
         **others: Any,
     ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
         """What the model's pooler makes of a prompt, as one output. Raises ValueError and EngineError."""
-        import torch
-
-        from octavo.offline.pooled import pooled_prompts
+        from octavo.offline.pooled import facts_of, pooled_prompts, tensor_of
 
         checked_others("encode", others)
+        params = checked_params(pooling_params)
         given = prompts_of(prompt)
         await self.ready()
-        ((made, result),) = await pooled_prompts(self._model, given, pooling_params, None)
-        data = torch.frombuffer(bytearray(result.pooled.data), dtype=torch.float32)
-        is_rows = len(data) != result.pooled.width or (pooling_params.task or "").startswith("token_")
-        output = PoolingOutput(data.view(-1, result.pooled.width) if is_rows else data)
-        yield PoolingRequestOutput(request_id, output, made.token_ids)
+        _, task = facts_of(self._model, params.task)
+        ((made, result),) = await pooled_prompts(self._model, given, params, task)
+        yield PoolingRequestOutput(request_id, PoolingOutput(tensor_of(result, task)), made.token_ids)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End the answers of these requests: their last output has the finish reason abort."""

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.collector import seldom
@@ -40,7 +41,7 @@ from octavo.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
 )
-from octavo.pooling_params import PoolingParams
+from octavo.pooling_params import PoolingParams, checked_params
 from octavo.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -287,16 +288,13 @@ class LLM:
 
         pooling_task: embed, classify, token_embed or token_classify, of those that the model does; None: its first.
         """
-        import torch
+        from octavo.offline.pooled import facts_of, tensor_of
 
         checked_others("encode", others)
-        found = self._pooled(prompts, pooling_params, pooling_task, use_tqdm)
-        told = []
-        for prompt, result in found:
-            data = torch.frombuffer(bytearray(result.pooled.data), dtype=torch.float32)
-            is_rows = len(data) != result.pooled.width or (pooling_task or "").startswith("token_")
-            told.append(self._told(PoolingOutput(data.view(-1, result.pooled.width) if is_rows else data), prompt))
-        return told
+        params = checked_params(pooling_params)
+        _, task = facts_of(self._model, pooling_task or params.task)
+        found = self._pooled(prompts, params, task, use_tqdm)
+        return [self._told(PoolingOutput(tensor_of(result, task)), prompt) for prompt, result in found]
 
     def reward(
         self,
@@ -322,7 +320,7 @@ class LLM:
     ) -> list[ScoringRequestOutput]:
         """How well texts fit each other: a cross-encoder's score of each pair, or the cosine of their embeddings.
 
-        data_1: one text for all of data_2, or as many.
+        data_1: one text for all of data_2, or as many. truncate_prompt_tokens goes before that of pooling_params.
         """
         from octavo.offline.pooled import scores
 
@@ -331,7 +329,9 @@ class LLM:
         other = [data_2] if isinstance(data_2, str) else list(data_2)
         if len(one) not in (1, len(other)) or not other:
             raise ValueError(f"score: {len(one)} texts and {len(other)}: one text for all or as many of both work")
-        params = pooling_params or PoolingParams(truncate_prompt_tokens)
+        params = checked_params(pooling_params)
+        if truncate_prompt_tokens is not None:
+            params = replace(params, truncate_prompt_tokens=truncate_prompt_tokens)
         one = one * len(other) if len(one) == 1 else one
 
         async def run() -> list[tuple[float, PooledPrompt]]:
@@ -348,10 +348,11 @@ class LLM:
         from octavo.offline.pooled import pooled_prompts
 
         given = prompts_of(prompts)
+        checked = checked_params(params)
 
         async def run() -> list[tuple[PooledPrompt, PooledResult]]:
             with _bar(use_tqdm, len(given)) as update:
-                return await pooled_prompts(self._model, given, params or PoolingParams(), task, update)
+                return await pooled_prompts(self._model, given, checked, task, update)
 
         self._model.fleet  # noqa: B018 (raises where it is closed)
         with seldom():

@@ -27,3 +27,12 @@ class PoolingParams:
             raise ValueError(f"truncate_prompt_tokens is {keep}; it must be 1 at least, or -1 for what the model takes")
         if self.dimensions is not None and self.dimensions < 1:
             raise ValueError(f"dimensions is {self.dimensions}; it must be 1 at least")
+
+
+def checked_params(params: object) -> PoolingParams:
+    """The one value for all prompts; None: the model's own. Raises ValueError for anything else."""
+    if params is None:
+        return PoolingParams()
+    if not isinstance(params, PoolingParams):
+        raise ValueError(f"pooling_params is a {type(params).__name__}; one PoolingParams for all prompts works")
+    return params

@@ -49,6 +49,23 @@ def test_encode_gives_tensors(embedder: LLM, sentence: SentenceModel) -> None:
     assert rows.outputs.data.shape == (3, len(sentence.embedding("red")))
 
 
+def test_one_token_is_a_row_where_tokens_are_asked_for(embedder: LLM) -> None:
+    one = {"prompt_token_ids": [13]}
+    for ask in ({"pooling_task": "token_embed"}, {"pooling_params": PoolingParams(task="token_embed")}):
+        (rows,) = embedder.encode(one, use_tqdm=False, **ask)
+        assert rows.outputs.data.ndim == 2
+        assert len(rows.outputs.data) == 1
+    (whole,) = embedder.encode(one, use_tqdm=False)
+    assert whole.outputs.data.ndim == 1
+
+
+def test_a_score_is_cut_beside_other_parameters(embedder: LLM) -> None:
+    params = PoolingParams(use_activation=True)
+    (cut,) = embedder.score("red", "cat " * 100, truncate_prompt_tokens=7, pooling_params=params, use_tqdm=False)
+    assert len(cut.prompt_token_ids) == 7
+    assert params.truncate_prompt_tokens is None
+
+
 def test_more_prompts_than_a_group_has(embedder: LLM, sentence: SentenceModel) -> None:
     texts = [f"{'cat ' * (i % 9)}{i}" for i in range(600)]
     found = embedder.embed(texts, use_tqdm=False)
@@ -65,6 +82,9 @@ def test_more_prompts_than_a_group_has(embedder: LLM, sentence: SentenceModel) -
         (lambda llm: llm.embed("cat " * 100), "maximum context length is 32"),
         (lambda llm: llm.embed("red", pooling_params=PoolingParams(dimensions=7)), "16, 32 numbers work"),
         (lambda llm: llm.score(["a", "b"], ["c"]), "2 texts and 1"),
+        (lambda llm: llm.embed(["a"], pooling_params=[PoolingParams()]), "is a list; one PoolingParams for all"),
+        (lambda llm: llm.encode(["a"], [PoolingParams()]), "is a list; one PoolingParams for all"),
+        (lambda llm: llm.score("a", "b", pooling_params=[PoolingParams()]), "is a list; one PoolingParams for all"),
         (lambda llm: llm.embed("red", pooling_params=PoolingParams(truncate_prompt_tokens=0)), "1 at least"),
     ],
 )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import mul
+from typing import TYPE_CHECKING
 
 from octavo.inputs import Given
 from octavo.offline.errors import python_errors
@@ -22,6 +23,9 @@ from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult, pool, pooled_requests
 from octavo.server.reranker_template import asked_pair
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 GROUP = 256  # prompts that are tokenized, and open, together
 
 Made = tuple[PooledPrompt, PooledResult]
@@ -36,6 +40,14 @@ def facts_of(model: OfflineModel, task: PoolingTask | None) -> tuple[PooledText,
     if found not in pooled.facts.tasks:
         raise ValueError(f"this model doesn't {found}; its tasks are {', '.join(pooled.facts.tasks)}")
     return pooled, found
+
+
+def tensor_of(result: PooledResult, task: PoolingTask) -> Tensor:
+    """[numbers], or of a task of tokens [tokens, numbers], also of a single token. In float32."""
+    import torch
+
+    data = torch.frombuffer(bytearray(result.pooled.data), dtype=torch.float32)
+    return data.view(-1, result.pooled.width) if task.startswith("token_") else data
 
 
 async def pooled_prompts(
