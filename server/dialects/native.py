@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from octavo.runtime.messages import Logprobs
+from octavo.runtime.messages import Logprobs, PoolingParams
 from octavo.server.dialects.chat_request import in_words_of
 from octavo.server.dialects.fields import Flag, Strict, Text
 from octavo.server.dialects.logprobs import finite
@@ -31,6 +31,7 @@ from octavo.server.generation import Choice, Delta, Steps, fold, in_batches
 from octavo.server.hints import hints_in
 from octavo.server.message.parts import text_of
 from octavo.server.operation import no_other_page
+from octavo.server.pooled_inputs import PooledPrompt
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Answer, Service, owner_of
 from octavo.server.sessions import Continuation, Sessions
@@ -60,7 +61,12 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
 
     @router.get("/health_generate", response_class=Response)
     async def health_generate(http: Request) -> Response:
-        """200 when the engine has generated a token."""
+        """200 when the engine has generated a token, or pooled one."""
+        if model.pooled is not None:
+            task = model.pooled.facts.tasks[0]
+            service.check_pooled(None, http, task)
+            await service.pooled(http, [PooledPrompt([0])], PoolingParams(task), 0)
+            return Response(status_code=200)
         service.check(None, http)
         one = NativeSampling(max_new_tokens=1, temperature=0.0)
         choices = choices_of(items_of(GenerateRequest(input_ids=[0], sampling_params=one)), model)
@@ -136,7 +142,7 @@ def _add_facts(router: APIRouter, model: ServedModel) -> None:
             "model_path": model.root,
             "served_model_name": model.name,
             "tokenizer_path": model.root,
-            "is_generation": True,
+            "is_generation": model.pooled is None,
             "preferred_sampling_params": None,
             "weight_version": model.weights.name,
         }

@@ -267,6 +267,12 @@ def test_long_pairs_are_refused_or_their_longer_text_is_cut(scorer: httpx.Client
     assert ranked["results"][0]["relevance_score"] == pytest.approx(truth, abs=1e-4)
 
 
+def test_sglangs_health_and_facts(client: httpx.Client, scorer: httpx.Client) -> None:
+    for each in (client, scorer):
+        assert each.get("/health_generate").status_code == 200
+        assert [each.get(path).json()["is_generation"] for path in ("/model_info", "/get_model_info")] == [False] * 2
+
+
 def test_labels(scorer: httpx.Client, crossed: CrossEncoder) -> None:
     answer = posted(scorer, "/classify", input=["red", "the cat"])
     for text, one in zip(["red", "the cat"], answer["data"], strict=True):
