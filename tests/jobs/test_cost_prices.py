@@ -103,7 +103,7 @@ def test_words_for_models(tmp_path: Path) -> None:
         ("m@W4A16@many", "'many' is not a group size"),
         ("m@W4A16@48", "'48' is not a group size; 32, 64, 128, -1 are"),
         ("m@W8A8@64", "W8A8 scales per channel; a group size is for W4A16"),
-        ("m@W4A16/best", "'best' is no algorithm; rtn, gptq"),
+        ("m@W4A16/best", "'best' is no algorithm; auto, rtn, gptq"),
     ],
 )
 def test_a_word_that_names_nothing(word: str, says: str) -> None:
