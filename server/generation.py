@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -328,11 +328,8 @@ def count_end(choice: Choice, finish_reason: str, metrics: Metrics) -> None:
 
 
 @contextmanager
-def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
-    """Tell the metrics of each prompt's answers together, and how each ended that has not ended by itself.
-
-    Raises ApiError where the engine is dead.
-    """
+def ending(tell: Callable[[str], object]) -> Iterator[None]:
+    """Tell at the end how it came to what has not ended by itself. Raises ApiError where the engine is dead."""
     outcome = "abort"
     try:
         yield
@@ -343,12 +340,26 @@ def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
         outcome = "error"
         raise
     finally:
+        tell(outcome)
+
+
+@contextmanager
+def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
+    """Tell the metrics of each prompt's answers together, and how each ended that has not ended by itself.
+
+    Raises ApiError where the engine is dead.
+    """
+
+    def count(outcome: str) -> None:
         for choice in choices:
             if choice.finish_reason is None:
                 metrics.end(choice.timeline, outcome, choice.num_tokens)
         for alike in by_prompt(choices):
             longest = max(choice.num_tokens for choice in alike)
             metrics.end_all(alike[0].timeline, len(alike), alike[0].request.params.max_tokens, longest)
+
+    with ending(count):
+        yield
 
 
 async def generate(choices: Sequence[Choice], client: Fleet, metrics: Metrics, ticket: Ticket) -> Steps:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.runtime.messages import AddRequest, Pooled, PoolingParams, SamplingParams, TokenOutput
 from octavo.server.admission import Ticket
-from octavo.server.engine_client import EngineDeadError
 from octavo.server.errors import ApiError, interrupted
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.generation import ending
 from octavo.server.metrics import Metrics, Timeline
 from octavo.server.pooled_inputs import PooledPrompt
 from octavo.server.served_model import ServedModel
@@ -78,7 +77,13 @@ async def pool(requests: Sequence[AddRequest], client: Fleet, metrics: Metrics, 
     """What each request brought, in order. Raises ApiError when the engine fails or is dead."""
     timelines = {it.request_id: Timeline(it.arrival_time, len(it.token_ids)) for it in requests}
     found: dict[str, PooledResult] = {}
-    with ticket, _counted(timelines, found, metrics):
+
+    def count(outcome: str) -> None:
+        for request_id, timeline in timelines.items():
+            if request_id not in found:
+                metrics.end(timeline, outcome, 0)
+
+    with ticket, ending(count):
         await ticket.within_time(client.resumed(), has_begun=False)
         async with client.open(requests, ticket.key_owner, ticket.name) as stream:
             ticket.open()
@@ -100,21 +105,3 @@ def _result(output: TokenOutput, num_tokens: int) -> PooledResult:
     if output.pooled is None:
         raise interrupted()
     return PooledResult(output.pooled, num_tokens)
-
-
-@contextmanager
-def _counted(timelines: dict[str, Timeline], found: dict[str, PooledResult], metrics: Metrics) -> Iterator[None]:
-    """Tell the metrics how each request ended that brought nothing. Raises ApiError where the engine is dead."""
-    outcome = "abort"
-    try:
-        yield
-    except EngineDeadError as error:
-        outcome = "error"
-        raise ApiError(503, str(error)) from error
-    except Exception:
-        outcome = "error"
-        raise
-    finally:
-        for request_id, timeline in timelines.items():
-            if request_id not in found:
-                metrics.end(timeline, outcome, 0)

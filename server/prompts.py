@@ -111,6 +111,16 @@ def _num_bytes(text: str, limit: int) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
+def check_priority(priority: int | None, model: ServedModel) -> None:
+    """Raise ApiError where the server takes requests as they come."""
+    if priority and model.scheduling_policy != "priority":
+        raise bad_request(
+            f"priority {priority}: this server takes requests as they come (it would obey with "
+            "--scheduling-policy priority)",
+            "priority",
+        )
+
+
 def sampling_params(
     request: GenerationRequest, wanted: Wanted, model: ServedModel, room: int, constraint: Constraint | None = None
 ) -> SamplingParams:
@@ -124,12 +134,7 @@ def sampling_params(
     if request.min_tokens > limit:
         raise bad_request(f"min_tokens {request.min_tokens} is more than max_tokens, {limit}", "min_tokens")
     _check_logprobs(request, wanted, model)
-    if request.priority and model.scheduling_policy != "priority":
-        raise bad_request(
-            f"priority {request.priority}: this server takes requests as they come (it would obey with "
-            "--scheduling-policy priority)",
-            "priority",
-        )
+    check_priority(request.priority, model)
     if request.use_beam_search:
         _check_beams(request, wanted, constraint)
     allowed = in_vocabulary(request.allowed_token_ids, "allowed_token_ids", model)

@@ -16,7 +16,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from octavo.runtime.messages import PoolingParams, PoolingTask
-from octavo.server.admission import Admission, QueueLimits, timeout_of
+from octavo.server.admission import Admission, QueueLimits, Ticket, timeout_of
 from octavo.server.beam_search import search_beams
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.errors import ApiError, bad_request
@@ -38,6 +38,7 @@ from octavo.server.options import ServerOptions
 from octavo.server.pooled_inputs import PooledPrompt
 from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult, pool, pooled_requests
+from octavo.server.prompts import check_priority
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import SERVER_SENT, EventStream, Framing
 
@@ -163,11 +164,7 @@ class Service:
         key_owner = owner_of(http)
         set_owner(choices, self._fair_by, key_owner)
         lengths = [len(choice.request.token_ids) for choice in choices]
-        leave_place(http.scope)  # for the ticket, which may need several
-        ticket = self.admission.admit(
-            lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, choices[0].sent.owner
-        )
-        ticket.name = getattr(http.state, "request_name", http.state.request_id)
+        ticket = self._admit(http, lengths, key_owner, choices[0].sent.owner)
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
 
@@ -175,12 +172,7 @@ class Service:
         self, http: Request, prompts: Sequence[PooledPrompt], params: PoolingParams, priority: int, user: str = ""
     ) -> list[PooledResult]:
         """Admit a pooled request, or raise ApiError; what each of its prompts gave. user: as --fair-by user has it."""
-        if priority and self.model.scheduling_policy != "priority":
-            raise bad_request(
-                f"priority {priority}: this server takes requests as they come (it would obey with "
-                "--scheduling-policy priority)",
-                "priority",
-            )
+        check_priority(priority, self.model)
         if self._log_requests:
             logger.info("%s: %d prompts, %s", http.url.path, len(prompts), params)
         if getattr(http.state, "gives_way", False):  # a line of a batch
@@ -188,11 +180,15 @@ class Service:
         key_owner = owner_of(http)
         owner = fair_owner(self._fair_by, key_owner, user)
         requests = pooled_requests(prompts, params, self.model, priority=priority, owner=owner)
-        leave_place(http.scope)
-        lengths = [len(prompt.token_ids) for prompt in prompts]
+        ticket = self._admit(http, [len(prompt.token_ids) for prompt in prompts], key_owner, owner)
+        return await pool(requests, self._client, self._metrics, ticket)
+
+    def _admit(self, http: Request, lengths: list[int], key_owner: str, owner: str) -> Ticket:
+        """A ticket for prompts of these lengths, or ApiError."""
+        leave_place(http.scope)  # for the ticket, which may need several
         ticket = self.admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, owner)
         ticket.name = getattr(http.state, "request_name", http.state.request_id)
-        return await pool(requests, self._client, self._metrics, ticket)
+        return ticket
 
     def count_hints(self, hints: Iterable[str]) -> None:
         """Count the fields of a request that were passed over."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field
 
 from octavo.runtime.messages import PoolingParams
-from octavo.server.dialects.fields import Flag, Integer, Strict, Text
+from octavo.server.dialects.fields import Flag, Strict, Text
 from octavo.server.dialects.ollama_models import OllamaRoute, plain_name
 from octavo.server.dialects.ollama_request import Options
 from octavo.server.dialects.pooled import checked_dimensions
-from octavo.server.dialects.pooled_request import TextOrTexts
+from octavo.server.dialects.pooled_request import Positive, TextOrTexts
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.errors import OLLAMA_RESPONSES
 from octavo.server.hints import Hint
@@ -31,7 +29,7 @@ class OllamaEmbedRequest(Strict):
     model: Text
     input: TextOrTexts
     truncate: Flag = True
-    dimensions: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
+    dimensions: Positive | None = None
     options: Options | None = None
     keep_alive: Hint = None
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from octavo.runtime.messages import PoolingTask
 from octavo.server.dialects.fields import (
     MAX_TOKENS_SENT,
     Count,
@@ -23,13 +24,15 @@ from octavo.server.dialects.fields import (
 from octavo.server.errors import field_error
 from octavo.server.hints import PooledHints
 from octavo.server.pooled_inputs import Cut
+from octavo.server.pooled_numbers import NumberType
 
 MAX_TEXTS = 1 << 14  # of one request
 
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS_SENT, fail_fast=True)]
+Lists = Annotated[list[Ids], Field(max_length=MAX_TEXTS, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+Positive = Annotated[Integer, Field(ge=1, lt=2**31)]
 Encoding = Literal["float", "base64"]
-NumberType = Literal["float32", "float16", "bfloat16"]
 
 
 def _kind_of_input(value: object) -> str:
@@ -46,7 +49,7 @@ Input = Annotated[
     TextOption
     | Annotated[Texts, Tag("<texts>")]
     | Annotated[Ids, Tag("<ids>")]
-    | Annotated[Annotated[list[Ids], Field(max_length=MAX_TEXTS, fail_fast=True)], Tag("<lists of ids>")],
+    | Annotated[Lists, Tag("<lists of ids>")],
     Discriminator(_kind_of_input),
 ]
 TextOrTexts = Annotated[TextOption | Annotated[Texts, Tag("<list>")], Discriminator(text_or_list)]
@@ -89,7 +92,7 @@ class EmbeddingRequest(PooledRequest):
     encoding_format: Encoding | None = None
     embed_dtype: NumberType | None = None
     endianness: Literal["native", "little"] | None = None
-    dimensions: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
+    dimensions: Positive | None = None
     add_special_tokens: Flag = True
     use_activation: Flag | None = None
     normalize: Flag | None = None
@@ -110,7 +113,7 @@ class EmbeddingRequest(PooledRequest):
 class PoolingRequest(EmbeddingRequest):
     """POST /pooling: any task of the model, with rows as they are."""
 
-    task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None
+    task: PoolingTask | None = None
 
 
 class ClassifyRequest(PooledRequest):
@@ -119,6 +122,9 @@ class ClassifyRequest(PooledRequest):
     input: Input
     add_special_tokens: Flag = True
     use_activation: Flag | None = None
+
+
+_SIDES = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"))
 
 
 class ScoreRequest(PooledRequest):
@@ -142,13 +148,11 @@ class ScoreRequest(PooledRequest):
     @property
     def names(self) -> tuple[str, str]:
         """The fields that the request has used."""
-        pairs = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"))
-        return next(pair for pair in pairs if getattr(self, pair[0]) is not None)
+        return next(pair for pair in _SIDES if getattr(self, pair[0]) is not None)
 
     @model_validator(mode="after")
     def _check_sides(self) -> ScoreRequest:
-        pairs = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"))
-        given = [pair for pair in pairs if any(getattr(self, name) is not None for name in pair)]
+        given = [pair for pair in _SIDES if any(getattr(self, name) is not None for name in pair)]
         if len(given) != 1 or any(getattr(self, name) is None for name in given[0]):
             raise field_error("queries", "texts are queries and documents, or text_1 and text_2, or data_1 and data_2")
         one, other = self.sides
@@ -180,7 +184,7 @@ class RerankRequest(PooledRequest):
     documents: Annotated[list[OneDocument], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
     top_n: Count | None = None
     return_documents: Flag | None = None
-    max_tokens_per_doc: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
+    max_tokens_per_doc: Positive | None = None
     use_activation: Flag | None = None
     instruction: Text | None = None
 
@@ -198,9 +202,9 @@ class CohereEmbedRequest(PooledHints, Strict):
     embedding_types: (
         Annotated[list[Literal["float", "base64", "binary", "ubinary"]], Field(min_length=1, max_length=4)] | None
     ) = None
-    output_dimension: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
+    output_dimension: Positive | None = None
     truncate: Literal["NONE", "START", "END"] = "END"
-    max_tokens: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Positive | None = None
     priority: Annotated[Integer, Field(ge=-(2**31), lt=2**31)] | None = None
 
     @property
@@ -211,8 +215,7 @@ class CohereEmbedRequest(PooledHints, Strict):
 
 
 IdsOrLists = Annotated[
-    Annotated[Ids, Tag("<ids>")]
-    | Annotated[Annotated[list[Ids], Field(max_length=MAX_TEXTS, fail_fast=True)], Tag("<lists of ids>")],
+    Annotated[Ids, Tag("<ids>")] | Annotated[Lists, Tag("<lists of ids>")],
     Discriminator(_kind_of_input),
 ]
 
@@ -223,4 +226,4 @@ class EncodeRequest(Strict):
     text: TextOrTexts | None = None
     input_ids: IdsOrLists | None = None
     rid: RequestName | None = None
-    dimensions: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
+    dimensions: Positive | None = None

@@ -81,8 +81,9 @@ async def scored(
         raise bad_request("instruction: this model's embeddings take prompts; prompt_name picks one", "instruction")
     if body.use_activation is not None:
         raise bad_request("use_activation: a cosine of embeddings has no activation; leave it out", "use_activation")
-    distinct = list(dict.fromkeys(one)) + other
-    cuts = [body.cut] * (len(distinct) - len(other)) + [_document_cut(body.cut, of_document)] * len(other)
+    firsts = list(dict.fromkeys(one))
+    distinct = firsts + other
+    cuts = [body.cut] * len(firsts) + [_document_cut(body.cut, of_document)] * len(other)
     results = await answered(
         body,
         PoolingParams("embed", use_activation=True),
@@ -92,9 +93,8 @@ async def scored(
         repeated(pooled.prompt, len(distinct), "documents"),
     )
     vectors = [result.values for result in results]
-    places = {text: place for place, text in enumerate(dict.fromkeys(one))}
-    first = len(places)
-    scores = [math.fsum(map(mul, vectors[places[text]], vectors[first + i])) for i, text in enumerate(one)]
+    places = {text: place for place, text in enumerate(firsts)}
+    scores = [math.fsum(map(mul, vectors[places[text]], vectors[len(firsts) + i])) for i, text in enumerate(one)]
     return scores, results
 
 

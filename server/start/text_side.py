@@ -75,8 +75,8 @@ def preparation(
         with shown():
             vocabulary = await asyncio.to_thread(vocabulary_of, text.tokenizer, text.end_ids)
             formats = await found_formats(options, text)
-            await client.ready()
-        if (await client.ready()).pooled is None:
+            ready = await client.ready()
+        if ready.pooled is None:
             client.give_vocabulary(vocabulary)
         try:
             await client.adapters.load_all(modules)
