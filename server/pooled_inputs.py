@@ -49,7 +49,7 @@ def text_prompt(
     must_fit = cut.most is None
     ids = encode(whole, name, model, add_special_tokens=add_special_tokens, must_fit=must_fit)
     if cut.most is not None and len(ids) > most:
-        frame = model.tokenizer.frame() if add_special_tokens else ([], [])
+        frame = model.tokenizer.frame if add_special_tokens else ([], [])
         plain = encode(whole, name, model, add_special_tokens=False, must_fit=False)
         ids = [*frame[0], *_cut(plain, most - len(frame[0]) - len(frame[1]), cut.side), *frame[1]]
     return PooledPrompt(checked(ids, name, model))
@@ -71,7 +71,7 @@ def pair_prompt(
     most_of_second: tokens of the second one that are kept whatever `cut` says. known: tokens of first texts, which
     this one is added to: a query is tokenized once for all of its documents.
     """
-    before, between, after = model.tokenizer.pair_frame()
+    before, between, after = model.tokenizer.pair_frame
     must_fit = cut.most is None and most_of_second is None
     known = {} if known is None else known
     if first not in known:

@@ -202,8 +202,8 @@ def test_pieces_of_words_and_the_tokens_around_texts(tmp_path: Path) -> None:
     tokenizer = Tokenizer.open(tmp_path)
     ids = tokenizer.encode("running cats", add_special_tokens=False)
     assert b"".join(map(tokenizer.token_bytes, ids)).decode()[tokenizer.strip_left :] == backend.decode(ids)
-    assert tokenizer.frame() == ([2], [3])
-    assert tokenizer.pair_frame() == ([2], [3], [3])
+    assert tokenizer.frame == ([2], [3])
+    assert tokenizer.pair_frame == ([2], [3], [3])
     assert tokenizer.pairs_have_types
 
 

@@ -86,8 +86,9 @@ async def scores(
         if task == "classify":
             if pooled.facts.size != 1:
                 raise bad_request(f"this model has {pooled.facts.size} labels, and a score is what a model of one says")
+            known: dict[str, list[int]] = {}  # a query is tokenized once for all of its documents
             pairs = [
-                partial(asked_pair, first, second, "data_2", model.model, cut)
+                partial(asked_pair, first, second, "data_2", model.model, cut, known=known)
                 for first, second in zip(one, other, strict=True)
             ]
             made = await _pooled(model, pairs, EngineParams("classify", use_activation=params.use_activation), update)

@@ -7,6 +7,7 @@ stands for; the incremental detokenizer and the `bytes` of a logprob are built f
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -168,19 +169,21 @@ class Tokenizer:
             raise EncodingError(f"the tokenizer gives up on this text: {_first_line(error)}") from None
         return ids
 
+    @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """The special tokens before and behind a text."""
         plain = self.encode("a", add_special_tokens=False)
         (before, behind) = _around([plain], self.encode("a"))
         return before, behind
 
+    @functools.cached_property
     def pair_frame(self) -> tuple[list[int], list[int], list[int]]:
         """The special tokens before, between and behind two texts that are read together."""
         plain = self.encode("a", add_special_tokens=False)
         before, between, behind = _around([plain, plain], self._backend.encode("a", "a").ids)
         return before, between, behind
 
-    @property
+    @functools.cached_property
     def pairs_have_types(self) -> bool:
         """Whether the tokens of the second of two texts have another type than those of the first."""
         return any(self._backend.encode("a", "a").type_ids)
