@@ -66,6 +66,10 @@ class PoolerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     use_activation: bool | None = None
     dimensions: Count | None = None
 
+    @property
+    def kind(self) -> Literal["CLS", "MEAN", "LAST", "MAX"] | None:
+        return self.pooling_type or self.seq_pooling_type
+
 
 def _parse_pooler(text: str) -> PoolerConfig:
     try:

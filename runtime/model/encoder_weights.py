@@ -16,7 +16,6 @@ from torch import Tensor
 from octavo.kernels.attention.packed import PackedShape
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.linear import Linear, make_linear
-from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.at_load import quantized_at_load
@@ -204,11 +203,11 @@ class EncoderBuilder:
                 self.notes.append(part.choice.reason)
         return linear, factor
 
-    def _norm(self, module: str, *, has_bias: bool | None = None) -> LayerNorm:
+    def _norm(self, module: str) -> LayerNorm:
         size = (self.spec.hidden_size,)
         weight = self._tensor(f"{module}.weight", size).to(torch.float32, copy=True)
         bias = None
-        if self.spec.norm_bias if has_bias is None else has_bias:
+        if self.spec.norm_bias:
             bias = self._tensor(f"{module}.bias", size).to(torch.float32, copy=True)
         return LayerNorm(weight, bias, self.spec.norm_eps)
 
@@ -247,10 +246,7 @@ class EncoderBuilder:
     def _head_step(self, step: HeadStep, rows: int) -> Projection:
         module = step.module.format(self.prefix)
         self._source.require([module])
-        weight = self._source.linear(module, rows, self.spec.hidden_size)
-        if isinstance(weight, QuantizedWeight):
-            weight = weight.dequantize()
-        bias = self._source.bias(module, rows, expected=True) if self._checkpoint.has(f"{module}.bias") else None
+        weight, bias = self._source.dense(module, rows, self.spec.hidden_size)
         norm = None
         if step.norm:
             shape = (rows,)
@@ -263,7 +259,7 @@ class EncoderBuilder:
                 self.spec.norm_eps,
             )
         activation = activation_of(step.activation) if step.activation else ""
-        return Projection(weight.float(), None if bias is None else bias.float(), activation, norm)
+        return Projection(weight, bias, activation, norm)
 
     def check_complete(self) -> None:
         """Raise LoadError with the names of tensors that nothing read, but for those of a head that isn't served."""

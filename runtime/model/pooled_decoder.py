@@ -16,7 +16,6 @@ from torch import Tensor
 
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.model_files import read_object_if_any
-from octavo.quant.qparams import QuantizedWeight
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import PairTemplate
 from octavo.runtime.model.device import Device
@@ -107,11 +106,7 @@ def _head_steps(source: CheckpointSource) -> list[HeadStep]:
 
 
 def _read(step: HeadStep, rows: int, spec: DecoderSpec, source: CheckpointSource) -> Projection:
-    weight = source.linear(step.module, rows, spec.hidden_size)
-    if isinstance(weight, QuantizedWeight):
-        weight = weight.dequantize()
-    bias = source.bias(step.module, rows, expected=True) if source.checkpoint.has(f"{step.module}.bias") else None
-    return Projection(weight.float(), None if bias is None else bias.float(), step.activation)
+    return Projection(*source.dense(step.module, rows, spec.hidden_size), step.activation)
 
 
 def is_qwen3_reranker(config: EngineConfig, hf_config: Mapping[str, Any]) -> bool:

@@ -95,9 +95,8 @@ def make_pooler(config: EngineConfig, hf_config: Mapping[str, Any], parts: Poole
         else _classifier(hf_config, parts, purpose)
     )
     given = config.pooler_config
-    kind = given.pooling_type or given.seq_pooling_type
-    if kind is not None:
-        pooler = replace(pooler, kinds=(_KIND_OF[kind],))
+    if given.kind is not None:
+        pooler = replace(pooler, kinds=(_KIND_OF[given.kind],))
     if given.use_activation is not None:
         pooler = replace(
             pooler,
@@ -118,7 +117,7 @@ def _embedder(
     kinds = () if modules is None else modules.kinds
     if not kinds:
         kinds = (parts.kind,)
-        if given.pooling_type is None and given.seq_pooling_type is None:
+        if given.kind is None:
             notes.append(
                 f"the checkpoint has no {MODULES}: embeddings are the {parts.kind} hidden state, normalized, as vLLM "
                 'has them (--pooler-config \'{"pooling_type": "MEAN"}\' makes them means)'

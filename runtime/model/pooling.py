@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch.nn import functional
 from octavo.runtime.messages import PairTemplate, PoolingParams, PoolingTask
 
 PoolingKind = Literal["cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"]
-KINDS: tuple[PoolingKind, ...] = get_args(PoolingKind)
 Probabilities = Literal["none", "sigmoid", "softmax"]
 
 PROJECTION_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,10 +81,6 @@ class Pooler:
     dimensions: tuple[int, ...] | None = ()
     cut: int | None = None
     template: PairTemplate = ""
-
-    def needs_all_rows(self, task: PoolingTask) -> bool:
-        """Whether a text's vector is made of other rows than its last one."""
-        return task.startswith("token_") or self.kinds != ("last",)
 
     def pool(self, rows: Sequence[Tensor], params: Sequence[PoolingParams]) -> list[Tensor]:
         """Of each text the rows [T, H] that its task needs -> [size] float32, or [T, size] for a task of tokens."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.quant.checkpoint import Checkpoint, quantization_dict
 from octavo.quant.formats.select import parse_quantization
-from octavo.quant.qparams import Weight, quantize_weight
+from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")  # the last: of a model without a head
@@ -76,6 +76,15 @@ class CheckpointSource:
             _check_float(f"{module}.weight", weight)
             return weight.clone()
         return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+    def dense(self, module: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor | None]:
+        """The float32 weight of a linear layer, quantized or not, and its bias where the checkpoint has one."""
+        weight = self.linear(module, out_features, in_features)
+        if isinstance(weight, QuantizedWeight):
+            weight = weight.dequantize()
+        has_bias = self.checkpoint.has(f"{module}.bias")
+        bias = self.bias(module, out_features, expected=True) if has_bias else None
+        return weight.float(), None if bias is None else bias.float()
 
     def leave(self, module: str, out_features: int, in_features: int) -> None:  # noqa: ARG002
         self.checkpoint.leave(module)

@@ -40,9 +40,8 @@ class PooledSteps:
         texts: list[Tensor] = []
         counts = [it.end - it.first_logit for it in plan.scheduled]
         for place, (it, rows) in enumerate(zip(plan.scheduled, torch.split(hidden, counts), strict=True)):
-            before = [] if it.is_new else self._rows.pop(it.slot, [])
-            if it.is_new:
-                self._rows.pop(it.slot, None)
+            kept = self._rows.pop(it.slot, [])
+            before = [] if it.is_new else kept
             if it.wants == "pooled":
                 places.append(place)
                 texts.append(torch.cat([*before, rows]) if before else rows)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from octavo.runtime.model.families.encoding import EncoderArchitecture, EncoderNames, HeadStep, Settings
+from octavo.runtime.model.families.encoding import (
+    POOLED_HEAD,
+    EncoderArchitecture,
+    EncoderNames,
+    HeadStep,
+    Settings,
+)
 from octavo.runtime.model.families.family import Family
 
 _NAMES = EncoderNames(
@@ -20,20 +26,19 @@ _NAMES = EncoderNames(
     down="output.dense",
     mlp_norm="output.LayerNorm",
 )
-_POOLED = (HeadStep("{}pooler.dense", "tanh"), HeadStep("classifier"))
 _TWO_LAYERS = (HeadStep("classifier.dense", "tanh"), HeadStep("classifier.out_proj"))
 _ONE_LAYER = (HeadStep("classifier"),)
 _BERT = EncoderArchitecture(
     names=_NAMES,
     prefixes=("", "bert."),
-    defaults={"type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0},
+    defaults={"type_vocab_size": 2, "layer_norm_eps": 1e-12},
     neutral={
         "position_embedding_type": (None, "absolute"),
         "is_decoder": (None, False),
         "add_cross_attention": (None, False),
         "pruned_heads": (None, {}),
     },
-    sequence_head=_POOLED,
+    sequence_head=POOLED_HEAD,
     token_head=_ONE_LAYER,
 )
 
@@ -84,9 +89,7 @@ FAMILY = Family(
                 "intermediate_size": 3072,
                 "num_hidden_layers": 6,
                 "num_attention_heads": 12,
-                "type_vocab_size": 0,
                 "layer_norm_eps": 1e-12,
-                "pad_token_id": 0,
             },
             sequence_head=(HeadStep("pre_classifier", "relu"), HeadStep("classifier")),
             token_head=_ONE_LAYER,
@@ -103,7 +106,7 @@ FAMILY = Family(
                 relative_bias="encoder.relative_attention_bias",
             ),
             prefixes=("", "mpnet."),
-            defaults={"type_vocab_size": 0, "layer_norm_eps": 1e-12, "pad_token_id": 1},
+            defaults={"layer_norm_eps": 1e-12},
             neutral={**_BERT.neutral, "relative_attention_num_buckets": (None, 32)},  # transformers' code uses 32
             sequence_head=_TWO_LAYERS,
             first_position=lambda _: 2,  # its embedding's padding_idx is 1, whatever the config says

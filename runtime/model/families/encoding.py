@@ -51,6 +51,9 @@ class HeadStep:
     norm: str = ""
 
 
+POOLED_HEAD = (HeadStep("{}pooler.dense", "tanh"), HeadStep("classifier"))  # BERT's own, of sequences
+
+
 @dataclass(frozen=True)
 class EncoderArchitecture:
     """One model_type.

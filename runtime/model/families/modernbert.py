@@ -49,9 +49,7 @@ FAMILY = Family(
             prefixes=("", "model."),
             keys={"hidden_activation": "hidden_act", "norm_eps": "layer_norm_eps"},
             defaults={
-                "type_vocab_size": 0,
                 "layer_norm_eps": 1e-5,
-                "pad_token_id": 50283,
                 "max_position_embeddings": 8192,
                 "global_attn_every_n_layers": 3,
                 "global_rope_theta": 160_000.0,
@@ -60,7 +58,6 @@ FAMILY = Family(
                 "attention_bias": False,
                 "mlp_bias": False,
                 "norm_bias": False,
-                "classifier_bias": False,
                 "classifier_activation": "gelu",
                 "classifier_pooling": "cls",
             },

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from octavo.runtime.model.families.encoding import EncoderArchitecture, EncoderNames, HeadStep, Settings
+from octavo.runtime.model.families.encoding import (
+    POOLED_HEAD,
+    EncoderArchitecture,
+    EncoderNames,
+    HeadStep,
+    Settings,
+)
 from octavo.runtime.model.families.family import Family
-
-_POOLED = (HeadStep("{}pooler.dense", "tanh"), HeadStep("classifier"))
 
 
 def _rope(settings: Settings, layer: int) -> tuple[float, dict[str, Any]]:  # noqa: ARG001
@@ -43,7 +47,6 @@ _NOMIC = EncoderArchitecture(
     defaults={
         "type_vocab_size": 2,
         "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
         "rope_theta": 1000.0,
@@ -68,7 +71,7 @@ _NOMIC = EncoderArchitecture(
     up_bias=False,
     down_bias=False,
     ropes=_rope,
-    sequence_head=_POOLED,
+    sequence_head=POOLED_HEAD,
     token_head=(HeadStep("classifier"),),
     unused=("pooler.", "cls.", "embeddings.position_ids"),
 )
@@ -91,7 +94,6 @@ _GTE = replace(
     defaults={
         "type_vocab_size": 1,
         "layer_norm_eps": 1e-12,
-        "pad_token_id": 1,
         "hidden_act": "gelu",
         "max_position_embeddings": 8192,
         "rope_theta": 160_000.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from octavo.runtime.config import EngineConfig, PoolerConfig
 from octavo.runtime.messages import PoolingParams
 from octavo.runtime.model.encoder import Encoder
 from octavo.runtime.model.pooler_choice import num_labels, probabilities_of
-from octavo.runtime.model.pooling import KINDS, Pooler
+from octavo.runtime.model.pooling import Pooler, PoolingKind
 from octavo.runtime.model.sentence_files import read_modules
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.weights import load_model
@@ -32,7 +32,7 @@ TRUTHS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(PoolingKind))
 def test_kinds_of_pooling(kind: Any) -> None:
     pooler = Pooler(("embed",), (kind,), (), 8, normalizes=False)
     (found,) = pooler.pool([ROWS], [PoolingParams()])
