@@ -81,7 +81,7 @@ def _load_eagle(
     )
     if head.lm_head is None and (rows != model.vocab_size or hidden != model.hidden_size):
         raise LoadError(f"it has no lm_head.weight, and the model's has {model.vocab_size} rows of {model.hidden_size}")
-    refuse_unread(checkpoint, ())
+    _refuse_unread(checkpoint)
     return head
 
 
@@ -121,8 +121,7 @@ def _load_mtp(
         model=model,
         token_first=read.token_first,
     )
-    of_model = tuple(name for name in checkpoint.unread() if read.is_model and not name.startswith(read.prefix))
-    refuse_unread(checkpoint, of_model)
+    _refuse_unread(checkpoint, read.prefix if read.is_model else "")
     return head
 
 
@@ -177,9 +176,9 @@ def _state_norms(read: EagleConfig, parts: _Parts, num_layers: int, size: int) -
     return tuple(parts.norm(f"fc_norm.{i}", size) for i in range(num_layers if read.state_norms == "each" else 0))
 
 
-def refuse_unread(checkpoint: Checkpoint, of_others: tuple[str, ...]) -> None:
-    """Raise LoadError with the names of tensors that nothing read, but for those that begin so."""
-    unread = [name for name in checkpoint.unread() if not name.startswith(of_others or ("\0",))]
+def _refuse_unread(checkpoint: Checkpoint, prefix: str = "") -> None:
+    """Raise LoadError with the names of tensors that nothing read, among those that begin so."""
+    unread = [name for name in checkpoint.unread() if name.startswith(prefix)]
     if left := [name for name in unread if name not in OF_MODEL and not name.endswith(UNUSED_SUFFIXES)]:
         raise LoadError(f"it has tensors that nothing reads: {some(left)}")
 
