@@ -21,7 +21,7 @@ from octavo.runtime.worker.step_inputs import InputBuilder
 class Worker:
     """Does what orders say, in their order. Every rank of an engine has one; none of them samples.
 
-    hidden_states: what a head reads of the last step; None: there is none. draft_caches: those of who makes drafts.
+    draft_caches: those of who makes drafts.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Worker:
         self.caches = caches
         self.graphs = graphs
         self.replays = replays
-        self.hidden_states: HiddenStates | None = None
         self.draft_caches: list[LayerCache] = []
         self._inputs = InputBuilder(config)
         self._most_tokens = config.max_num_batched_tokens
         self._mark: Callable[[], None] | None = None
+        self._keep: Tap | None = None
         self._tap: Tap | None = None
 
     @property
@@ -59,15 +59,16 @@ class Worker:
 
     def keep_hidden(self, layers: tuple[int, ...]) -> HiddenStates:
         """Have what these layers say of each token of a step kept until the next one; for a model that gives it."""
-        self.hidden_states = HiddenStates(self.model, layers, self._most_tokens)
+        states = HiddenStates(self.model, layers, self._most_tokens)
+        self._keep = states.keep
         self.model.taps_all_rows = self.model.num_layers - 1 in layers
         if self.replays is not None:
-            self.replays.keep = self.hidden_states.keep
+            self.replays.keep = states.keep
         self._set_tap()
-        return self.hidden_states
+        return states
 
     def _set_tap(self) -> None:
-        self._tap = tap_of(self._mark, None if self.hidden_states is None else self.hidden_states.keep)
+        self._tap = tap_of(self._mark, self._keep)
 
     def prepare(self, order: StepOrder) -> StepInputs:
         """The inputs of a step, which may be built while an earlier one is computed; call in the order of the steps."""
