@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.block_pool import BlockPool
 from octavo.runtime.scheduling.drafts import num_right
 from octavo.runtime.scheduling.plan import StepPlan
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation.draft_choice import DraftChoice
+from octavo.runtime.speculation.draft_step import draft_step
 from octavo.runtime.worker.replays import MOST_TOKENS, StepReplays
 
 CHUNK = 512  # tokens that are read at once
@@ -149,21 +149,11 @@ class DraftModel:
 
     def _forward(self, batch: list[Sequence], lengths: list[int], tokens: list[list[int]]) -> Tensor:
         """The logits behind the last one of each sequence's new tokens; lengths: with these."""
-        tables = np.zeros((len(batch), -(-max(lengths) // self._block_size)), np.int32)
-        for row, sequence in zip(tables, batch, strict=True):
-            blocks = self._read[sequence].blocks[: len(row)]
-            row[: len(blocks)] = blocks
         ends = list(accumulate(len(new) for new in tokens))
         last = np.array(ends) - 1
         is_short = self._replays is not None and ends[-1] <= MOST_TOKENS  # steps of all tokens' logits are recorded
-        inputs = StepInputs.prefill(
-            lengths,
-            self._block_size,
-            sizes=[len(new) for new in tokens],
-            token_ids=[token for new in tokens for token in new],
-            tables=tables,
-            logits_index=np.arange(ends[-1]) if is_short else last,
-        )
+        blocks = [self._read[sequence].blocks for sequence in batch]
+        inputs = draft_step(lengths, tokens, blocks, self._block_size, np.arange(ends[-1]) if is_short else last)
         if self._replays is None:
             return self.model.forward(inputs.to(self.model.device), self.caches)
         hidden = self._replays.hidden(inputs)

@@ -14,16 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.scheduling.drafts import num_right
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation.draft_choice import DraftChoice
+from octavo.runtime.speculation.draft_step import draft_step
 from octavo.runtime.speculation.heads import Head, Said
 from octavo.runtime.worker.hidden_states import HiddenStates
 
@@ -162,18 +161,8 @@ class HeadDrafts:
 
     def _forward(self, batch: list[Sequence], ends: list[int], tokens: list[list[int]], hidden: Tensor) -> Said:
         """What is said of the last one of each sequence's new positions, which end there; tokens: behind them."""
-        size = self._cache.block_size
-        tables = np.zeros((len(batch), -(-max(ends) // size)), np.int32)
-        for place, (row, sequence) in enumerate(zip(tables, batch, strict=True)):
-            blocks = [*sequence.blocks.tables[0], *self._own.of(place)][: len(row)]
-            row[: len(blocks)] = blocks
-        step = StepInputs.prefill(
-            ends,
-            size,
-            sizes=[len(new) for new in tokens],
-            token_ids=[token for new in tokens for token in new],
-            tables=tables,
-        )
+        blocks = [[*sequence.blocks.tables[0], *self._own.of(place)] for place, sequence in enumerate(batch)]
+        step = draft_step(ends, tokens, blocks, self._cache.block_size)
         return self.head.forward(hidden, step, self._cache)
 
 
