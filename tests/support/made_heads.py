@@ -187,9 +187,10 @@ def make_mimo(directory: Path) -> tuple[Made, Any]:
     return Made(config, tensors, (), layer=layer), model.double()
 
 
-def seeing(layer: str = "layers.0") -> Made:
+def seeing() -> Made:
     """A head that says of a token what a model says which knows that token alone: `make_blind`."""
     made = of_speculators("norm_before_residual", num_states=1)
+    layer = made.layer
     zeros = {name: torch.zeros_like(tensor) for name, tensor in made.tensors.items()}
     eye = torch.eye(HIDDEN)
     tensors = zeros | {name: torch.ones_like(it) for name, it in made.tensors.items() if "norm" in name}
