@@ -6,19 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.dtypes import DTYPES
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.draft_model import DraftModel
 from octavo.runtime.speculation.head_config import method_of
+from octavo.runtime.speculation.own_config import own_config
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory
 from octavo.runtime.worker.kv_layout import one_group
@@ -38,17 +37,8 @@ def load_draft_model(config: EngineConfig, target: Model, limits: SchedulerConfi
             f"--speculative-config: {asked.model} is a head, and no model: the method {method} drafts with it"
         )
     check_tokenizers(Path(config.model), Path(asked.model))
-    own = msgspec.structs.replace(
-        config,
-        model=asked.model,
-        dtype=config.dtype if config.dtype in DTYPES else "auto",
-        lm_head_dtype="auto",
-        kv_cache_dtype="auto",
-        deterministic=False,
-        lora=LoraOptions(),
-        speculative_config=None,
-    )
-    model = load_model(own)
+    dtype_asked = config.dtype if config.dtype in DTYPES else "auto"
+    model = load_model(own_config(config, model=asked.model, dtype=dtype_asked, kv_cache_dtype="auto"))
     dtype = kv_cache.choose_dtype(model, "auto", [])
     per_block = kv_cache.bytes_per_block(model, config.block_size, dtype, one_group(len(model.kv_shapes)))
     budget = min(CACHE_BYTES, free_memory(model.device) // 8)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from octavo.quant.model_files import CheckpointError
 from octavo.quant.printable import some
 from octavo.quant.qparams import Weight
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import DTYPES
@@ -28,6 +26,7 @@ from octavo.runtime.model.weights import DecoderBuilder
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.head_config import EagleConfig, read_eagle_config, read_mtp_config
 from octavo.runtime.speculation.heads import EagleHead, Head, MtpHead
+from octavo.runtime.speculation.own_config import own_config
 
 PICKLE = "pytorch_model.bin"
 OF_MODEL = ("verifier_norm.weight", "verifier_lm_head.weight")
@@ -230,15 +229,8 @@ class _Parts:
         windows = [window for window in (first.mixer.window, limits.windows[0]) if window is not None]
         mixer = replace(first.mixer, window=min(windows, default=None))
         spec = replace(spec, max_position=limits.max_model_len, layers=(replace(first, mixer=mixer),))
-        own = msgspec.structs.replace(
-            config,
-            dtype=next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
-            max_model_len=limits.max_model_len,
-            lm_head_dtype="auto",
-            deterministic=False,
-            lora=LoraOptions(),
-            speculative_config=None,
-        )
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        own = own_config(config, dtype=dtype, max_model_len=limits.max_model_len)
         notes += [f"the head's config.json has {key}, which octavo doesn't know" for key in spec.unknown_keys]
         self._model = model
         self.source = source
