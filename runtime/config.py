@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.flags import parse_count, parse_size
+from octavo.flags import configuration, parse_count, parse_size
 from octavo.quant.scheme import KV_SHORT_NAMES
 from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.parallel.config import ParallelConfig
@@ -46,13 +46,6 @@ class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.enable_kv_cache_events and self.publisher == "zmq"
 
 
-def _parse_kv_events(text: str) -> KVEventsConfig:
-    try:
-        return msgspec.json.decode(text, type=KVEventsConfig)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{text} is no configuration of KV events: {error}") from None
-
-
 class PoolerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How hidden states are pooled, where it isn't to be as the checkpoint says: vLLM's keys.
 
@@ -69,13 +62,6 @@ class PoolerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def kind(self) -> Literal["CLS", "MEAN", "LAST", "MAX"] | None:
         return self.pooling_type or self.seq_pooling_type
-
-
-def _parse_pooler(text: str) -> PoolerConfig:
-    try:
-        return msgspec.json.decode(text, type=PoolerConfig)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{text} is no configuration of a pooler: {error}") from None
 
 
 def _parse_length(text: str) -> int | None:
@@ -135,7 +121,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             extra={
                 "aliases": ("--override-pooler-config",),
                 "metavar": "JSON",
-                "parse": _parse_pooler,
+                "parse": configuration(PoolerConfig, "a pooler"),
                 "default": "as the checkpoint says",
             },
         ),
@@ -263,7 +249,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             description="tell gateways which blocks the prefix cache remembers and forgets, such as "
             '\'{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}\'; also publisher, replay_endpoint, '
             "buffer_steps, hwm, max_queue_size, topic",
-            extra={"metavar": "JSON", "parse": _parse_kv_events, "default": "nothing is told"},
+            extra={
+                "metavar": "JSON",
+                "parse": configuration(KVEventsConfig, "KV events"),
+                "default": "nothing is told",
+            },
         ),
     ] = KVEventsConfig()
     speculative_config: Annotated[

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.flags import parse_json_object, parse_size
+from octavo.flags import configuration, parse_json_object, parse_size
 from octavo.quant.scheme import AT_LOAD
 from octavo.server.draft_metrics import Level
 
@@ -83,20 +83,6 @@ class ReasoningConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     reasoning_start_str: str = ""
     reasoning_end_str: str = ""
-
-
-def _parse_reasoning(text: str) -> ReasoningConfig:
-    try:
-        return msgspec.json.decode(text, type=ReasoningConfig)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{text} is no configuration of reasoning: {error}") from None
-
-
-def _parse_structured_outputs(text: str) -> StructuredOutputsConfig:
-    try:
-        return msgspec.json.decode(text, type=StructuredOutputsConfig)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{text} is no configuration of structured outputs: {error}") from None
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,7 +191,11 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             description="what a model is made to say when its budget of thinking tokens is spent, before the end of "
             'its thoughts, such as \'{"reasoning_end_str": "Time is up; I answer now."}\'',
-            extra={"metavar": "JSON", "parse": _parse_reasoning, "default": "only the end itself"},
+            extra={
+                "metavar": "JSON",
+                "parse": configuration(ReasoningConfig, "reasoning"),
+                "default": "only the end itself",
+            },
         ),
     ] = ReasoningConfig()
     tool_strict_level: Annotated[
@@ -240,7 +230,11 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             description="how answers are constrained, such as '{\"disable_any_whitespace\": true}'; also "
             "disable_additional_properties, enable_in_reasoning, and vLLM's backend, of which there is one, llguidance",
-            extra={"metavar": "JSON", "parse": _parse_structured_outputs, "default": "any JSON that the schema allows"},
+            extra={
+                "metavar": "JSON",
+                "parse": configuration(StructuredOutputsConfig, "structured outputs"),
+                "default": "any JSON that the schema allows",
+            },
         ),
     ] = StructuredOutputsConfig()
     max_tokens_policy: Annotated[

@@ -180,6 +180,18 @@ def parse_json_object(text: str) -> dict[str, Any]:
         raise ValueError(f"{text} is not JSON: {e}") from None
 
 
+def configuration(struct: type[S], what: str) -> Callable[[str], S]:
+    """A parser of a struct in JSON, which is a configuration of `what`; it raises ValueError."""
+
+    def parse(text: str) -> S:
+        try:
+            return msgspec.json.decode(text, type=struct)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"{text} is no configuration of {what}: {error}") from None
+
+    return parse
+
+
 def number(kind: type[int | float], meta: msgspec.Meta | None = None, what: str = "") -> Callable[[str], Any]:
     """A parser of numbers of this type within the bounds of `meta`; it raises ValueError."""
     bounds = meta or msgspec.Meta()
