@@ -20,6 +20,7 @@ from octavo.runtime.speculation.config import SpeculativeConfig, parse_speculati
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 Policy = Literal["fcfs", "priority", "lpm"]
 Count = Annotated[int, Meta(ge=1)]
+PoolingType = Literal["CLS", "MEAN", "LAST", "MAX"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 
 
@@ -54,8 +55,8 @@ class PoolerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     an embedding, where a request doesn't say it.
     """
 
-    pooling_type: Literal["CLS", "MEAN", "LAST", "MAX"] | None = None
-    seq_pooling_type: Literal["CLS", "MEAN", "LAST", "MAX"] | None = None
+    pooling_type: PoolingType | None = None
+    seq_pooling_type: PoolingType | None = None
     use_activation: bool | None = None
     dimensions: Count | None = None
 
