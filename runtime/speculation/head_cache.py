@@ -18,10 +18,8 @@ from octavo.runtime.worker.device import free_memory
 from octavo.runtime.worker.worker import Worker
 
 
-def load_head_drafts(
-    config: EngineConfig, worker: Worker, limits: SchedulerConfig, notes: list[str]
-) -> tuple[HeadDrafts, str]:
-    """The head of a configuration that names one, for a worker's model, and a line about it. Raises ValueError."""
+def load_head_drafts(config: EngineConfig, worker: Worker, limits: SchedulerConfig, notes: list[str]) -> HeadDrafts:
+    """The head of a configuration that names one, for a worker's model; notes get lines about it. Raises ValueError."""
     asked = config.speculative_config
     assert asked is not None
     model = worker.model
@@ -45,12 +43,12 @@ def load_head_drafts(
     choice = DraftChoice(model.vocab_size, config.seed, model.device, head.token_ids)
     states = worker.keep_hidden(head.layers)
     read = ", ".join(str(layer) for layer in head.layers)
-    line = (
+    notes.append(
         f"head {asked.model or config.model}: {asked.method}, {head.weight_bytes / 1e6:,.0f} MB for each draft, reads "
         f"what layer{'s' * (len(head.layers) > 1)} {read} of the model say{'s' * (len(head.layers) == 1)}; its part of "
         f"the cache takes up to {num_bytes / 1e6:,.0f} MB"
     )
-    return HeadDrafts(head, states, cache, choice, own, limits.max_model_len), line
+    return HeadDrafts(head, states, cache, choice, own, limits.max_model_len)
 
 
 @torch.inference_mode()

@@ -49,9 +49,7 @@ def _model_of(config: EngineConfig, worker: Worker, limits: SchedulerConfig, not
         return draft
     from octavo.runtime.speculation.head_cache import load_head_drafts
 
-    head, note = load_head_drafts(config, worker, limits, notes)
-    notes.append(note)
-    return head
+    return load_head_drafts(config, worker, limits, notes)
 
 
 def drafts_by_model(config: SpeculativeConfig | None) -> bool:
