@@ -15,6 +15,7 @@ and g stands in place of h behind it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -95,8 +96,7 @@ class EagleHead:
     @property
     def weight_bytes(self) -> int:
         linears = [self.fc, *self.layer.linears().values(), *([] if self.lm_head is None else [self.lm_head])]
-        own = distinct_bytes([tensor for linear in linears for tensor in linear.tensors()])
-        return own + (self.model.token_table.nbytes if self.lm_head is None else 0)
+        return _bytes_of(linears) + (self.model.token_table.nbytes if self.lm_head is None else 0)
 
     @torch.inference_mode()
     def hidden_of(self, states: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class MtpHead:
     @property
     def weight_bytes(self) -> int:
         linears = [self.input_proj, *self.layer.linears().values()]
-        return distinct_bytes([it for linear in linears for it in linear.tensors()]) + self.model.token_table.nbytes
+        return _bytes_of(linears) + self.model.token_table.nbytes
 
     def hidden_of(self, states: Tensor) -> Tensor:
         return self.model.normed(states)
@@ -153,6 +153,10 @@ class MtpHead:
 
     def logits(self, normed: Tensor) -> Tensor:
         return self.model.logits(normed)
+
+
+def _bytes_of(linears: Iterable[Linear]) -> int:
+    return distinct_bytes(tensor for linear in linears for tensor in linear.tensors())
 
 
 def through(layer: DecoderLayer, x: Hidden, residual: Tensor, step: StepInputs, cache: LayerCache) -> Said:
