@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from toy_model import make_request, tokens_of
+from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import TokenOutput
+from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.runtime.scheduling.kv_groups import BlockTables
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.speculation.config import SpeculativeConfig
@@ -62,3 +64,13 @@ def asked(name: str, tokens: list[int]) -> Sequence:
 
 def said(outputs: list[TokenOutput]) -> tuple[list[int], object]:
     return tokens_of(outputs), outputs[-1].finish_reason
+
+
+def assert_same_answers(plain: Engine, engine: Engine, requests: Callable[[random.Random], list[AddRequest]]) -> None:
+    """Requests that arrive between the steps of `engine` end as those that `plain` is given at once; of two draws."""
+    for seed in (1, 2):
+        wanted = requests(random.Random(seed))
+        expected = run_to_end(plain, wanted)
+        found = run_with_arrivals(engine, wanted, random.Random(seed))
+        for it in wanted:
+            assert said(found[it.request_id]) == said(expected[it.request_id])
