@@ -28,6 +28,7 @@ from made_heads import (
     of_speculators,
     seeing,
 )
+from safetensors.torch import load_file, save_file
 from slow_cases import slow
 from torch import Tensor
 from toy_model import make_request, run_to_end, tokens_of
@@ -350,6 +351,10 @@ def test_what_an_mtp_head_can_t_be_is_one_line(target: tuple[Path, Any], tmp_pat
     head = with_tensors(mtp_of_speculators(), extra=torch.zeros(1)).write(tmp_path / "more")
     with pytest.raises(ValueError, match="nothing reads: extra"):
         load(target[0], head, method="mtp")
+    weights = tmp_path / "mimo" / "model.safetensors"
+    save_file(load_file(weights) | {f"{made.layer}.extra": torch.zeros(1)}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"nothing reads: model\.mtp_layers\.0\.extra$"):
+        load(tmp_path / "mimo", tmp_path / "mimo", method="mtp")
     (tmp_path / "mimo" / "config.json").write_text(json.dumps(made.config | {"num_nextn_predict_layers": 2}))
     with pytest.raises(ValueError, match="num_nextn_predict_layers 2: heads of one layer"):
         load(tmp_path / "mimo", tmp_path / "mimo", method="mtp")
