@@ -47,6 +47,7 @@ class GGUFFile:
         self._dtype = dtype
         self._map: Tensor | None = None
         self._integers: dict[str, BlockType] = {}
+        self._scales: dict[str, Tensor] = {}  # of the layer whose codes were read last
         for name, (_, tensor) in self._stored.items():
             self._announce(name, tensor)
 
@@ -82,8 +83,14 @@ class GGUFFile:
     def view(self, name: str) -> Tensor:
         """The tensor in its own memory."""
         if (whole := name.removesuffix(SCALE)) in self._integers:
+            kept = self._scales.pop(whole, None) if name != whole else None
+            if kept is not None:
+                return kept
             codes, scales = self._decode_integers(whole)
-            return scales if name != whole else codes
+            if name != whole:
+                return scales
+            self._scales = {whole: scales}
+            return codes
         spec = self.specs[name]
         original, tensor = self._stored[name]
         block = BLOCK_TYPES[tensor.kind]

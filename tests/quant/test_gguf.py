@@ -7,7 +7,7 @@ import random
 import shutil
 import struct
 from contextlib import suppress
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,18 @@ def test_logits_are_transformers_of_the_very_numbers(
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits_of(directory, ids), expected, rtol=0, atol=1e-4)
+
+
+def test_codes_and_scales_come_in_any_order(fixtures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(fixtures / "tiny", path, "llama", Kind.Q8_0)
+    names = [f"{Q.replace('q_proj', name)}.weight{end}" for name in ("k_proj", "v_proj") for end in ("", "_scale")]
+    alone = {name: GGUFFile(path).view(name) for name in names}
+    assert not torch.equal(alone[names[1]], alone[names[3]])
+    for order in permutations(names):
+        file = GGUFFile(path)
+        for name in (*order, *order):
+            assert torch.equal(file.view(name), alone[name])
 
 
 def test_tokenizer_and_chat_template_come_out_of_the_file(fixtures: Path, tmp_path: Path) -> None:
