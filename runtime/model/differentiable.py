@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.kernels.attention import reference as attention
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.norm.reference import rms_norm
+from octavo.kernels.norm.reference import add_rms_norm, rms_norm
 from octavo.quant.linear import Linear
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp
 from octavo.runtime.model.moe import MoeMlp
@@ -100,9 +100,7 @@ def _linear(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:
 
 def _add_norm(part: AddNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The normed sum and the sum, as `AddNorm.forward` returns them."""
-    x = x if part.after is None else rms_norm(x, part.after, part.eps)
-    total = (x if part.multiplier == 1.0 else x * part.multiplier) + residual
-    return (total if part.weight is None else rms_norm(total, part.weight, part.eps)), total
+    return add_rms_norm(x, residual, part.weight, part.eps, part.after, part.multiplier)
 
 
 def _positioned(x: Tensor, norm: Tensor | None, part: Attention, length: int) -> Tensor:
