@@ -28,8 +28,8 @@ def rope_and_cache(
     hq = shape.num_heads
     hkv = shape.num_kv_heads
     q, k, v = torch.split(qkv, [hq * d, hkv * d, hkv * d], dim=-1)
-    q = _norm_heads(q, q_norm, d, eps)
-    k = _norm_heads(k, k_norm, d, eps)
+    q = norm_heads(q, q_norm, d, eps)
+    k = norm_heads(k, k_norm, d, eps)
     if cos_sin is not None:
         rows = cos_sin[inputs.positions]  # [T, rotary_dim]
         q = rotate(q, rows)
@@ -38,7 +38,7 @@ def rope_and_cache(
     return q
 
 
-def _norm_heads(x: Tensor, weight: Tensor | None, head_dim: int, eps: float) -> Tensor:
+def norm_heads(x: Tensor, weight: Tensor | None, head_dim: int, eps: float) -> Tensor:
     """[T, H * D] -> [T, H, D], normalized over each head (weight [D]) or over all of them (weight [H * D])."""
     if weight is not None and weight.numel() != head_dim:
         x = rms_norm(x, weight, eps)

@@ -89,8 +89,8 @@ class DifferentiableBlock:
 
     def _gated(self, owner: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         gate, up = self._linear(f"{owner}gate_up", x, weights).chunk(2, dim=-1)
-        acted = F.silu(gate) if self._activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self._linear(f"{owner}down", acted * up, weights)
+        activated = F.silu(gate) if self._activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self._linear(f"{owner}down", activated * up, weights)
 
 
 def _linear(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:
@@ -105,17 +105,10 @@ def _add_norm(part: AddNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tenso
 
 def _positioned(x: Tensor, norm: Tensor | None, part: Attention, length: int) -> Tensor:
     """Queries or keys [B, T, H * D], normed and rotated: [B, H, T, D]."""
-    d = part.shape.head_dim
-    per_head = norm is not None and norm.numel() == d
-    if norm is not None and not per_head:
-        x = rms_norm(x, norm, part.eps)
-    heads = x.view(*x.shape[:2], -1, d)
-    if norm is not None and per_head:
-        heads = rms_norm(heads, norm, part.eps)
+    heads = attention.norm_heads(x.flatten(0, 1), norm, part.shape.head_dim, part.eps)  # [B * T, H, D]
     if part.cos_sin is not None:
-        rows = part.cos_sin[:length].repeat(len(heads), 1)
-        heads = attention.rotate(heads.flatten(0, 1), rows).view_as(heads)
-    return heads.transpose(1, 2)
+        heads = attention.rotate(heads, part.cos_sin[:length].repeat(len(x), 1))
+    return heads.view(*x.shape[:2], *heads.shape[1:]).transpose(1, 2)
 
 
 def _seen(length: int, window: int, device: torch.device) -> Tensor:
