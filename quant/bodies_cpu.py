@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.kernels.packed_weight import PackedWeight
-from octavo.quant.body import Body, PackOptions, PermutedColumns, RoundedInput, dense_of, rounding
-from octavo.quant.input_rounding import Round, input_rounding
+from octavo.quant.body import Body, PackOptions, PermutedColumns, dense_of, rounding, scheme_rounding
+from octavo.quant.input_rounding import Round
 from octavo.quant.qparams import QuantizedWeight, Weight
 
 
@@ -54,15 +53,7 @@ def fp4() -> Body:
 
 def fp4_rounding() -> Body:
     """As `fp4`, with inputs rounded as the scheme says: to e2m1 by a kernel, else by torch."""
-    body = fp4()
-
-    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
-        return RoundedInput(body.pack(weight, options), _rounding_of(weight, options))
-
-    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        return body.run(packed.rounds(x).to(x.dtype), packed.inner, out_dtype)
-
-    return replace(body, pack=pack, run=run)
+    return rounding(fp4(), _rounding_of)
 
 
 def bf16() -> Body:
@@ -119,8 +110,7 @@ def _pack_fp4(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  #
 def _rounding_of(weight: QuantizedWeight, options: PackOptions) -> Round:
     """How a layer's input is rounded, to bf16 where a kernel does it."""
     activation = weight.scheme.activation
-    rounds = input_rounding(activation, weight.input_scale, options.target.device)
-    assert rounds is not None
+    rounds = scheme_rounding(weight, options)
     if activation is None or activation.dtype != "fp4_e2m1":
         return rounds
     from octavo.kernels.fp4 import round_cpu

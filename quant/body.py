@@ -76,7 +76,7 @@ class PermutedColumns(PackedWeight):
 
 @dataclass(frozen=True)
 class RoundedInput(PackedWeight):
-    """A weight whose input is rounded by torch before the product."""
+    """A weight whose input is rounded before the product."""
 
     inner: PackedWeight
     rounds: Round
@@ -88,13 +88,18 @@ class RoundedInput(PackedWeight):
         return self.inner.unpack()
 
 
-def rounding(body: Body) -> Body:
+def scheme_rounding(weight: QuantizedWeight, options: PackOptions) -> Round:
+    """How torch rounds a layer's input as the weight's scheme says."""
+    rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
+    assert rounds is not None
+    return rounds
+
+
+def rounding(body: Body, rounds_of: Callable[[QuantizedWeight, PackOptions], Round] = scheme_rounding) -> Body:
     """The body of a plain product, with inputs rounded as the weight's scheme says, to the type to compute in."""
 
     def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
-        rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
-        assert rounds is not None
-        return RoundedInput(body.pack(weight, options), rounds)
+        return RoundedInput(body.pack(weight, options), rounds_of(weight, options))
 
     def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
         return body.run(packed.rounds(x).to(x.dtype), packed.inner, out_dtype)
