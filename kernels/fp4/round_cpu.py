@@ -17,6 +17,7 @@ from octavo.kernels.native.dtypes import (
     float_to_bits,
     float_to_e4m3,
     load_row,
+    round_to_e2m1,
     store_row,
 )
 from octavo.kernels.native.jit import kernel, next_item, threads_for
@@ -59,12 +60,7 @@ def _round_rows(args):  # type: ignore[no-untyped-def]
             scale = _scale_of(top, whole)
             for j in range(group.size):
                 value = group[j]
-                code = min(max(value / scale, np.float32(-6.0)), np.float32(6.0))
-                size_of_code = abs(code)
-                steps = (
-                    np.float32(2.0) if size_of_code < 2 else (np.float32(1.0) if size_of_code < 4 else np.float32(0.5))
-                )
-                rounded = np.rint(code * steps) / steps * scale
+                rounded = round_to_e2m1(value / scale) * scale
                 group[j] = rounded if value * np.float32(0) == 0 else value
         store_row(row, np.float32(1), a[2] + item * columns * 2, BF16, columns)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.gptq.grid import Grid
-from octavo.kernels.native.dtypes import e4m3_to_float, float_to_e4m3
+from octavo.kernels.native.dtypes import e4m3_to_float, float_to_e4m3, round_to_e2m1
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 STRIP = 64  # outputs of one item: 128 rows of them are 32 KB
@@ -25,10 +25,7 @@ def _to_grid(values, scales, zeros, least, most, numbers, codes, count):  # type
             codes[r] = e4m3_to_float(float_to_e4m3(values[r] / scales[r]))
     elif numbers == 2:
         for r in range(count):
-            code = min(max(values[r] / scales[r], least), most)
-            magnitude = abs(code)
-            steps = np.float32(2.0) if magnitude < 2 else (np.float32(1.0) if magnitude < 4 else np.float32(0.5))
-            codes[r] = np.rint(code * steps) / steps
+            codes[r] = round_to_e2m1(values[r] / scales[r])
     else:
         for r in range(count):
             codes[r] = min(max(np.rint(values[r] / scales[r]) + zeros[r], least), most)

@@ -103,6 +103,15 @@ def float_to_e4m3(value: Any) -> Any:
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def round_to_e2m1(value: Any) -> Any:
+    """The e2m1 number nearest to a float32, saturating. Reference: `fp4.reference.round_to_e2m1`."""
+    number = min(max(value, np.float32(-6.0)), np.float32(6.0))
+    magnitude = abs(number)
+    steps = np.float32(2.0) if magnitude < 2 else (np.float32(1.0) if magnitude < 4 else np.float32(0.5))
+    return np.rint(number * steps) / steps
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def exp(x: Any) -> Any:
     """e**x in float32 within 2 units in the last place, 0 below -87; written so that LLVM can vectorize it.
 
