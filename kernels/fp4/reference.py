@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.kernels.fp8.reference import E4M3_MAX
+from octavo.kernels.fp8.reference import E4M3_MAX, round_to_e4m3, tiles, untiled
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the low three bits of a code; the fourth is the sign
 E2M1_MAX = 6.0
 E4M3_LEAST = 0.125  # the scale of a group of zeros in NVFP4
-MX_BIAS = 127
 MX_MOST = 254  # the largest exponent; 255 is NaN
 MX_SHIFT = {"fp4_e2m1": 2, "fp8_e4m3": 8}  # the exponents of the largest numbers, 4 to 6 and 256 to 448
 
@@ -64,13 +63,11 @@ def mx_exponents(absmax: Tensor, dtype: str) -> Tensor:
 
 def fake_quantize_mx(x: Tensor, dtype: str, group_size: int = 32) -> Tensor:
     """x [M, K] rounded to e2m1 or e4m3 with an e8m0 scale for each row and group, in float32. Infinity stays."""
-    tiles = _tiles(x, group_size)
-    scale = e8m0_to_float(mx_exponents(tiles.abs().amax(dim=-1, keepdim=True), dtype))
-    if dtype == "fp4_e2m1":
-        rounded = round_to_e2m1(tiles / scale)
-    else:
-        rounded = (tiles / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-    return _untiled(torch.where(_is_finite(tiles), rounded * scale, tiles), x.shape[1])
+    grouped = tiles(x, group_size)
+    scale = e8m0_to_float(mx_exponents(grouped.abs().amax(dim=-1, keepdim=True), dtype))
+    rounded = round_to_e2m1(grouped / scale) * scale if dtype == "fp4_e2m1" else round_to_e4m3(grouped, scale)
+    # clamped, an infinity would hide; and its group has no scale that means anything
+    return untiled(torch.where(grouped.isfinite(), rounded, grouped), x.shape[1])
 
 
 def fake_quantize_nvfp4(x: Tensor, global_scale: Tensor, group_size: int = 16) -> Tensor:
@@ -78,37 +75,17 @@ def fake_quantize_nvfp4(x: Tensor, global_scale: Tensor, group_size: int = 16) -
 
     global_scale [] float32: 448 * 6 over the largest magnitude that calibration saw; what is larger saturates.
     """
-    tiles = _tiles(x, group_size)
-    scale = nvfp4_scale(tiles.abs().amax(dim=-1, keepdim=True), global_scale)
-    return _untiled(torch.where(_is_finite(tiles), round_to_e2m1(tiles / scale) * scale, tiles), x.shape[1])
+    grouped = tiles(x, group_size)
+    scale = nvfp4_scale(grouped.abs().amax(dim=-1, keepdim=True), global_scale)
+    return untiled(torch.where(grouped.isfinite(), round_to_e2m1(grouped / scale) * scale, grouped), x.shape[1])
 
 
 def nvfp4_scale(absmax: Tensor, global_scale: Tensor) -> Tensor:
-    """The scales of groups whose largest magnitude is absmax, float32: e4m3 numbers over global_scale."""
-    return store_nvfp4_scale(absmax / E2M1_MAX, global_scale).float() / global_scale
+    """The scales of groups whose largest magnitude is absmax, float32: e4m3 numbers, never 0, over global_scale."""
+    stored = (absmax / E2M1_MAX * global_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return torch.where(stored == 0, E4M3_LEAST, stored) / global_scale
 
 
 def nvfp4_global_scale(absmax: Tensor) -> Tensor:
     """What divides all scales of a tensor whose largest magnitude is absmax, float32: its group's scale becomes 448."""
     return torch.where(absmax > 0, absmax.float().reciprocal() * (E4M3_MAX * E2M1_MAX), 1.0)
-
-
-def store_nvfp4_scale(scale: Tensor, global_scale: Tensor) -> Tensor:
-    """Scales, float32, as the e4m3 numbers that NVFP4 stores, never 0."""
-    stored = (scale * global_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-    return torch.where(stored.float() == 0, E4M3_LEAST, stored.float()).to(torch.float8_e4m3fn)
-
-
-def _tiles(x: Tensor, group_size: int) -> Tensor:
-    """[M, K] to [M, groups, group_size] float32, a short last group filled up with zeros."""
-    m, k = x.shape
-    return torch.nn.functional.pad(x.float(), (0, -k % group_size)).reshape(m, -(-k // group_size), group_size)
-
-
-def _untiled(tiles: Tensor, k: int) -> Tensor:
-    return tiles.flatten(1)[:, :k]
-
-
-def _is_finite(tiles: Tensor) -> Tensor:
-    """Clamped, an infinity would hide; and its group has no scale that means anything."""
-    return tiles.isfinite()

@@ -30,15 +30,24 @@ def fake_quantize_per_token(x: Tensor) -> Tensor:
 
 def fake_quantize_per_group(x: Tensor, group_size: int) -> Tensor:
     """One scale for each row and `group_size` columns of x [M, K]; the last group may be short."""
-    m, k = x.shape
-    padded = torch.nn.functional.pad(x.float(), (0, -k % group_size)).reshape(m, -(-k // group_size), group_size)
-    rounded = round_to_e4m3(padded, _scale(padded.abs().amax(dim=-1, keepdim=True)))
-    return rounded.flatten(1)[:, :k]
+    grouped = tiles(x, group_size)
+    return untiled(round_to_e4m3(grouped, _scale(grouped.abs().amax(dim=-1, keepdim=True))), x.shape[1])
 
 
 def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
     """The stored scale [] of the checkpoint, for every element. Infinity stays: clamped, it would hide."""
     return torch.where(x.isinf(), x.float(), round_to_e4m3(x, scale.float()))
+
+
+def tiles(x: Tensor, group_size: int) -> Tensor:
+    """[M, K] to [M, groups, group_size] float32, a short last group filled up with zeros."""
+    m, k = x.shape
+    return torch.nn.functional.pad(x.float(), (0, -k % group_size)).reshape(m, -(-k // group_size), group_size)
+
+
+def untiled(grouped: Tensor, k: int) -> Tensor:
+    """The inverse of `tiles`: [M, groups, group_size] to [M, K]."""
+    return grouped.flatten(1)[:, :k]
 
 
 def _scale(absmax: Tensor) -> Tensor:
