@@ -195,7 +195,7 @@ def rng_token(place: int) -> int:
     ],
 )
 def test_a_head_changes_no_answer(kind: str, limits: dict[str, Any], target: tuple[Path, Any], tmp_path: Path) -> None:
-    """One that knows nothing: tokens, log-probabilities and ends are those of the model alone."""
+    """One that knows nothing: tokens and ends are those of the model alone."""
     directory, _ = target
     plain = load(directory)
     engine = load(directory, MADE[kind]().write(tmp_path), **limits)
