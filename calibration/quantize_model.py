@@ -145,18 +145,22 @@ def _unit(run: _Run, unit: Unit) -> None:
 def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
     """Tensor by tensor: copy what stays, round what doesn't."""
     rows = []
+    global_scales: dict[tuple[tuple[str, ...], QuantScheme], Tensor | None] = {}  # by the layers that share one
     for item in unit.items:
         if item.linear is None or item.scheme is None:
             run.work.copy(item.name, _finite(item))
         else:
             weight = item.file.read(item.name)
+            shared = joined_with(item.linear.module), item.scheme
+            if shared not in global_scales:
+                global_scales[shared] = _global_scale(unit, *shared)
             try:
                 quantized = quantize_weight(
                     weight,
                     item.scheme,
                     run.recipe.search_of(item.scheme),
                     scale_dtype=scale_dtype(run.recipe, weight.dtype),
-                    global_scale=_global_scale(unit, item.linear, item.scheme),
+                    global_scale=global_scales[shared],
                 )
             except WeightError as e:
                 raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
@@ -168,9 +172,8 @@ def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
     return rows
 
 
-def _global_scale(unit: Unit, linear: LinearLayer, scheme: QuantScheme) -> Tensor | None:
-    """What divides the e4m3 scales of a layer and of those of its scheme that engines make one with it."""
-    joined = joined_with(linear.module)
+def _global_scale(unit: Unit, joined: tuple[str, ...], scheme: QuantScheme) -> Tensor | None:
+    """What divides the e4m3 scales of layers that engines make one, of those that have the scheme."""
     alike = (item for item in unit.items if item.linear is not None and item.linear.module in joined)
     return global_scale_of((item.file.view(item.name) for item in alike if item.scheme == scheme), scheme.weight)
 
