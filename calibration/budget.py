@@ -30,6 +30,7 @@ from octavo.calibration.progress import Progress
 from octavo.calibration.recipe import Recipe, RecipeError, parse_scheme
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import quantize_weight
+from octavo.quant.scheme import QuantScheme
 
 MAX_TOKENS = 1024  # whose KL is measured: units differ by far more than its error over so many
 STATES = 10_000  # of the knapsack
@@ -188,13 +189,17 @@ def _round(
         seen = stats[item.linear.module]
         signal = output_energy(weight.float(), seen.moments)
         for spelled in schemes:
-            scheme = parse_scheme(spelled)
-            stored = scale_dtype(recipe, weight.dtype)
-            back = quantize_weight(weight, scheme, recipe.search_of(scheme), scale_dtype=stored).dequantize()
+            back = _rounded(weight, parse_scheme(spelled), recipe)
             errors[spelled] += gptq_loss(weight, back, seen) * signal
             if spelled == _of(recipe):
                 rounded[item.name] = back.to(weight.dtype)
     return rounded, errors
+
+
+def _rounded(weight: Tensor, scheme: QuantScheme, recipe: Recipe) -> Tensor:
+    """A weight [N, K] rounded to nearest, float32."""
+    stored = scale_dtype(recipe, weight.dtype)
+    return quantize_weight(weight, scheme, recipe.search_of(scheme), scale_dtype=stored).dequantize()
 
 
 def _bits(items: Sequence[Item], recipe: Recipe, scheme: str) -> int:
@@ -318,9 +323,7 @@ def measure_recipes(
                 scheme = None if linear is None else recipe.scheme_of(linear.module, linear.kind)
                 if scheme is not None:
                     weight = tensors[item.name]
-                    stored = scale_dtype(recipe, weight.dtype)
-                    back = quantize_weight(weight, scheme, recipe.search_of(scheme), scale_dtype=stored).dequantize()
-                    rounded[item.name] = back.to(weight.dtype)
+                    rounded[item.name] = _rounded(weight, scheme, recipe).to(weight.dtype)
             variants[i] = _forward(runner, runner.build(number, tensors | rounded), variants[i])
         original = _forward(runner, runner.build(number, tensors), original)
     return _divergences(checkpoint, runner, original, variants, progress)
