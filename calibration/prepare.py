@@ -164,7 +164,7 @@ def _plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> Plan:
 
 def _check_disk(prepared: Prepared) -> None:
     """Refuse what doesn't fit on the disk: the result, and the hidden states before and behind a block."""
-    paths = 2 if prepared.recipe.tunes else 1
+    paths = len(prepared.recipe.hidden_paths)
     parent = prepared.out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     needs = {parent: int(prepared.plan.bytes_after * 1.01) + SMALL_FILES}

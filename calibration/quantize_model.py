@@ -57,7 +57,7 @@ class Quantized:
 
 @dataclass
 class _Run:
-    """State that is carried from unit to unit. states: the next block's inputs over all samples, by `_paths`."""
+    """State that is carried from unit to unit. states: the next block's inputs over all samples, by `hidden_paths`."""
 
     prepared: Prepared
     work: Workspace
@@ -284,11 +284,6 @@ def _hidden(
     return Hidden(directory / name, calibration.hidden_shape, again=again)
 
 
-def _paths(recipe: Recipe) -> tuple[str, ...]:
-    """Which hidden states are carried: of the model as it is quantized so far, and of the original, where wanted."""
-    return ("hidden", "original") if recipe.tunes else ("hidden",)
-
-
 def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
     """The first block's inputs."""
     runner = calibration.runner
@@ -296,7 +291,7 @@ def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
         runner.embedding_name
     )  # a view: only the rows of the text's tokens are read
     with _closed_on_errors() as states:
-        for path in _paths(run.recipe):
+        for path in run.recipe.hidden_paths:
             states[path] = _hidden(calibration, run.work, 0, path)
         for batch in torch.split(calibration.token_ids, calibration.hidden_shape.batch):
             embedded = runner.embed(batch, embedding)
@@ -325,7 +320,7 @@ def _states_again(run: _Run, unit: Unit) -> dict[str, Hidden]:
     if calibration is None or not following or following[0].name in run.work.units:
         return {}
     index = 0 if unit.index is None else unit.index + 1
-    return {path: _hidden_again(run, calibration, unit, index, path, entry) for path in _paths(run.recipe)}
+    return {path: _hidden_again(run, calibration, unit, index, path, entry) for path in run.recipe.hidden_paths}
 
 
 def _hidden_again(
