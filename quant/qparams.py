@@ -164,7 +164,7 @@ def quantize_weight(
     stored = scale_type(w, scale_dtype or weight.dtype)
     weight, whole = over_global_scale(weight, w, global_scale)
     codes = weight.new_empty(n, k, dtype=code_type(w))
-    scale = weight.new_empty(w.granularity.scale_shape(n, k), dtype=torch.float32 if stored.itemsize == 1 else stored)
+    scale = weight.new_empty(w.granularity.scale_shape(n, k), dtype=kept_type(stored))
     zero_point = None if w.symmetric else torch.empty_like(scale, dtype=torch.int8)
     rows, columns = w.granularity.tile(n, k)
     step = rows * max(1, CHUNK // (rows * k))
@@ -183,6 +183,11 @@ def quantize_weight(
 def scale_type(w: WeightScheme, otherwise: torch.dtype) -> torch.dtype:
     """The type that stores the scales of a weight; `otherwise` where they may be any number."""
     return {"float": otherwise, "e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}[w.scales]
+
+
+def kept_type(stored: torch.dtype) -> torch.dtype:
+    """The type of a canonical weight's scales that files store as `stored`: float32 for those of a byte."""
+    return torch.float32 if stored.itemsize == 1 else stored
 
 
 def code_type(w: WeightScheme) -> torch.dtype:
@@ -303,14 +308,19 @@ class _Tiles:
         return decoded.mul_(scale).sub_(self.values).square_().sum(3, keepdim=True).sum(1, keepdim=True)
 
 
+def store_e4m3(scale: Tensor) -> Tensor:
+    """Scales rounded to e4m3, in float32, never 0; it saturates, and has its subnormals."""
+    return scale.clamp(2.0**-9, FP8_MAX).to(torch.float8_e4m3fn).float()
+
+
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales rounded to the type that they will be stored in, never 0 (a tile of zeros) nor near it.
 
     float16 is subnormal below 6e-5, where scales of 8-bit weights lie, so there subnormals are allowed down to where
-    rounding moves a scale by 1 in 128. e4m3 saturates, and has its subnormals.
+    rounding moves a scale by 1 in 128.
     """
     if dtype == torch.float8_e4m3fn:
-        return scale.clamp(2.0**-9, FP8_MAX).to(dtype).float()
+        return store_e4m3(scale)
     least = 2.0**-18 if dtype == torch.float16 else torch.finfo(dtype).tiny
     stored = scale.to(dtype).float().clamp(min=least)
     if not bool(stored.isfinite().all()):

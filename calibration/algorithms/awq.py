@@ -18,6 +18,7 @@ from octavo.quant.qparams import (
     QuantizedWeight,
     WeightError,
     code_type,
+    kept_type,
     of_global_scale,
     over_global_scale,
     quantize_weight,
@@ -92,7 +93,6 @@ def awq_clip(
         raise WeightError("it holds NaN or infinity")
     dtype = scale_type(w, dtype)
     weight, whole = over_global_scale(weight, w, global_scale)
-    kept = torch.float32 if dtype.itemsize == 1 else dtype
     k = weight.shape[1]
     size = w.granularity.group_size or k
     codes = []
@@ -106,7 +106,7 @@ def awq_clip(
             scale, zero = search_scales(values, _importance(stats), size, w, dtype, "mse")
         rounded = round_to_groups(values, scale, zero, size, w)[0]
         codes.append(rounded.t().to(code_type(w)))
-        scales.append(scale.t().to(kept))
+        scales.append(scale.t().to(kept_type(dtype)))
         zeros.append(torch.empty(0) if zero is None else zero.t().to(torch.int8))
     joined = torch.cat([c.contiguous().view(torch.uint8) for c in codes]).view(codes[0].dtype)
     zero_point = None if w.symmetric else torch.cat(zeros).contiguous()

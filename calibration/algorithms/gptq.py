@@ -20,6 +20,7 @@ from octavo.quant.qparams import (
     QuantizedWeight,
     WeightError,
     code_type,
+    kept_type,
     of_global_scale,
     over_global_scale,
     quantize_weight,
@@ -256,10 +257,8 @@ class _Run:
                 g_idx = self.groups[self.order.argsort()].to(torch.int32)
         scale = self.scales.t() if self.stored is None else self.stored
         zero_point = None if self.zeros is None else self.zeros.t().contiguous().to(torch.int8)
-        kept = torch.float32 if self.dtype.itemsize == 1 else self.dtype
-        return QuantizedWeight(
-            self.scheme, raw.contiguous().view(codes.dtype), scale.contiguous().to(kept), zero_point, g_idx
-        )
+        scale = scale.contiguous().to(kept_type(self.dtype))
+        return QuantizedWeight(self.scheme, raw.contiguous().view(codes.dtype), scale, zero_point, g_idx)
 
 
 def _blocks(k: int, group_size: int, block_size: int) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.kernels.fp4 import reference as fp4
 from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
-from octavo.quant.qparams import FP8_MAX, WeightError, fractions_of
+from octavo.quant.qparams import FP8_MAX, WeightError, fractions_of, store_e4m3
 from octavo.quant.scheme import LARGEST, ActivationScheme, Search, WeightScheme
 
 # Fractions of a group's range that the search tries, the whole range first so that it wins a tie. Above 1 the largest
@@ -81,12 +81,9 @@ def _candidates(
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal.
-
-    e4m3 saturates, and has its subnormals.
-    """
+    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal but e4m3."""
     if dtype == torch.float8_e4m3fn:
-        return scale.clamp(2.0**-9, FP8_MAX).to(dtype).float()
+        return store_e4m3(scale)
     return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
 
 
