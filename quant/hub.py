@@ -65,5 +65,10 @@ def model_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
 
 
+def hub_id(model: str) -> str | None:
+    """The Hub id that `model` is; None for a directory or a file of this machine."""
+    return None if Path(model).expanduser().exists() else model
+
+
 def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
     raise CheckpointError(message) from cause

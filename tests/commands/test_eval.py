@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from gguf import GGMLQuantizationType as Kind
+from gguf_oracle import write_gguf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trimmed import whole
@@ -65,6 +67,17 @@ def test_against_the_original_it_tells_all(fixtures: Path, tmp_path: Path, capsy
     assert report.sizes.bits_per_weight == pytest.approx(4 + 16 / 32, rel=0.01)  # and 16 bytes of weight_shape a layer
     assert str(fixtures) not in (tmp_path / "out.json").read_text()
     assert (tmp_path / "out.html").read_text().count("<svg") == 3
+
+
+def test_no_path_of_a_gguf_original_is_in_the_report(
+    fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    original, out = tmp_path / "tiny.gguf", tmp_path / "out.json"
+    write_gguf(fixtures / "tiny", original, "llama", Kind.F16)
+    assert main(["eval", str(fixtures / W4), "--against", str(original), *FEW, "--json", str(out)]) == 0
+    assert read_report(out).base_model is None
+    assert str(tmp_path) not in out.read_text()
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def _against(options: EvalOptions, against: str) -> Report:
     from octavo.calibration.report.verdict import judge
     from octavo.calibration.report.weight_error import by_kind, in_order
     from octavo.quant.checkpoint import Checkpoint
-    from octavo.quant.hub import model_name, resolve_model
+    from octavo.quant.hub import hub_id, model_name, resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
 
     begin = time.perf_counter()
@@ -233,7 +233,7 @@ def _against(options: EvalOptions, against: str) -> Report:
     return Report(
         task="eval",
         model=model_name(options.model),
-        base_model=None if Path(against).expanduser().is_dir() else against,
+        base_model=hub_id(against),
         architecture=str(checkpoints[1].config.get("model_type")),
         scheme=", ".join(map(str, schemes)) or "unquantized",
         format=quantization.name if quantization else "unquantized",

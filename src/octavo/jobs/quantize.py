@@ -352,9 +352,8 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
     from octavo.calibration.kv import kv_rows
     from octavo.calibration.report.report import CalibrationText, Report, rounded, sizes_of
     from octavo.calibration.report.weight_error import by_kind, in_order
-    from octavo.quant.hub import model_name
+    from octavo.quant.hub import hub_id, model_name
 
-    local = Path(job.model).expanduser().exists()  # a directory, or a .gguf file
     recipe = result.recipe
     data = prepared.text
     calibration = (
@@ -372,7 +371,7 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
     layers = result.layers
     return Report(
         model=model_name(job.model),
-        base_model=None if local else job.model,
+        base_model=hub_id(job.model),
         architecture=str(prepared.checkpoint.config.get("model_type")),
         scheme=recipe.scheme,
         format=recipe.format,
