@@ -121,18 +121,20 @@ def run(args: argparse.Namespace) -> int:
     from octavo.calibration.report.terminal import print_report
     from octavo.calibration.verify import NotFiniteError
     from octavo.jobs.quality import QualityError
+    from octavo.quant.hub import resolve_model
     from octavo.quant.model_files import CheckpointError
 
     console = Console()
     try:
         options = read(EvalOptions, args)
         _check(options)
-        if _of_encoder(options, console):
+        directory = resolve_model(options.model, options.revision)
+        if _of_encoder(options, directory, console):
             return 0
         if options.against is None:
-            _alone(options, console)
+            _alone(options, directory, console)
             return 0
-        report = _against(options, options.against)
+        report = _against(options, directory, options.against)
         _write(options, report)
     except NotFiniteError as e:
         print(f"{PROG}: {e}", file=sys.stderr)
@@ -167,13 +169,12 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
     )
 
 
-def _of_encoder(options: EvalOptions, console: Console) -> bool:
+def _of_encoder(options: EvalOptions, directory: Path, console: Console) -> bool:
     """Whether the model is an encoder, whose cosines to the original are printed then."""
     from octavo.jobs.embedding_quality import is_encoder, measure_embeddings
     from octavo.quant.hub import model_name, resolve_model
     from octavo.report.files import write_whole
 
-    directory = resolve_model(options.model, options.revision)
     if not is_encoder(directory):
         return False
     if options.against is None:
@@ -188,12 +189,11 @@ def _of_encoder(options: EvalOptions, console: Console) -> bool:
     return True
 
 
-def _alone(options: EvalOptions, console: Console) -> None:
+def _alone(options: EvalOptions, directory: Path, console: Console) -> None:
     from octavo.jobs.quality import perplexity_of
-    from octavo.quant.hub import model_name, resolve_model
+    from octavo.quant.hub import model_name
     from octavo.report.files import write_whole
 
-    directory = resolve_model(options.model, options.revision)
     with progress_bar("loading") as bar:
         found = perplexity_of(
             _config(options, directory), max_tokens=options.max_tokens, text=options.data, progress=bar.progress
@@ -208,7 +208,7 @@ def _alone(options: EvalOptions, console: Console) -> None:
         write_whole(options.json, json.dumps({"model": model_name(options.model), **asdict(found)}, indent=2) + "\n")
 
 
-def _against(options: EvalOptions, against: str) -> Report:
+def _against(options: EvalOptions, directory: Path, against: str) -> Report:
     from octavo.calibration.report.compare_checkpoints import compare_checkpoints
     from octavo.calibration.report.report import Report, rounded, sizes_of
     from octavo.calibration.report.verdict import judge
@@ -218,7 +218,6 @@ def _against(options: EvalOptions, against: str) -> Report:
     from octavo.runtime.model.families.registry import LAYOUTS
 
     begin = time.perf_counter()
-    directory = resolve_model(options.model, options.revision)
     original = resolve_model(against, options.against_revision)
     quality = _quality(options, original, directory)
     checkpoints = [Checkpoint.open(path, LAYOUTS) for path in (original, directory)]
