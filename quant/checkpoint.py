@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.quant.formats.format import FormatError, QuantizationConfig
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.fused_experts import divide_experts
-from octavo.quant.gguf.file import GGUFFile
+from octavo.quant.gguf.file import GGUF, GGUFFile
 from octavo.quant.model_files import CheckpointError, read_object
 from octavo.quant.model_layout import NO_LAYOUTS, UNKNOWN, Layouts, ModelLayout
 from octavo.quant.printable import shown, some
@@ -38,7 +38,6 @@ KV_SCALES = (
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-GGUF = "model.gguf"
 CONFIG_TYPES = {
     "model_type": str,
     "architectures": list,

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from octavo.quant.gguf.architectures import config_of
+from octavo.quant.gguf.file import GGUF
 from octavo.quant.gguf.header import GGUFHeader, read_header
 from octavo.quant.gguf.tokenizer import end_tokens, tokenizer_of
 from octavo.quant.model_files import CheckpointError
-
-LINK = "model.gguf"
-SUFFIX = ".gguf"
 
 
 def directory_of(path: Path) -> Path:
@@ -39,7 +37,7 @@ def directory_of(path: Path) -> Path:
     try:
         for name, text in files.items():
             (made / name).write_text(text, encoding="utf-8")
-        (made / LINK).symlink_to(path)
+        (made / GGUF).symlink_to(path)
         made.rename(target)
     except OSError:
         shutil.rmtree(made, ignore_errors=True)

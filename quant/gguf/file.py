@@ -20,6 +20,7 @@ from octavo.quant.gguf.header import StoredTensor, read_header
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.safetensors_file import TensorSpec
 
+GGUF = "model.gguf"  # its name, or that of a link to it, in a model's directory
 CHUNK = 1 << 22  # numbers decoded at a time
 LINEAR = ("_proj.weight", "lm_head.weight")
 SCALE = "_scale"
