@@ -6,6 +6,7 @@ length is checked against the file's size before it is believed.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import Any
 from octavo.quant.gguf.blocks import BLOCK_TYPES, TYPE_NAMES
 from octavo.quant.model_files import ANEW, CheckpointError
 from octavo.quant.printable import printable, shown
+from octavo.quant.safetensors_file import MAX_TENSORS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_TENSORS = 400_000
 MAX_KEYS = 10_000
 MAX_DIMENSIONS = 4
 MAX_VALUES = 1 << 22  # in all arrays of the metadata; 300,000 tokens have a million
@@ -115,14 +116,11 @@ class _Reader:
 
     def placed(self, name: str, kind: str, shape: tuple[int, ...], begin: int) -> StoredTensor:
         block = BLOCK_TYPES[kind]
-        count = 1
-        for side in shape:
-            count *= side
         if shape[-1] % block.columns:
             raise ValueError(
                 f"{printable(name, 100)} is {kind} {list(shape)}, whose rows are no whole blocks of {block.columns}"
             )
-        nbytes = count // block.columns * block.nbytes
+        nbytes = math.prod(shape) // block.columns * block.nbytes
         if begin + nbytes > self.size:
             raise _TruncatedError
         return StoredTensor(kind, shape, begin, nbytes)
