@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, format_for
+from octavo.quant.formats.compressed_tensors import SCALE_DTYPES, CompressedTensorsFormat, format_for
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.microscaling import NAMES, WEIGHTS, Kind, MicroscalingFormat
@@ -71,7 +71,6 @@ class _Config(msgspec.Struct):
 
 INT_DTYPES: dict[int, WeightDtype] = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
 MICROSCALING: dict[str, Kind] = {name: kind for kind, name in NAMES.items()}
-E8M0 = "torch.uint8"  # the scale_dtype of MX
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 
 
@@ -187,7 +186,7 @@ def _is_microscaled(args: Mapping[str, Any]) -> bool:
     """Whether a weight's numbers are floats of 4 bits, or of 8 with scales that are powers of two."""
     if args.get("type") != "float":
         return False
-    return args.get("num_bits") == 4 or (args.get("num_bits") == 8 and args.get("scale_dtype") == E8M0)
+    return args.get("num_bits") == 4 or (args.get("num_bits") == 8 and args.get("scale_dtype") == SCALE_DTYPES["e8m0"])
 
 
 def _microscaling(weights: Mapping[str, Any], activation: ActivationScheme | None, stored: str) -> MicroscalingFormat:
@@ -267,7 +266,7 @@ def parse_activations(args: Mapping[str, Any] | None) -> ActivationScheme | None
         case "token", True:
             return ActivationScheme(dtype, CHANNEL)
         case "group", True if args.get("group_size"):
-            scales: Scales = "e8m0" if kind == "float" and args.get("scale_dtype") == E8M0 else "float"
+            scales: Scales = "e8m0" if kind == "float" and args.get("scale_dtype") == SCALE_DTYPES["e8m0"] else "float"
             return ActivationScheme(dtype, group(args["group_size"]), scales=scales)
         case (("tensor" | None), False):
             return ActivationScheme(dtype, TENSOR, dynamic=False)
