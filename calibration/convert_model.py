@@ -22,6 +22,7 @@ from octavo.calibration.prepare import SMALL_FILES
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.workspace import Workspace, check_output, check_space, recover, workspace
 from octavo.quant.checkpoint import INDEX, KV_SCALES, SINGLE, Checkpoint
+from octavo.quant.dequantized import without_quantization
 from octavo.quant.formats.awq import AWQFormat, write_awq_config
 from octavo.quant.formats.compressed_tensors import format_for, write_config
 from octavo.quant.formats.format import FormatError, QuantFormat
@@ -31,8 +32,6 @@ from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import KVScheme, QuantScheme
-
-MARKS = {"weight_scale", "weight_scale_inv", "qweight"}  # what only quantized layers have
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def convert_model(
 
 def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> dict[str, _Found]:
     """Every quantized layer, after the proof that the format carries it."""
-    modules = sorted({name.rpartition(".")[0] for name in checkpoint.names if name.rpartition(".")[2] in MARKS})
+    modules = checkpoint.quantized
     found: dict[str, _Found] = {}
     for module in modules:
         weight = checkpoint.linear(module)
@@ -233,10 +232,7 @@ def _config(
     checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], found: Mapping[str, _Found], target: Format
 ) -> dict[str, Any]:
     """The source's config.json with the new quantization_config."""
-    config: dict[str, Any] = without_paths(checkpoint.config)
-    for owner in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            owner.pop(key, None)
+    config: dict[str, Any] = without_paths(without_quantization(checkpoint.config))
     kv = _kv_scheme(checkpoint, target)
     ignore = _unquantized(checkpoint, found)
     desc_act = any(not entry.in_order for entry in found.values())

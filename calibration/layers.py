@@ -95,7 +95,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
             match = BLOCK.match(name)
             if match and (checkpoint.layout.is_encoder or not OTHER_TOWERS.search(match["prefix"])):
                 if spec.dtype not in FLOATS:
-                    raise QuantizeError(f"{name} is {spec.dtype}: the checkpoint is quantized already")
+                    raise QuantizeError(f"{name} is {spec.dtype}, and config.json doesn't say that it is quantized")
                 kind = EXPERT.sub(".experts.*.", match["kind"])
                 found.append(LinearLayer(module, int(match["index"]), kind, *spec.shape))
             elif not EMBEDDING.search(module):

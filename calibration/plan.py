@@ -189,4 +189,6 @@ def source_digest(checkpoint: Checkpoint) -> str:
         [name, file.size, file.path.stat().st_mtime_ns, [[n, str(s.dtype), s.shape] for n, s in file.specs.items()]]
         for name, file in checkpoint.files.items()
     ]
-    return hashlib.sha256(json.dumps([checkpoint.config, files], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([checkpoint.config, checkpoint.source, files], sort_keys=True).encode()
+    ).hexdigest()

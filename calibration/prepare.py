@@ -25,7 +25,8 @@ from octavo.calibration.preflight import Estimate, estimate
 from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.text.data import CalibrationData
 from octavo.calibration.workspace import check_output, check_space, recover
-from octavo.quant.checkpoint import Checkpoint, quantization_dict, read_config
+from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.dequantized import open_dequantized
 from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.version import VERSION
 
@@ -119,16 +120,11 @@ def prepare(
 def open_source(source: Path, out: Path, *, overwrite: bool, resume: bool, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
     """The original checkpoint, once `out` may be written; layouts as of `Checkpoint.open`.
 
-    Raises QuantizeError for one that is quantized, CheckpointError for a broken one.
+    One that is quantized already is the model that its numbers stand for. Raises QuantizeError or CheckpointError.
     """
     recover(out)
     check_output(source, out, overwrite, resume)
-    if quantization_dict(read_config(source)) is not None:
-        raise QuantizeError(
-            f"{source} is quantized already (config.json has a quantization_config): rounding twice would lose more "
-            "than the report could tell; start from the original checkpoint, or change the format with octavo convert"
-        )
-    return Checkpoint.open(source, layouts, gguf_dtype=torch.bfloat16)
+    return open_dequantized(source, layouts)
 
 
 def plan_model(

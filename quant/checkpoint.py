@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.quant.formats.format import FormatError, QuantizationConfig
+from octavo.quant.formats.format import FormatError, QuantFormat, QuantizationConfig
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.fused_experts import divide_experts
 from octavo.quant.gguf.file import GGUF, GGUFFile
@@ -35,6 +35,9 @@ KV_SCALES = (
     ("kv_scale", "kv_scale"),  # AutoFP8: one for both
     ("attn.kv_scale", "attn.kv_scale"),
 )
+MARKS = frozenset(("weight_scale", "weight_scale_inv", "qweight"))
+"""Of a linear layer's tensors those that only quantized ones have; each format has one of them."""
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,6 +59,7 @@ class Checkpoint:
     names     every tensor's name
     files     the shards, by name
     notes     findings while reading that a person should know
+    source    what all of its numbers were decoded from, such as 'gptq (int4/g32)' (`open_dequantized`); else empty
     """
 
     def __init__(
@@ -65,12 +69,15 @@ class Checkpoint:
         files: Mapping[str, TensorFile],
         quantization: QuantizationConfig | None,
         layout: ModelLayout = UNKNOWN,
+        *,
+        source: str = "",
     ) -> None:
         self.directory = directory
         self.config = config
         self.files = files
         self.quantization = quantization
         self.layout = layout
+        self.source = source
         self.notes: list[str] = []
         self._file_of = {name: file for file in files.values() for name in file.specs}
         self.names = frozenset(self._file_of)
@@ -134,11 +141,10 @@ class Checkpoint:
 
     def linear(self, module: str) -> QuantizedWeight | Tensor:
         """The weight [N, K] of a linear layer, such as 'model.layers.0.self_attn.q_proj', quantized or plain."""
-        suffixes = self.suffixes(module)
-        format_ = self.quantization.format_of(module, suffixes) if self.quantization else None
+        format_ = self.format_of(module)
         if format_ is None:
             return self.tensor(f"{module}.weight")
-        tensors = {s: self.tensor(f"{module}.{s}") for s in suffixes}
+        tensors = {s: self.tensor(f"{module}.{s}") for s in self.suffixes(module)}
         if not tensors:
             raise CheckpointError(f"{module}: the checkpoint has no weight for it")
         try:
@@ -152,6 +158,15 @@ class Checkpoint:
     def suffixes(self, module: str) -> list[str]:
         """The names of a linear layer's tensors in any format, without its bias: ['weight', 'weight_scale']."""
         return sorted(self._suffixes.get(module, ()), key=SUFFIXES.index)
+
+    def format_of(self, module: str) -> QuantFormat | None:
+        """The format of a linear layer; None if it isn't quantized. Raises FormatError for one that isn't supported."""
+        return self.quantization.format_of(module, self.suffixes(module)) if self.quantization else None
+
+    @property
+    def quantized(self) -> list[str]:
+        """The linear layers whose tensors are those of quantized ones, sorted; what they mean the config says."""
+        return sorted(module for module, suffixes in self._suffixes.items() if not MARKS.isdisjoint(suffixes))
 
     @property
     def kv_cache_dtype(self) -> str | None:
@@ -196,11 +211,9 @@ class Checkpoint:
 
     def _check_formats(self) -> None:
         """Refuse an unsupported scheme before anything is loaded, naming the layer that has it."""
-        if self.quantization is None:
-            return
-        marks = ("weight_scale", "qweight")
-        for module in sorted({name.rpartition(".")[0] for name in self.names if name.endswith(marks)}):
-            self.quantization.format_of(module, self.suffixes(module))
+        if self.quantization is not None:
+            for module in self.quantized:
+                self.format_of(module)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -235,9 +248,9 @@ def _check_types(owner: dict[str, Any], path: Path, prefix: str) -> None:
 
 
 def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The quantization config, wherever config.json keeps it (older compressed-tensors: compression_config)."""
+    """The quantization config, wherever config.json keeps it."""
     for owner in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION_KEYS:
             if owner.get(key) is not None:
                 found: dict[str, Any] = owner[key]
                 return found

@@ -46,11 +46,11 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes stand for: (codes - zero_point) * scale in float32, then cast."""
         n, k = self.shape
-        scale = self._expand(self.scale.float(), n, k)
         codes = self.codes.float()
         if self.zero_point is not None:
-            codes = codes - self._expand(self.zero_point.float(), n, k)
-        return (codes * scale).to(dtype)
+            codes -= self._expand(self.zero_point.float(), n, k)
+        codes *= self._expand(self.scale.float(), n, k)
+        return codes.to(dtype)
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same on a device."""

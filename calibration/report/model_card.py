@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from octavo.calibration.report.report import Report
+from octavo.calibration.report.report import Report, source_note
 from octavo.calibration.report.tables import quality_table
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -86,6 +86,7 @@ def _introduction(report: Report) -> str:
     return (
         f"{original} quantized to {report.scheme} ({schemes}) by octavo {report.versions['octavo']}: "
         f"{size.before / 1e6:,.1f} MB of weights became {size.after / 1e6:,.1f} MB, {size.ratio:.2f} times smaller."
+        + (f" {source_note(report.source)}" if report.source else "")
     )
 
 

@@ -63,6 +63,7 @@ class Report:
 
     task          'quantize', or 'eval' (of a checkpoint that was there already)
     model         its name; base_model: its Hub id, where that is known
+    source        what the original's weights were decoded from, where it is quantized itself: 'gptq (int4/g32)'
     scheme        as it was asked for; the layers' own are in `layers` and `kinds`
     options       of the algorithm: how scales were searched for and the like
     kv_cache      the KV cache's scheme, where it is quantized; kv_layers: what was seen of its keys and values
@@ -93,6 +94,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     kv_layers: tuple[KVRow, ...] = ()
     rtn_kl: float | None = None
+    source: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -120,6 +122,14 @@ def sizes_of(before: int, after: int, layers: Sequence[LayerRow]) -> Sizes:
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     bits = 8 * sum(layer.bytes_after for layer in layers) / weights if weights else None
     return Sizes(before, after, before - after, before / after, bits)
+
+
+def source_note(source: str) -> str:
+    """A sentence on an original that is quantized itself."""
+    return (
+        f"The original is quantized itself, {source}: its weights were dequantized, and sizes, errors and quality are "
+        "against those numbers, not against the model that they were once made from."
+    )
 
 
 def rounded(seconds: Mapping[str, float]) -> dict[str, float]:

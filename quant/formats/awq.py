@@ -24,7 +24,7 @@ from torch import Tensor
 from octavo.quant.formats.config_reading import check_types, first_given
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq_config import IN_BLOCK
-from octavo.quant.formats.reading import check_nothing_left, check_shape, exactly, take_scales, take_words
+from octavo.quant.formats.reading import check_nothing_left, check_shape, exactly, sides, take_scales, take_words
 from octavo.quant.packing import pack, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -71,6 +71,11 @@ class AWQFormat:
             "qzeros": TensorSpec(torch.int32, (groups, n // 8)),
             "scales": TensorSpec(self.scale_dtype, (groups, n)),
         }
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] of the weight that a layer's tensors hold."""
+        rows, words = sides(tensors, "qweight")
+        return (words * 8, rows) if self.layout == "gemm" else (rows, words * 8)
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announced; a symmetric layer's zero points are all 8.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.microscaling import MicroscalingFormat, kind_of
-from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, take
+from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, sides, take
 from octavo.quant.packing import is_padded, pack, packed_columns, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -104,6 +104,12 @@ class CompressedTensorsFormat:
         if self.scheme.activation is not None and not self.scheme.activation.dynamic:
             specs["input_scale"] = TensorSpec(self.scale_dtype, (1,))
         return specs
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] of the weight that a layer's tensors hold."""
+        if "weight_packed" in tensors:
+            return read_shape(take(dict(tensors), "weight_shape"))
+        return sides(tensors, "weight")
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announced. Raises FormatError when one can't be had."""

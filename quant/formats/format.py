@@ -30,6 +30,10 @@ class QuantFormat(Protocol):
         """Names, types and shapes of the tensors that `write` returns for a weight of this shape."""
         ...
 
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] of the weight that `read` makes of these, told by their shapes. Raises FormatError."""
+        ...
+
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
         ...

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, take
+from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, sides, take
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme, group
@@ -57,6 +57,10 @@ class Fp8Format:
     @property
     def _is_static(self) -> bool:
         return self.scheme.activation is not None and self.scheme.activation.has_stored_scale
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] of the weight that a layer's tensors hold."""
+        return sides(tensors, "weight")
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from octavo.quant.formats.compressed_tensors import scheme_targets
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.reading import check_nothing_left, check_shape, exactly, take_scales, take_words
+from octavo.quant.formats.reading import check_nothing_left, check_shape, exactly, sides, take_scales, take_words
 from octavo.quant.packing import pack, packed_columns, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -80,6 +80,11 @@ class GPTQFormat:
             "scales": TensorSpec(self.scale_dtype, (groups, n)),
             "g_idx": TensorSpec(torch.int32, (k,)),
         }
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] of the weight that a layer's tensors hold."""
+        words, n = sides(tensors, "qweight")
+        return n, words * 32 // self.scheme.weight.bits
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""

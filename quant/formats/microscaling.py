@@ -28,7 +28,7 @@ from torch import Tensor
 
 from octavo.kernels.fp4 import reference as fp4
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.reading import check_nothing_left, take
+from octavo.quant.formats.reading import check_nothing_left, sides, take
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import MXFP4, MXFP8, NVFP4, QuantScheme, WeightScheme
@@ -76,6 +76,10 @@ class MicroscalingFormat:
         return NAMES[self.kind]
 
     @property
+    def _codes(self) -> str:
+        return "weight" if self.modelopt or self.kind == "mxfp8" else "weight_packed"
+
+    @property
     def _has_input_scale(self) -> bool:
         return self.scheme.activation is not None and self.scheme.activation.has_stored_scale
 
@@ -96,6 +100,11 @@ class MicroscalingFormat:
         if self._has_input_scale:
             specs["input_global_scale"] = TensorSpec(torch.float32, (1,))
         return specs
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] of the weight that a layer's tensors hold."""
+        n, stored = sides(tensors, self._codes)
+        return n, stored if self.kind == "mxfp8" else 2 * stored
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
@@ -148,7 +157,7 @@ class MicroscalingFormat:
         return weight
 
     def _read_codes(self, left: dict[str, Tensor]) -> Tensor:
-        name = "weight" if self.modelopt or self.kind == "mxfp8" else "weight_packed"
+        name = self._codes
         stored = take(left, name)
         dtype, columns = (torch.float8_e4m3fn, "K") if self.kind == "mxfp8" else (torch.uint8, "K / 2")
         if stored.dtype != dtype or stored.ndim != 2:

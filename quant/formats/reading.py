@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ def take_scales(left: dict[str, Tensor], name: str) -> Tensor:
     if not bool(scale.isfinite().all()):
         raise FormatError(f"{name} holds NaN or infinity")
     return scale
+
+
+def sides(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """The shape of one of a layer's tensors, which must be a matrix."""
+    shape = take(dict(tensors), name).shape
+    if len(shape) != 2:
+        raise FormatError(f"{name} is {list(shape)}; a matrix is expected")
+    return shape[0], shape[1]
 
 
 def reshape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.quant.checkpoint import Checkpoint, quantization_dict
+from octavo.quant.checkpoint import MARKS, Checkpoint, quantization_dict
 from octavo.quant.formats.select import parse_quantization
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -94,11 +94,9 @@ class CheckpointSource:
 
     def scheme(self, module: str) -> QuantScheme | None:
         """The scheme of a linear layer by config and names alone; None: its weight isn't quantized."""
-        quantization = self.checkpoint.quantization
-        suffixes = self.checkpoint.suffixes(module)
-        if quantization is None or not {"weight_scale", "weight_scale_inv", "qweight"} & set(suffixes):
+        if MARKS.isdisjoint(self.checkpoint.suffixes(module)):
             return None
-        format_ = quantization.format_of(module, suffixes)
+        format_ = self.checkpoint.format_of(module)
         return None if format_ is None else format_.scheme
 
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:

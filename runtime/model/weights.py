@@ -18,6 +18,7 @@ from octavo.kernels.attention.cache import AttentionShape
 from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
+from octavo.quant.dequantized import open_dequantized
 from octavo.quant.experts import Expert, Stacked, slices, stack_experts
 from octavo.quant.kernel_table import KernelChoice, one_by_one
 from octavo.quant.linear import Linear, make_linear
@@ -61,6 +62,7 @@ def load_model(
     device: Device | None = None,
     *,
     rounds_inputs: bool = False,
+    dequantized: bool = False,
     group: Group = ALONE,
     on_layer: OnLayer = untold,
 ) -> Model:
@@ -75,6 +77,7 @@ def load_model(
 
     rounds_inputs: inputs are rounded as the checkpoint says, also on a GPU that can't multiply rounded inputs. There
     this is slower than leaving them as they are, but a measurement of quality must see rounded inputs.
+    dequantized: the model that a quantized checkpoint's weights stand for (`open_dequantized`).
 
     Raises UnsupportedModelError (a feature that isn't known), CheckpointError (files), LoadError (what is in them).
     """
@@ -100,7 +103,8 @@ def load_model(
             return _load_hf(config, device, hf_config, reason, group)
         except LoadError as error:
             raise LoadError(f"{reason}; {error}") from error
-    return _load_decoder(config, device, spec, hf_config, rounds_inputs, group, on_layer)
+    opened = open_dequantized if dequantized else Checkpoint.open
+    return _load_decoder(config, device, spec, hf_config, opened, rounds_inputs, group, on_layer)
 
 
 def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], reason: str, group: Group) -> Model:
@@ -125,11 +129,11 @@ def _load_decoder(
     device: Device,
     spec: DecoderSpec,
     hf_config: dict[str, Any],
+    opened: Callable[..., Checkpoint],
     rounds_inputs: bool,
     group: Group,
     on_layer: OnLayer,
 ) -> Decoder:
-    directory = Path(config.model)
     notes = list(device.notes)
     notes += [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
     dtype = choose_dtype(config.dtype, spec.dtype, device.torch_device, notes)
@@ -137,10 +141,9 @@ def _load_decoder(
         notes.append("the weights are random (--load-format dummy)")
         dummy = DummySource(hf_config, dtype, device.torch_device, config.seed)
         rank = choose_rank(config, spec, dummy, group, Target.of(device.torch_device, dtype), notes)
-        return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank).build(
-            on_layer
-        )
-    checkpoint = Checkpoint.open(directory, LAYOUTS)
+        made = DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank)
+        return made.build(on_layer)
+    checkpoint = opened(Path(config.model), LAYOUTS)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
     rank = choose_rank(config, spec, source, group, Target.of(device.torch_device, dtype), notes)

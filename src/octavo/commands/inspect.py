@@ -154,10 +154,9 @@ def _kernel(choice: KernelChoice | None) -> dict[str, Any]:
 
 def _format(checkpoint: Checkpoint, module: str) -> QuantFormat | None:
     """A module's format; None for one that isn't quantized. Norms and embeddings match a config's patterns too."""
-    suffixes = checkpoint.suffixes(module)
-    if checkpoint.quantization is None or not {"weight_scale", "weight_scale_inv", "qweight"} & set(suffixes):
-        return None
-    return checkpoint.quantization.format_of(module, suffixes)
+    from octavo.quant.checkpoint import MARKS
+
+    return None if MARKS.isdisjoint(checkpoint.suffixes(module)) else checkpoint.format_of(module)
 
 
 def _stored_type(checkpoint: Checkpoint, module: str, names: list[str]) -> str:

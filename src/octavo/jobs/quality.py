@@ -32,6 +32,7 @@ from octavo.calibration.verify import (
 )
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.dequantized import open_dequantized
 from octavo.quant.scheme import AT_LOAD
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.device import Device
@@ -59,6 +60,7 @@ def measure_quality(
     max_tokens: int,
     text: Path | None = None,
     dtype: Dtype = "auto",
+    dequantized: bool = False,
     progress: Progress = silent,
     device: Device | None = None,
 ) -> Quality:
@@ -66,15 +68,17 @@ def measure_quality(
 
     Inputs are rounded as checkpoints say, also on a GPU whose server leaves them as they are (`keeps_inputs`).
     text is a file; None is the built-in held-out text. dtype is for both models, except that fp8, int8 and int4, which
-    quantize at load, are for `quantized` alone. Raises QualityError if memory or disk don't suffice, for a text that
-    can't be read, and for models that differ too much or can't be served; CheckpointError; and NotFiniteError for a
-    model that gives NaN.
+    quantize at load, are for `quantized` alone. dequantized: as of `compare`. Raises QualityError if memory or disk
+    don't suffice, for a text that can't be read, and for models that differ too much or can't be served;
+    CheckpointError; and NotFiniteError for a model that gives NaN.
     """
     configs = (
         EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype),
         EngineConfig(model=str(quantized), dtype=dtype),
     )
-    return compare(*configs, max_tokens=max_tokens, text=text, progress=progress, device=device)
+    return compare(
+        *configs, max_tokens=max_tokens, text=text, dequantized=dequantized, progress=progress, device=device
+    )
 
 
 def compare(
@@ -83,16 +87,21 @@ def compare(
     *,
     max_tokens: int,
     text: Path | None = None,
+    dequantized: bool = False,
     progress: Progress = silent,
     device: Device | None = None,
 ) -> Quality:
-    """`measure_quality` with a server's whole configuration, such as the types of the KV cache and the output head."""
+    """`measure_quality` with a server's whole configuration, such as the types of the KV cache and the output head.
+
+    dequantized: an original that is quantized itself is the model that its weights stand for, inputs as they are.
+    """
     directories = Path(original.model), Path(quantized.model)
     for directory in directories:  # before minutes are spent on the first
         Checkpoint.open(directory, LAYOUTS)
     token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
     with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
-        runner = _load(original, token_ids, prefix, _loading(progress, "original"), device=device)
+        loading = _loading(progress, "original")
+        runner = _load(original, token_ids, prefix, loading, device=device, dequantized=dequantized)
         facts = runner.facts
         window = runner.window
         record = _Recording(logits), _Recording(hidden)
@@ -193,11 +202,13 @@ def _load(
     on_layer: OnLayer,
     window: int | None = None,
     device: Device | None = None,
+    *,
+    dequantized: bool = False,
 ) -> _Runner:
     directory = Path(config.model)
-    _check_memory(directory)
+    _check_memory(directory, dequantized=dequantized)
     try:
-        model = load_model(config, device, rounds_inputs=True, on_layer=on_layer)
+        model = load_model(config, device, rounds_inputs=True, dequantized=dequantized, on_layer=on_layer)
     except (ValueError, OSError) as e:
         raise QualityError(f"{directory.name} can't be run: {e}") from e
     if max(token_ids) >= model.vocab_size:
@@ -234,8 +245,8 @@ def _check_alike(original: Path, before: _Facts, quantized: Path, after: _Facts)
         )
 
 
-def _check_memory(directory: Path) -> None:
-    needed = 1.2 * _bytes_to_serve(directory)
+def _check_memory(directory: Path, *, dequantized: bool) -> None:
+    needed = 1.2 * _bytes_to_serve(open_dequantized(directory) if dequantized else Checkpoint.open(directory))
     free = free_memory(choose_device("auto"))
     if needed > free:
         raise QualityError(
@@ -256,9 +267,8 @@ def _check_disk(runner: _Runner) -> None:
         )
 
 
-def _bytes_to_serve(directory: Path) -> int:
+def _bytes_to_serve(checkpoint: Checkpoint) -> int:
     """Bytes of a checkpoint's tensors in memory; a CPU keeps fp8 as bf16."""
-    checkpoint = Checkpoint.open(directory)
     specs = [checkpoint.spec(name) for name in checkpoint.names]
     return sum(spec.nbytes * (2 if spec.dtype == torch.float8_e4m3fn else 1) for spec in specs)
 

@@ -208,6 +208,7 @@ def run(job: Job) -> Report:
 def prepare(job: Job) -> Prepared:
     """Check, plan and cost a job, and have its calibration text; nothing is checked or planned again after this."""
     from octavo.calibration.prepare import complete, open_source, plan_model
+    from octavo.calibration.report.report import source_note
     from octavo.quant.hub import resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
 
@@ -218,6 +219,8 @@ def prepare(job: Job) -> Prepared:
     checkpoint = open_source(source, job.output, layouts=LAYOUTS, **how)
     notes = _check_source(_resolved(job, calibrates=False), checkpoint)
     job = _resolved(job, calibrates=not notes and not checkpoint.layout.is_encoder)
+    if checkpoint.source:
+        notes.append(source_note(checkpoint.source))
     _check_options(job)
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
     _check_budget(job, planned.plan)
@@ -386,6 +389,7 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
         warnings=(*prepared.notes, *result.warnings, *(() if data is None else data.notes)),
         seconds=rounded({**prepared.seconds, "quantize": seconds}),
         kv_layers=tuple(kv_rows(result.kv)),
+        source=prepared.checkpoint.source or None,
     )
 
 
@@ -413,7 +417,9 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     if is_encoder(source):
         return _with_cosine(job, source, report)
     try:
-        quality = measure_quality(source, job.output, max_tokens=job.eval_tokens, progress=job.listener.progress)
+        quality = measure_quality(
+            source, job.output, max_tokens=job.eval_tokens, dequantized=True, progress=job.listener.progress
+        )
     except (RuntimeError, ValueError) as e:
         if isinstance(e, NotFiniteError) and e.side == "quantized":
             return replace(report, verdict=broken(e))
@@ -446,7 +452,9 @@ def _with_rtn(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
     copy = job.output.resolve().with_name(f".{job.output.name}.rtn")
     try:
         quantize_model(prepare_rtn(source, copy, plain, overwrite=True, layouts=LAYOUTS), job.listener.progress)
-        quality = measure_quality(source, copy, max_tokens=job.eval_tokens, progress=job.listener.progress)
+        quality = measure_quality(
+            source, copy, max_tokens=job.eval_tokens, dequantized=True, progress=job.listener.progress
+        )
     except (RuntimeError, ValueError, OSError) as e:
         return replace(report, warnings=(*report.warnings, f"what rtn would have cost could not be measured: {e}"))
     finally:
