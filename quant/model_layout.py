@@ -12,12 +12,18 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Where a layer's experts are: `{owner}.gate`, `{owner}.experts.3.{gate}`; gate, up, down name an expert's own."""
+    """Where a layer's experts are: `{owner}.{router}`, `{owner}.experts.3.{gate}`, `{owner}.{shared}.gate_proj`.
+
+    gate, up, down  an expert's own
+    shared          the expert that every token goes to, where there is one
+    """
 
     owner: str
     gate: str
     up: str
     down: str
+    router: str = "gate"
+    shared: str = "shared_expert"
 
 
 @dataclass(frozen=True)

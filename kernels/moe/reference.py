@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +13,70 @@ from torch import Tensor
 RunExpert = Callable[[int, Tensor, Tensor], Tensor]  # (expert, x [n, H], tokens [n] int64) -> [n, H]
 
 
-def route(x: Tensor, router: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The top_k experts of each token, the likeliest first.
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How the experts of a token are chosen and weighted, of its logits [E].
 
-    x [T, H], router [E, H] float32 -> chosen [T, top_k] int64, weights [T, top_k] float32: the softmax over all experts
-    of x . router, divided by their sum when `normalize`. In float32 whatever x's type: bf16 logits tie.
+    top_k        experts that a token goes to
+    normalize    the chosen experts' scores are divided by their sum
+    scores       softmax: over all experts. sigmoid: of each one by itself
+    factor       what weights are multiplied by in the end
+    num_groups   of equally many experts, side by side; a token's experts are of its best top_groups
+    group_score  best: that of a group's best expert. best_two: the sum of those of its best two
     """
-    probabilities = torch.softmax(F.linear(x.float(), router), dim=-1)
-    weights, chosen = probabilities.topk(top_k, dim=-1)
-    if normalize:
+
+    top_k: int
+    normalize: bool
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    factor: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["best", "best_two"] = "best_two"
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A layer's router: its weights, all float32, and what is made of its logits.
+
+    weight      [E, H]
+    bias        [E], added to logits; None: there is none
+    correction  [E], added to scores for the choice of experts, and not to their weights; None: there is none
+    """
+
+    weight: Tensor
+    routing: Routing
+    bias: Tensor | None = None
+    correction: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (t for t in (self.weight, self.bias, self.correction) if t is not None)
+
+
+def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    """The experts of each token, the best first, and their weights.
+
+    x [T, H] -> chosen [T, top_k] int64, weights [T, top_k] float32. In float32 whatever x's type: bf16 logits tie.
+    """
+    routing = router.routing
+    logits = F.linear(x.float(), router.weight, router.bias)
+    scores = torch.softmax(logits, dim=-1) if routing.scores == "softmax" else torch.sigmoid(logits)
+    choice = scores if router.correction is None else scores + router.correction
+    if routing.top_groups < routing.num_groups:
+        choice = _of_best_groups(choice, routing)
+    best, chosen = choice.topk(routing.top_k, dim=-1)
+    weights = best if choice is scores else scores.gather(-1, chosen)
+    if routing.normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return chosen, weights
+    return chosen, weights if routing.factor == 1.0 else weights * routing.factor
+
+
+def _of_best_groups(choice: Tensor, routing: Routing) -> Tensor:
+    """Scores [T, E] with those of all other groups at -infinity."""
+    groups = choice.view(len(choice), routing.num_groups, choice.shape[1] // routing.num_groups)
+    counted = 1 if routing.group_score == "best" else 2
+    totals = groups.topk(counted, dim=-1).values.sum(dim=-1)
+    kept = torch.zeros_like(totals, dtype=torch.bool).scatter(1, totals.topk(routing.top_groups, dim=-1).indices, True)
+    return groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 def grouped(

@@ -70,7 +70,7 @@ class DifferentiableBlock:
             return self._gated("", x, weights)
         assert isinstance(mlp, MoeMlp)  # calibration's experts aren't stacked
         rows = x.flatten(0, 1)
-        chosen, shares = moe.route(rows, mlp.router, mlp.top_k, mlp.normalize)
+        chosen, shares = moe.route(rows, mlp.router)
         total = torch.zeros_like(rows, dtype=torch.float32)
         for expert in range(len(mlp.experts)):
             tokens, rank = (chosen == expert).nonzero(as_tuple=True)

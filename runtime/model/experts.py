@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from octavo.kernels.moe.reference import Routing
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.families.family import Architecture
 
-COUNT_KEYS = ("num_experts", "num_local_experts")  # transformers reads either for each architecture
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # transformers takes one for another
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,20 @@ class MoeSpec:
     """Of every layer that has experts.
 
     names                     where they are in a checkpoint of this architecture
-    top_k                     experts that a token goes to
     intermediate_size         of one expert
-    normalize                 the chosen experts' probabilities are divided by their sum
-    shared_intermediate_size  of the expert that every token goes to, behind a sigmoid gate; None: there is none
+    routing                   how a token's experts are chosen and weighted
+    has_correction            a router has numbers that are added for the choice alone
+    shared_intermediate_size  of the expert that every token goes to; None: there is none
+    shared_gate               that one is behind a sigmoid gate
     """
 
     names: ExpertNames
     num_experts: int
-    top_k: int
     intermediate_size: int
-    normalize: bool
+    routing: Routing
+    has_correction: bool = False
     shared_intermediate_size: int | None = None
+    shared_gate: bool = True
 
 
 def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Architecture) -> MoeSpec | None:
@@ -45,13 +48,37 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
     top_k = settings["num_experts_per_tok"]
     if top_k > num_experts:
         raise ModelConfigError(f"config.json: num_experts_per_tok {top_k} is more than the {num_experts} experts")
+    inner = settings["moe_intermediate_size" if "moe_intermediate_size" in row.reads else "intermediate_size"]
+    num_shared = settings.get("n_shared_experts") or 0  # side by side they are one, so many times as wide
     return MoeSpec(
         row.expert_names,
         num_experts,
+        inner,
+        _read_routing(settings, num_experts, top_k, row),
+        has_correction=row.scores == "corrected_sigmoid",
+        shared_intermediate_size=num_shared * inner or settings.get("shared_expert_intermediate_size"),
+        shared_gate=not num_shared,
+    )
+
+
+def _read_routing(settings: Mapping[str, Any], num_experts: int, top_k: int, row: Architecture) -> Routing:
+    num_groups = settings.get("n_group") or 1
+    top_groups = settings.get("topk_group") or 1
+    if num_experts % num_groups:
+        raise ModelConfigError(f"config.json: {num_experts} experts don't make n_group {num_groups} equal groups")
+    size = num_experts // num_groups
+    if not top_k <= top_groups * size <= num_experts:
+        raise ModelConfigError(
+            f"config.json: topk_group {top_groups} of n_group {num_groups} groups, of {size} experts each, don't have "
+            f"num_experts_per_tok {top_k} to choose from"
+        )
+    return Routing(
         top_k,
-        settings["moe_intermediate_size" if "moe_intermediate_size" in row.reads else "intermediate_size"],
         normalize=settings["norm_topk_prob"],
-        shared_intermediate_size=settings.get("shared_expert_intermediate_size"),
+        scores="softmax" if row.scores == "softmax" else "sigmoid",
+        factor=float(settings.get("routed_scaling_factor", 1.0)),
+        num_groups=num_groups,
+        top_groups=top_groups,
     )
 
 
@@ -62,6 +89,8 @@ def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Archite
         return [False] * count
     if row.experts == "all":
         return [True] * count
+    if row.experts == "behind_dense":
+        return [i >= settings["first_k_dense_replace"] for i in range(count)]
     step = settings["decoder_sparse_step"]
     dense = settings["mlp_only_layers"]
     return [(i + 1) % step == 0 and i not in dense for i in range(count)]

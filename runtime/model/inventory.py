@@ -27,6 +27,7 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
     source.tensor(f"{prefix}norm.weight", (spec.hidden_size,))
     if not spec.tied:
         source.tensor(f"{head_name(prefix)}.weight", (spec.vocab_size, spec.hidden_size))
+    source.leave_layers(len(spec.layers), spec.further_layers)
     source.check_complete(tied=spec.tied, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0)
     return spec
 
@@ -37,8 +38,11 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
         for module, rows in parts.modules.items():
             source.tensor(f"{module}.weight", (rows, parts.in_features))
             source.bias(module, rows, expected=parts.bias)
-    for module, rows in routers(spec, index, source.prefix, source.has).items():
+    gates = routers(spec, index, source.prefix, source.has)
+    for module, rows in gates.items():
         source.tensor(f"{module}.weight", (rows, spec.hidden_size))
+    if gates and spec.moe is not None and spec.moe.has_correction:
+        source.tensor(f"{next(iter(gates))}.e_score_correction_bias", (spec.moe.num_experts,))
     for norm in NORMS[spec.norms]:
         if norm is not None:
             source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.moe import reference as moe
+from octavo.kernels.moe.reference import Router
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.experts import Stacked
 from octavo.quant.linear import Linear
@@ -45,18 +46,14 @@ class _Plain:
 class MoeMlp(_Plain):
     """sum over the chosen experts of weight * expert(x), plus the shared expert's output where there is one.
 
-    router       [num_experts, H] float32
     experts      all of them, or with --enable-expert-parallel this rank's: from first_expert on
-    normalize    weights of the chosen experts are made to sum to 1
     shared       an expert that every token goes to
-    shared_gate  [1, H] float32: its output is multiplied by sigmoid(x . shared_gate)
+    shared_gate  [1, H] float32: its output is multiplied by sigmoid(x . shared_gate); None: it is added as it is
     """
 
-    router: Tensor
+    router: Router
     experts: tuple[GatedMlp, ...]
     first_expert: int
-    top_k: int
-    normalize: bool
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
@@ -69,7 +66,7 @@ class MoeMlp(_Plain):
 
     def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         assert isinstance(x, Tensor)
-        chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
+        chosen, weights = moe.route(x, self.router)
         run = self._run if step is None or step.adapters is None else partial(self._run_adapted, step)
         routed = moe.grouped(x, chosen, weights, len(self.experts), run, self.first_expert)
         return add_shared(x, routed, self.shared, self.shared_gate, step)
@@ -85,7 +82,7 @@ class MoeMlp(_Plain):
         return replace(self, experts=tuple(changed[:count]), shared=shared)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield self.router
+        yield from self.router.tensors()
         if self.shared_gate is not None:
             yield self.shared_gate
 
@@ -121,6 +118,7 @@ class GroupedMoe:
 
     router  [num_experts, H] float32, or of the model's type where that holds it exactly; the shared expert's gate is
             another row where that is in slices
+    normalize  weights of the chosen experts, a softmax over all, are made to sum to 1
     slices  how many of the experts, the last ones, are slices of the shared one; 0: it runs by itself, if there is one
     The other fields are MoeMlp's.
     """
@@ -206,7 +204,7 @@ class ObservedMoe(_Plain):
     def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         assert isinstance(x, Tensor)
         block = self.block
-        chosen, weights = moe.route(x, block.router, block.top_k, block.normalize)
+        chosen, weights = moe.route(x, block.router)
         self.counts.add_(moe.tokens_per_expert(chosen, len(block.experts)))
         total = torch.zeros_like(x, dtype=torch.float32)
         for i, expert in enumerate(block.experts):

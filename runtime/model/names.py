@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from octavo.quant.model_layout import ExpertNames
@@ -53,7 +53,10 @@ def expert_role(name: str) -> str:
 
 def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
     """The names of a layer's experts in this checkpoint; the architecture's own if the checkpoint has no experts."""
-    known = (ExpertNames(owner, *names) for owner, names in product(_OWNERS, _SPELLINGS))
+    known = (
+        replace(moe.names, owner=owner, gate=gate, up=up, down=down)
+        for owner, (gate, up, down) in product(_OWNERS, _SPELLINGS)
+    )
     return next((n for n in known if has(f"{layer}.{n.owner}.experts.0.{n.gate}")), moe.names)
 
 
@@ -88,7 +91,7 @@ def _experts(moe: MoeSpec, hidden: int, layer: str, names: ExpertNames) -> dict[
         parts[f"experts.{i}.gate_up"] = LinearParts(_within(expert, gate_up), hidden)
         parts[f"experts.{i}.down"] = LinearParts(_within(expert, {names.down: hidden}), moe.intermediate_size)
     if (inner := moe.shared_intermediate_size) is not None:
-        shared = f"{layer}.{names.owner}.shared_expert"
+        shared = f"{layer}.{names.owner}.{names.shared}"
         parts["shared.gate_up"] = LinearParts(_within(shared, dict.fromkeys(GATE_UP, inner)), hidden)
         parts["shared.down"] = LinearParts(_within(shared, {"down_proj": hidden}), inner)
     return parts
@@ -103,9 +106,11 @@ def routers(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, i
     if spec.moe is None or not spec.layers[index].sparse:
         return {}
     layer = f"{prefix}layers.{index}"
-    owner = f"{layer}.{expert_names(spec.moe, layer, has).owner}"
-    shared = {} if spec.moe.shared_intermediate_size is None else {f"{owner}.shared_expert_gate": 1}
-    return {f"{owner}.gate": spec.moe.num_experts, **shared}
+    names = expert_names(spec.moe, layer, has)
+    owner = f"{layer}.{names.owner}"
+    has_gate = spec.moe.shared_intermediate_size is not None and spec.moe.shared_gate
+    shared = {f"{owner}.{names.shared}_gate": 1} if has_gate else {}
+    return {f"{owner}.{names.router}": spec.moe.num_experts, **shared}
 
 
 def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:

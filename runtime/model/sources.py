@@ -121,6 +121,13 @@ class CheckpointSource:
         if missing := [module for module in modules if not self.has(module)]:
             raise LoadError(f"the checkpoint has no weights for {some(missing)}")
 
+    def leave_layers(self, first: int, count: int) -> list[str]:
+        """Count the tensors of so many layers as read; the names of those layers of which there are any."""
+        names = [f"{self.prefix}layers.{index}" for index in range(first, first + count)]
+        found = [name for name in names if any(module.startswith(f"{name}.") for module in self._modules)]
+        self.checkpoint.leave_all(tuple(f"{name}." for name in found))
+        return found
+
     def check_complete(self, *, tied: bool, text_only: bool, has_mtp: bool = False) -> list[str]:
         """Raise LoadError with the names of tensors that nothing read; return the harmless ones that were skipped.
 

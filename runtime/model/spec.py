@@ -77,6 +77,7 @@ class DecoderSpec:
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
     moe                  what the layers that are `sparse` have; intermediate_size is the others'
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
+    further_layers       layers of that kind which lie behind these in a checkpoint, and aren't served
     dtype                the type that the config names ("bfloat16"), or None
     unknown_keys         config keys that nothing here knows; to be shown, since they may mean something
     """
@@ -111,6 +112,7 @@ class DecoderSpec:
     text_only: bool = False
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
+    further_layers: int = 0
     dtype: str | None = None
     unknown_keys: tuple[str, ...] = ()
 
@@ -153,14 +155,15 @@ class DecoderSpec:
             has_head=not is_pooled,
             norms=row.norms,
             norm_offset=row.norm_offset,
-            qk_norm=row.qk_norm,
+            qk_norm=row.qk_norm if settings.get("use_qk_norm", True) else None,
             qkv_bias=_bias(settings, row.qkv_bias),
             o_bias=_bias(settings, row.o_bias),
             mlp_bias=_bias(settings, row.mlp_bias),
             **_multipliers(settings, row, head_dim),
             fused=row.fused,
             text_only=text_only,
-            num_mtp_layers=settings.get("num_nextn_predict_layers", 0),
+            num_mtp_layers=0 if row.further_layers else settings.get("num_nextn_predict_layers", 0),
+            further_layers=settings[row.further_layers] if row.further_layers else 0,
             moe=moe if any(layer.sparse for layer in layers) else None,
             dtype=stored_dtype(config),
             unknown_keys=tuple(sorted(config.keys() - _known_keys(row))),

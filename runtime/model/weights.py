@@ -6,7 +6,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,7 @@ from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.dequantized import open_dequantized
-from octavo.quant.experts import Expert, Stacked, slices, stack_experts
-from octavo.quant.kernel_table import KernelChoice, one_by_one
+from octavo.quant.kernel_table import KernelChoice
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import HEAD_INT8
@@ -33,13 +32,12 @@ from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_t
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encoder_weights import load_encoder
-from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS
 from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mlp
+from octavo.runtime.model.mixture_weights import Mixture, Parts
 from octavo.runtime.model.model import KVScales, Model
-from octavo.runtime.model.moe import GroupedMoe, MoeMlp
-from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
+from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules
 from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_pooler, with_longest
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
@@ -49,7 +47,6 @@ from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, sto
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
 
-Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
 OnLayer = Callable[[int, int], None]  # told how many layers have been loaded, of how many
 
 
@@ -155,6 +152,8 @@ def _load_decoder(
         model.pooler = decoder_pooler(config, hf_config, spec, source, model.notes)
     model.notes += checkpoint.notes
     checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
+    for left in source.leave_layers(len(spec.layers), spec.further_layers):
+        model.notes.append(f"{left} is not loaded: it says further tokens, and no drafter is made of it here")
     if spec.num_mtp_layers and config.speculative_config is None:
         model.notes.append("the checkpoint has an MTP head, with which --speculative-config.method mtp drafts")
     is_headless = spec.tied or not spec.has_head
@@ -320,74 +319,15 @@ class DecoderBuilder:
         )
 
     def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
-        spec = self.spec
-        moe = self.spec.moe
-        if moe is None or not spec.layers[index].sparse:
-            return self._gated(*self._read_gated(parts, ""))
-        modules = routers(spec, index, self.source.prefix, self.source.has)
-        gates = [self._router(module, rows) for module, rows in modules.items()]
-        shared = None if moe.shared_intermediate_size is None else self._read_gated(parts, "shared.")
-        experts: Iterable[tuple[Parts, Parts]] = self._read_experts(parts, moe.num_experts)
-        if self.stacks_experts and self.target.capability and self.dtype != torch.float32:
-            experts = list(experts)
-            grouped = self._grouped(moe, gates, experts, shared)
-            if isinstance(grouped, GroupedMoe):
-                self._note(grouped.experts.choice)
-                return grouped
-            self._note(grouped)
-        is_whole = self.own is not None and self.own.whole_experts
-        mlps = tuple(self._gated(*expert, is_whole=is_whole) for expert in experts)
-        alone = () if shared is None else (self._gated(*shared), gates[1])
-        first_expert = 0 if self.own is None else self.own.experts[0]
-        return MoeMlp(gates[0], mlps, first_expert, moe.top_k, moe.normalize, *alone)
+        if self.spec.moe is None or not self.spec.layers[index].sparse:
+            return self.gated(*self.read_gated(parts, ""))
+        return Mixture(self, self.spec.moe, index).read(parts, stacks_experts=self.stacks_experts)
 
-    def _read_experts(self, parts: dict[str, LinearParts], count: int) -> Iterator[tuple[Parts, Parts]]:
-        """Those that this rank has, one by one; nothing of the others is read."""
-        first, stop = (0, count) if self.own is None else self.own.experts
-        for i in range(count):
-            if first <= i < stop:
-                yield self._read_gated(parts, f"experts.{i}.")
-                continue
-            for linear in (parts[f"experts.{i}.gate_up"], parts[f"experts.{i}.down"]):
-                for module, rows in linear.modules.items():
-                    self.source.leave(module, rows, linear.in_features)
-
-    def _grouped(
-        self, moe: MoeSpec, gates: list[Tensor], experts: list[tuple[Parts, Parts]], shared: tuple[Parts, Parts] | None
-    ) -> GroupedMoe | KernelChoice:
-        """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; or why they can't be."""
-        if self.spec.activation != "silu":
-            return one_by_one(f"grouped GEMMs have SiLU between them, not {self.spec.activation}")
-        if any(_has_bias(expert) for expert in experts):
-            return one_by_one("grouped GEMMs add no bias")
-        plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
-        cut: list[Expert] | None = []
-        if shared is not None:
-            (gate_up, _), ((down,), _) = shared
-            cut = None if _has_bias(shared) else slices(gate_up, down, moe.intermediate_size)
-        found = None if cut is None else stack_experts([*plain, *cut], self.target)
-        if isinstance(found, Stacked):
-            return GroupedMoe(self._narrowed(gates), found, moe.top_k, moe.normalize, len(cut or ()))
-        if shared is None and found is not None:
-            return found
-        found = stack_experts(plain, self.target)
-        if isinstance(found, KernelChoice):
-            return found
-        assert shared is not None
-        alone = self._gated(*shared), gates[1]
-        return GroupedMoe(self._narrowed(gates[:1]), found, moe.top_k, moe.normalize, 0, *alone)
-
-    def _narrowed(self, gates: list[Tensor]) -> Tensor:
-        """All rows as one weight, of the model's type where that holds them exactly."""
-        rows = torch.cat(gates)
-        narrow = rows.to(self.dtype)
-        return narrow if torch.equal(narrow.float(), rows) else rows
-
-    def _gated(self, gate_up: Parts, down: Parts, *, is_whole: bool = False) -> GatedMlp:
+    def gated(self, gate_up: Parts, down: Parts, *, is_whole: bool = False) -> GatedMlp:
         """is_whole: an expert that no other rank has columns of."""
         return GatedMlp(self._linear(*gate_up), self._linear(*down, adds="whole" if is_whole else "part"), self.act)
 
-    def _read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
+    def read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
         """gate and up, and down, of '', 'shared.' or 'experts.3.', without act-order between them."""
         (gate_up, biases), ((down,), after) = (self._read(parts[f"{owner}{kind}"]) for kind in ("gate_up", "down"))
         gate_up, biases, down = sort_inner(gate_up, biases, down)
@@ -403,16 +343,6 @@ class DecoderBuilder:
             [shard.of(weight) for shard, weight in zip(shards, weights, strict=True)],
             [shard.of_bias(bias) for shard, bias in zip(shards, biases, strict=True)],
         )
-
-    def _router(self, module: str, rows: int) -> Tensor:
-        """[rows, H] float32. Never rounded here; some quantizers round it, and then its codes are what there is."""
-        shape = (rows, self.spec.hidden_size)
-        if not self.source.is_quantized(module):
-            return self.source.tensor(f"{module}.weight", shape).to(self.device, torch.float32, copy=True)
-        weight = self.source.linear(module, *shape)
-        if not isinstance(weight, QuantizedWeight) or weight.scheme.activation is not None:
-            raise LoadError(f"{module} is a router whose input is to be rounded, which isn't served")
-        return weight.dequantize().to(self.device)
 
     def _read(self, parts: LinearParts) -> Parts:
         weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in parts.modules.items()]
@@ -431,10 +361,10 @@ class DecoderBuilder:
         else:
             is_summed = adds is not None and self.rank is not None
             linear = make_linear(weights, biases, self.target, out_dtype=torch.float32 if is_summed else None)
-        self._note(*(part.choice for part in linear.parts))
+        self.note(*(part.choice for part in linear.parts))
         return linear
 
-    def _note(self, *choices: KernelChoice) -> None:
+    def note(self, *choices: KernelChoice) -> None:
         """Say once, for each scheme, why a kernel departs from what the checkpoint says."""
         for choice in choices:
             if choice.departs and choice.reason not in self.notes:
@@ -459,7 +389,7 @@ class DecoderBuilder:
                 raise LoadError(f"{name} is quantized already ({weight.scheme}); leave --lm-head-dtype out")
             weight = quantize_weight(weight.to(self.device), HEAD_INT8, "absmax")
         head = make_linear([weight], [None], self.target, out_dtype=torch.float32)
-        self._note(*(part.choice for part in head.parts))
+        self.note(*(part.choice for part in head.parts))
         return head
 
     def _norm(self, module: str, size: int) -> Tensor:
@@ -494,7 +424,3 @@ class DecoderBuilder:
             self._tables[rope] = table.values.to(self.device)
             self.notes += rope_notes(rope, self.max_position)
         return self._tables[rope]
-
-
-def _has_bias(mlp: tuple[Parts, Parts]) -> bool:
-    return any(bias is not None for _, biases in mlp for bias in biases)

@@ -40,7 +40,9 @@ def test_routing(shape: tuple[int, int, int], normalize: bool, device: torch.dev
     chosen = torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=device)
     weights = poisoned(num_tokens, top_k, dtype=torch.float32, device=device)
     route.route(logits, chosen, weights, normalize=normalize)()
-    expected, shares = reference.route(logits, torch.eye(num_experts, device=device), top_k, normalize)
+    expected, shares = reference.route(
+        logits, reference.Router(torch.eye(num_experts, device=device), reference.Routing(top_k, normalize))
+    )
     assert torch.equal(chosen.long(), expected)
     # exp's error of some 2^-21 at the worst, in a sum and a numerator, then two divisions
     torch.testing.assert_close(weights, shares, rtol=2**-19, atol=0)

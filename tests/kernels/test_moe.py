@@ -19,6 +19,10 @@ def inputs(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, router, experts / HIDDEN**0.5
 
 
+def softmax(router: Tensor, *, normalize: bool) -> moe.Router:
+    return moe.Router(router, moe.Routing(TOP_K, normalize))
+
+
 def by_tokens(x: Tensor, router: Tensor, experts: Tensor, normalize: bool) -> Tensor:
     """What the block's formula says, one token and one expert at a time."""
     x, router, experts = x.double(), router.double(), experts.double()
@@ -44,7 +48,7 @@ def test_tokens_go_through_their_experts_and_back(num_tokens: int, normalize: bo
         rows.append(group.shape[0])
         return group @ experts[expert].t()
 
-    chosen, weights = moe.route(x, router, TOP_K, normalize)
+    chosen, weights = moe.route(x, softmax(router, normalize=normalize))
     out = moe.grouped(x, chosen, weights, NUM_EXPERTS, run)
     # Sums of 16 products of numbers near 1 in float32.
     torch.testing.assert_close(out.double(), by_tokens(x, router, experts, normalize), rtol=1e-5, atol=1e-5)
@@ -57,7 +61,7 @@ def test_tokens_go_through_their_experts_and_back(num_tokens: int, normalize: bo
 def test_a_token_gets_the_same_bits_in_any_batch() -> None:
     """With experts that only multiply, so that no GEMM's split of its sums is in the way."""
     x, router, _ = inputs(40)
-    chosen, weights = moe.route(x, router, TOP_K, True)
+    chosen, weights = moe.route(x, softmax(router, normalize=True))
 
     def block(rows: slice) -> Tensor:
         def run(expert: int, group: Tensor, _: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def test_a_token_gets_the_same_bits_in_any_batch() -> None:
 def test_ranks_with_some_of_the_experts_add_up_to_all(num_tokens: int) -> None:
     """Pairs of experts elsewhere are dropped before anything runs; a rank that no token goes to adds zeros."""
     x, router, experts = inputs(num_tokens)
-    chosen, weights = moe.route(x, router, TOP_K, True)
+    chosen, weights = moe.route(x, softmax(router, normalize=True))
     total = torch.zeros(num_tokens, HIDDEN, dtype=torch.float64)
     ran: list[tuple[int, int]] = []
     for first, count in ((0, 2), (2, 2), (4, 1)):
@@ -103,7 +107,7 @@ def test_no_token_for_this_rank_runs_nothing() -> None:
 def test_sums_that_others_are_added_to_stay_as_wide_as_the_experts_make_them(num_tokens: int) -> None:
     """A rank's experts give float32 for bfloat16 tokens: a sum that was rounded before the ranks' sum loses 16 bits."""
     x, router, experts = inputs(num_tokens)
-    chosen, weights = moe.route(x, router, TOP_K, False)
+    chosen, weights = moe.route(x, softmax(router, normalize=False))
     out = moe.grouped(x.bfloat16(), chosen, weights, NUM_EXPERTS, lambda e, rows, _: rows.float() @ experts[e].t())
     expected = moe.grouped(x.bfloat16().float(), chosen, weights, NUM_EXPERTS, lambda e, rows, _: rows @ experts[e].t())
     assert torch.equal(out, expected)
@@ -113,4 +117,4 @@ def test_logits_of_bf16_tokens_are_not_rounded() -> None:
     """Two experts whose logits differ by less than bf16 tells apart are still told apart."""
     x = torch.ones(1, 2, dtype=torch.bfloat16)
     router = torch.tensor([[64.0, 0.0], [64.0, 0.01], [0.0, 0.0]])
-    assert moe.route(x, router, 1, True)[0].tolist() == [[1]]
+    assert moe.route(x, moe.Router(router, moe.Routing(1, normalize=True)))[0].tolist() == [[1]]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from octavo.kernels.moe.reference import Routing
 from octavo.quant.model_layout import ExpertNames
 from octavo.quant.shard import WHOLE, Range, Shard
 from octavo.runtime.model.experts import MoeSpec
@@ -158,7 +159,7 @@ def test_stages_have_whole_layers_of_all_ranks() -> None:
 
 
 def test_experts_are_cut_inside_or_dealt_out() -> None:
-    moe = MoeSpec(NAMES, num_experts=5, top_k=2, intermediate_size=96, normalize=True, shared_intermediate_size=64)
+    moe = MoeSpec(NAMES, 5, 96, Routing(2, normalize=True), shared_intermediate_size=64)
     spec = spec_of(moe=moe)
     inside = ParallelLayout.build(spec, 2)
     assert each(inside, "expert_inner") == [(0, 64), (64, 96)]
@@ -185,7 +186,7 @@ def test_experts_are_cut_inside_or_dealt_out() -> None:
 )
 def test_every_expert_is_one_rank_s(num_experts: int, inner: int, shared: int | None, tp: int, unit: int) -> None:
     """Whole, in their order, as evenly as they go, whatever an expert's width and its blocks; dense parts are cut."""
-    moe = MoeSpec(NAMES, num_experts, 1, inner, normalize=True, shared_intermediate_size=shared)
+    moe = MoeSpec(NAMES, num_experts, inner, Routing(1, normalize=True), shared_intermediate_size=shared)
     spec = spec_of(40, 40, moe=moe)
     if tp > min(num_experts, (shared or 8 * tp) // LEAST_UNIT):
         with pytest.raises(LayoutError, match=rf"-tp {tp}: the model has .*; 1 to \d+ work$"):
@@ -204,7 +205,7 @@ def test_every_expert_is_one_rank_s(num_experts: int, inner: int, shared: int | 
 
 def test_experts_too_narrow_to_cut_stay_whole() -> None:
     """Qwen3-30B-A3B's: 768 columns in blocks of 128 over 8 ranks are 2 blocks for some, and half a block for others."""
-    small = MoeSpec(NAMES, num_experts=128, top_k=8, intermediate_size=768, normalize=True)
+    small = MoeSpec(NAMES, 128, 768, Routing(8, normalize=True))
     spec = spec_of(32, 4, moe=small)
     cut = ParallelLayout.build(spec, 8, Units(expert_inner=128))
     assert {stop - begin for begin, stop in each(cut, "expert_inner")} == {64, 128}
@@ -238,7 +239,7 @@ def test_what_a_rank_reads_of_each_module() -> None:
 
 
 def test_what_a_rank_reads_of_experts() -> None:
-    moe = MoeSpec(NAMES, num_experts=4, top_k=2, intermediate_size=96, normalize=True, shared_intermediate_size=64)
+    moe = MoeSpec(NAMES, 4, 96, Routing(2, normalize=True), shared_intermediate_size=64)
     spec = spec_of(moe=moe)
     rank = ParallelLayout.build(spec, 2).ranks[0]
     assert rank.shards("experts.3.gate_up", spec) == (Shard("rows", ((0, 64),)),) * 2

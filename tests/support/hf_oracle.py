@@ -82,6 +82,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": False},
     ),
     "olmo2": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 1e-3}),
+    "olmo3": (
+        "Olmo3",
+        {"sliding_window": 6, "attention_bias": True, "rms_norm_eps": 1e-3, "rope_scaling": YARN},
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 40}
+        | {"n_shared_experts": 2, "first_k_dense_replace": 2, "routed_scaling_factor": 1.7, "use_qk_norm": True}
+        | {"attention_bias": True, "head_dim": 24, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24}),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -123,6 +133,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         else:
             value = noise * (1.5 * parameter.shape[1] ** -0.5)
         parameter.data.copy_(value)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def save(model: Any, directory: Path) -> Path:

@@ -20,7 +20,7 @@ from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
 NORMS = {"pre": "before", "sandwich": "before and after", "post": "after"}
 QK_NORMS = {None: "", "head": "each head", "width": "all heads together"}
 WINDOWS = {"none": "", "all": "all layers", "layer_types": "as the config says"}
-EXPERTS = {"none": "", "all": "all layers", "sparse_step": "as the config says"}
+EXPERTS = {"none": "", "all": "all layers", "sparse_step": "as the config says", "behind_dense": "behind dense layers"}
 
 BF16 = torch.bfloat16
 TARGETS = {

@@ -7,11 +7,11 @@ checkpoint's config.json. A family is a module beside this one with a `FAMILY`; 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from octavo.quant.model_layout import ExpertNames
-from octavo.runtime.model.config_types import Count, Index
+from octavo.runtime.model.config_types import Count, Index, Positive
 from octavo.runtime.model.families.encoding import EncoderArchitecture
 from octavo.runtime.model.rope import RopeError
 
@@ -21,11 +21,26 @@ Keys = dict[str, Any]
 NormPlacement = Literal["pre", "sandwich", "post"]
 BiasRule = Literal["never", "always", "attention_bias", "mlp_bias", "qkv_bias"]
 WindowRule = Literal["none", "all", "layer_types"]
-ExpertRule = Literal["none", "all", "sparse_step"]
+ExpertRule = Literal["none", "all", "sparse_step", "behind_dense"]
+ScoreRule = Literal["softmax", "corrected_sigmoid"]
 LayerKind = Literal["full_attention", "sliding_attention"]
 
 MLP_EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
+SHARED_EXPERTS = replace(MLP_EXPERTS, shared="shared_experts")
 WINDOW_KEYS: Keys = {"sliding_window": Index, "layer_types": list[str]}
+SHARED_MOE_KEYS: Keys = {
+    "n_routed_experts": Index,
+    "num_local_experts": Index,
+    "num_experts_per_tok": Count,
+    "n_shared_experts": Index,
+    "moe_intermediate_size": Count,
+    "norm_topk_prob": bool,
+    "routed_scaling_factor": Positive,
+    "n_group": Count,
+    "topk_group": Count,
+    "first_k_dense_replace": Index,
+}
+"""DeepSeek's, and those of who follows it."""
 MOE_KEYS: Keys = {"num_experts": Index, "num_local_experts": Index, "num_experts_per_tok": Count}
 
 
@@ -64,12 +79,15 @@ class Architecture:
     """One model_type of a family: traits that no config key tells, and keys.
 
     norms      pre: before attention and before the MLP. sandwich: before and after both. post: only after both
-    qk_norm    head: q and k are normalized over each head. width: over all heads together
+    qk_norm    head: q and k are normalized over each head. width: over all heads together. Where the config has a
+               use_qk_norm that the architecture reads, if that is on
     qkv_bias, o_bias, mlp_bias  always, never, or the config key that says it
     windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named
     fused      qkv_proj and gate_up_proj are one tensor each on disk
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
-               decoder_sparse_step counts and mlp_only_layers doesn't name
+               decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
+               first_k_dense_replace
+    scores     what a router makes of logits. corrected_sigmoid: sigmoids, to which a correction is added for the choice
     expert_names  where experts are in a checkpoint
     defaults   what keys mean where they are absent, and no other architecture's default holds
     reads      config keys that change the computation, beyond the ones that every architecture has, with their types
@@ -79,6 +97,7 @@ class Architecture:
     rotating_layers    which of so many layers have positions
     sliding_layers     which layers have a window where the config has no layer_types; given which rotate
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
+    further_layers     the key that says how many layers lie behind these in a checkpoint, which aren't served
     rope_types         other names of rope types that this architecture's configs have
     ropes_stretch_max_position  max_position_embeddings is the length before a rope stretches it
     """
@@ -95,11 +114,13 @@ class Architecture:
     sqrt_embedding_scale: bool = False
     fused: bool = False
     experts: ExpertRule = "none"
+    scores: ScoreRule = "softmax"
     expert_names: ExpertNames = MLP_EXPERTS
     reads: Keys = field(default_factory=dict)
     rotating_layers: Callable[[Config, int], list[bool]] = all_rotate
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
     ropes: Callable[[Config, Config, dict[str, Any]], dict[LayerKind, tuple[dict[str, Any], float]]] = one_rope
+    further_layers: str | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
     ropes_stretch_max_position: bool = True
 

@@ -1,8 +1,25 @@
-"""OLMo 2 (norms behind the sublayers) and OLMoE (norms before them, experts)."""
+"""OLMo 2 and 3 (norms behind the sublayers; 3: windows on most layers) and OLMoE (norms before them, experts)."""
 
 from __future__ import annotations
 
-from octavo.runtime.model.families.family import MOE_KEYS, Architecture, Family
+from typing import Any
+
+from octavo.runtime.model.families.family import MOE_KEYS, WINDOW_KEYS, Architecture, Config, Family, LayerKind
+
+
+def _all_but_every_fourth(settings: Config, rotates: list[bool]) -> list[bool]:  # noqa: ARG001
+    return [(i + 1) % 4 != 0 for i in range(len(rotates))]
+
+
+def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:  # noqa: ARG001
+    """OLMo 3: transformers 5 has a dictionary for each kind of layer; in 4 what stretches is the full layers' alone."""
+    theta = float(settings["rope_theta"])
+    local: dict[str, Any] = {}
+    if "full_attention" in given or "sliding_attention" in given:
+        local = dict(given.get("sliding_attention") or {})
+        given = dict(given.get("full_attention") or {})
+    return {"full_attention": (given, theta), "sliding_attention": (local, theta)}
+
 
 FAMILY = Family(
     architectures={
@@ -13,6 +30,18 @@ FAMILY = Family(
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             reads={"attention_bias": bool},
+        ),
+        "olmo3": Architecture(
+            defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+            norms="post",
+            qk_norm="width",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windows="layer_types",
+            reads=WINDOW_KEYS | {"attention_bias": bool},
+            sliding_layers=_all_but_every_fourth,
+            ropes=_ropes,
+            ropes_stretch_max_position=False,
         ),
         "olmoe": Architecture(
             defaults={

@@ -34,9 +34,9 @@ VISION: Mapping[str, str] = MappingProxyType(
 
 
 def _layout(row: Architecture) -> ModelLayout:
-    """What an architecture's files hold; `sparse_step` puts experts into some blocks and a dense MLP into others."""
+    """What an architecture's files hold; some rules put experts into some blocks and a dense MLP into others."""
     return ModelLayout(
-        experts=None if row.experts == "none" else row.expert_names, blocks_alike=row.experts != "sparse_step"
+        experts=None if row.experts == "none" else row.expert_names, blocks_alike=row.experts in ("none", "all")
     )
 
 

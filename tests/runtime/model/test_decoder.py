@@ -48,6 +48,14 @@ def rope_changed(**fields: Any) -> Change:
     return change
 
 
+def routing_changed(**fields: Any) -> Change:
+    def change(spec: DecoderSpec) -> DecoderSpec:
+        assert spec.moe is not None
+        return moe_changed(routing=dataclasses.replace(spec.moe.routing, **fields))(spec)
+
+    return change
+
+
 def moe_changed(**fields: Any) -> Change:
     def change(spec: DecoderSpec) -> DecoderSpec:
         assert spec.moe is not None
@@ -89,9 +97,14 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "residual multiplier": ("granite", changed(residual_multiplier=0.25)),
     "logits divisor": ("granite", changed(logits_divisor=0.26)),
     "layers without rope": ("smollm3", lambda spec: rope_everywhere(spec)),
-    "experts' weights that sum to one": ("mixtral", moe_changed(normalize=False)),
-    "experts' weights as they are": ("qwen2_moe", moe_changed(normalize=True)),
-    "number of experts": ("qwen3_moe", moe_changed(top_k=2)),
+    "experts' weights that sum to one": ("mixtral", routing_changed(normalize=False)),
+    "experts' weights as they are": ("qwen2_moe", routing_changed(normalize=True)),
+    "number of experts": ("qwen3_moe", routing_changed(top_k=2)),
+    "scores of experts": ("glm4_moe", routing_changed(scores="softmax")),
+    "factor of experts' weights": ("glm4_moe", routing_changed(factor=1.6)),
+    "groups of experts": ("glm4_moe", routing_changed(num_groups=1, top_groups=1)),
+    "scores of groups": ("glm4_moe", routing_changed(group_score="best")),
+    "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
 }
 
@@ -99,6 +112,12 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
 def rope_everywhere(spec: DecoderSpec) -> DecoderSpec:
     rope = spec.layers[0].mixer.rope
     return with_mixers(spec, [dataclasses.replace(x.mixer, rope=rope) for x in spec.layers])
+
+
+def one_rope(spec: DecoderSpec) -> DecoderSpec:
+    """Each layer with the last one's."""
+    mixers = [layer.mixer for layer in spec.layers]
+    return with_mixers(spec, [dataclasses.replace(mixer, rope=mixers[-1].rope) for mixer in mixers])
 
 
 def windows_shifted(spec: DecoderSpec) -> DecoderSpec:

@@ -1,0 +1,120 @@
+"""Families by all that octavo does with a checkpoint: served out of the prefix cache, quantized, inspected."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from calibrated import calibration
+from hf_oracle import CASES, make_hf, scattered_logits
+from safetensors.torch import load_file, save_file
+from toy_model import make_request, run_to_end, tokens_of
+
+from octavo.calibration.prepare import prepare
+from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe
+from octavo.cli import main
+from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.qparams import QuantizedWeight
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.model.weights import load_model
+from octavo.runtime.startup import load_engine
+
+NAMES = ("olmo3", "glm4_moe")
+PROMPTS = [list(range(3, 40)), list(range(40, 49))]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each family as transformers writes it."""
+    root = tmp_path_factory.mktemp("families")
+    for name in NAMES:
+        make_hf(*CASES[name]).save_pretrained(root / name)
+    return {name: root / name for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_out_of_the_prefix_cache_are_transformers(name: str, checkpoints: dict[str, Path]) -> None:
+    """In chunks of 8 tokens at first; the second time all but the last tokens are found."""
+    engine = load_engine(
+        EngineConfig(
+            model=str(checkpoints[name]),
+            dtype="float32",
+            num_blocks=100,
+            block_size=4,
+            max_model_len=64,
+            max_num_batched_tokens=8,
+        ),
+        time.time(),
+    )[0]
+    prompt = PROMPTS[0]
+    reference = make_hf(*CASES[name])
+    answer: list[int] = []
+    with torch.inference_mode():
+        for _ in range(8):
+            answer.append(int(reference(torch.tensor([prompt + answer]), use_cache=False).logits[0, -1].argmax()))
+    for known in (0, 36):
+        before = engine.scheduler.stats().prefix_cache_hits
+        outputs = run_to_end(engine, [make_request(f"after{known}", prompt, max_tokens=8)])
+        assert tokens_of(outputs[f"after{known}"]) == answer
+        assert engine.scheduler.stats().prefix_cache_hits - before == known
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("scheme", "algorithm"), [("W4A16@8", "rtn"), ("W4A16@8", "gptq"), ("W8A16@8", "awq")])
+def test_a_quantized_one_computes_with_the_numbers_of_its_files(
+    name: str, scheme: str, algorithm: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """As does the plain checkpoint with every weight replaced by what its codes stand for."""
+    source = checkpoints[name]
+    token_ids = torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(4))
+    ready = None if algorithm == "rtn" else calibration(source, token_ids)
+    recipe = Recipe(scheme, algorithm=algorithm)
+    quantize_model(prepare(source, tmp_path / "quantized", recipe, calibration=ready, layouts=LAYOUTS))
+    quantized = Checkpoint.open(tmp_path / "quantized", LAYOUTS)
+    original = Checkpoint.open(source, LAYOUTS)
+    tensors = {}
+    changed = 0
+    for tensor in sorted(original.names):
+        module, _, kind = tensor.rpartition(".")
+        is_linear = kind == "weight" and "weight_scale" in quantized.suffixes(module)
+        weight = quantized.linear(module) if is_linear else quantized.tensor(tensor)
+        changed += isinstance(weight, QuantizedWeight)
+        tensors[tensor] = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.clone()
+    assert changed == sum(tensor.endswith("proj.weight") for tensor in original.names)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    plain, served = (
+        torch.cat(scattered_logits(load_model(EngineConfig(model=str(tmp_path / kind), dtype="float32")), PROMPTS))
+        for kind in ("plain", "quantized")
+    )
+    torch.testing.assert_close(served, plain, rtol=0, atol=3e-4 * float(plain.abs().max()))
+
+
+def test_a_layer_for_further_tokens_is_left_with_a_word(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """GLM's files have it behind the others, as one layer more."""
+    config = json.loads((checkpoints["glm4_moe"] / "config.json").read_text())
+    tensors = load_file(checkpoints["glm4_moe"] / "model.safetensors")
+    further = {name.replace("layers.3.", "layers.4."): x.clone() for name, x in tensors.items() if "layers.3." in name}
+    further["model.layers.4.eh_proj.weight"] = torch.zeros(64, 128)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    save_file(tensors | further, source / "model.safetensors")
+    quantize_model(prepare(source, tmp_path / "quantized", Recipe("W4A16@8"), layouts=LAYOUTS))
+    for directory in (source, tmp_path / "quantized"):
+        notes = load_model(EngineConfig(model=str(directory), dtype="float32")).notes
+        assert "model.layers.4 is not loaded: it says further tokens, and no drafter is made of it here" in notes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inspect_knows_every_layer(name: str, checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoints[name]), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["layers"]
+    tensors = load_file(checkpoints[name] / "model.safetensors")
+    assert sum(row["parameters"] for row in rows) == sum(tensor.numel() for tensor in tensors.values())
