@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.quant.checkpoint import KV_SCALES, QUANTIZATION_KEYS, Checkpoint
+from octavo.quant.checkpoint import KV_SCALES, QUANTIZATION_KEYS, Checkpoint, read_config
 from octavo.quant.derived_file import Derived, DerivedFile
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.reading import FLOATS
@@ -21,16 +21,19 @@ from octavo.quant.model_files import CheckpointError
 from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.quant.safetensors_file import TensorSpec
 
+GGUF_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 KV_ENDINGS = tuple(f".{name}" for pair in KV_SCALES for name in pair)
 
 
 def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
     """`Checkpoint.open`, with a plain `{layer}.weight` in place of each quantized layer's tensors.
 
-    Its numbers are of the type that most of the checkpoint's plain numbers have; a GGUF file's are bfloat16. Scales of
+    Its numbers are of the type that most of the checkpoint's plain numbers have; a GGUF file's are float16 or float32
+    where all matrices are, else bfloat16. Scales of
     inputs and of a KV cache are left out, and `source` says what the layers were. Raises CheckpointError.
     """
-    checkpoint = Checkpoint.open(directory, layouts, gguf_dtype=torch.bfloat16)
+    own = GGUF_DTYPES.get(str(read_config(directory).get("dtype")), torch.bfloat16)
+    checkpoint = Checkpoint.open(directory, layouts, gguf_dtype=own)
     formats = _formats(checkpoint)
     if checkpoint.quantization is None:
         return checkpoint

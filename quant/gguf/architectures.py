@@ -1,8 +1,8 @@
 """What a GGUF architecture is in Hugging Face's terms: config.json, the names of tensors, and what their rows mean.
 
-Source: ggml-org/llama.cpp, `convert_hf_to_gguf.py` and `src/llama-model.cpp`, which say what was changed on the way:
-rows of llama's q and k are interleaved for its rotation, and the weights of Gemma's norms have had 1 added. Both are
-undone.
+Source: ggml-org/llama.cpp, `convert_hf_to_gguf.py` and `src/models/`, which say what was changed on the way: rows of
+llama's q and k are interleaved for its rotation, the weights of Gemma's norms have had 1 added, and a layer's experts
+are one tensor. All three are undone.
 A key of an architecture that is not known here is refused, since it would change what the model computes.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.quant.gguf.header import StoredTensor
+from octavo.quant.gguf.header import GGUFHeader, StoredTensor
 from octavo.quant.gguf.metadata import Keys
+from octavo.quant.gguf.rotation import rope_of
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.printable import printable, shown, some
 
@@ -40,6 +41,38 @@ _SANDWICH = _COMMON | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_POST = {name: ours for name, ours in _COMMON.items() if name != "attn_norm"} | {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_ATTENTION = {name: ours for name, ours in _PLAIN.items() if name not in ("ffn_gate", "ffn_up", "ffn_down")}
+EXPERT = "{}"  # stands for an expert's number in a name
+_EXPERTS = _ATTENTION | {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_MIXTRAL = _ATTENTION | {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+_FUSED = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
 # What every architecture here says of itself.
@@ -61,20 +94,27 @@ _READ = {
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
     "vocab_size",
 }
+_MOE_KEYS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func"})
+SOFTMAX = 1  # of expert_gating_func
 SWA_ROPE = 10_000.0  # of Gemma 3's layers with a window
 
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """model_type and name: config.json's. blocks: names in a block. rotates: q's and k's rows are interleaved."""
+    """model_type and name: config.json's. blocks: names in a block. rotates: q's and k's rows are interleaved.
+
+    bias_key  config.json's key that says whether q, k and v have biases; None: they always or never have
+    """
 
     model_type: str
     name: str
     blocks: Mapping[str, str]
     rotates: bool = False
     adds_one: bool = False  # to the weights of norms
+    bias_key: str | None = "attention_bias"
     keys: frozenset[str] = frozenset()  # that it has beside the common ones
     extra: Callable[[Keys, dict[str, Any]], dict[str, Any]] = lambda keys, config: {}  # noqa: ARG005
 
@@ -113,10 +153,76 @@ def _gemma3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _experts(keys: Keys) -> dict[str, Any]:
+    if keys.get("expert_gating_func") not in (None, SOFTMAX):
+        keys.refuse("expert_gating_func", f"{SOFTMAX}, softmax, is read", keys.get("expert_gating_func"))
+    return {"num_experts_per_tok": keys.count("expert_used_count")}
+
+
+def _mixtral(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    return _experts(keys) | {"num_local_experts": keys.count("expert_count"), "sliding_window": None}
+
+
+def _olmoe(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    return _experts(keys) | {"num_experts": keys.count("expert_count"), "norm_topk_prob": False}
+
+
+def _qwen3moe(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    return _experts(keys) | {
+        "num_experts": keys.count("expert_count"),
+        "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
+def _qwen2moe(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return _qwen3moe(keys, config) | {
+        "shared_expert_intermediate_size": keys.count("expert_shared_feed_forward_length"),
+        "norm_topk_prob": False,
+    }
+
+
+def _phi3(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    original = keys.count("rope.scaling.original_context_length", config["max_position_embeddings"])
+    return {
+        "sliding_window": _if_any(keys, "attention.sliding_window", keys.count),
+        "original_max_position_embeddings": original,
+        "pad_token_id": None,  # else transformers' own, which a small vocabulary doesn't have
+    }
+
+
+GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+
+def _granite(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    missing = {"attention_multiplier": config["head_dim"] ** -0.5}
+    return {ours: keys.positive(theirs, missing.get(ours, 1.0)) for theirs, ours in GRANITE.items()}
+
+
+LLAMA_EXPERTS = "llama with experts"
 ARCHITECTURES = {
     "llama": GGUFArchitecture("llama", "LlamaForCausalLM", _PLAIN, rotates=True),
-    "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", _PLAIN),
+    LLAMA_EXPERTS: GGUFArchitecture(
+        "mixtral", "MixtralForCausalLM", _MIXTRAL, rotates=True, keys=_MOE_KEYS, extra=_mixtral
+    ),
+    "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", _PLAIN, bias_key=None),
+    "qwen2moe": GGUFArchitecture(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _EXPERTS | _SHARED_EXPERT,
+        bias_key="qkv_bias",
+        keys=_MOE_KEYS | {"expert_shared_feed_forward_length"},
+        extra=_qwen2moe,
+    ),
     "qwen3": GGUFArchitecture("qwen3", "Qwen3ForCausalLM", _PLAIN | _HEADS),
+    "qwen3moe": GGUFArchitecture(
+        "qwen3_moe", "Qwen3MoeForCausalLM", _EXPERTS | _HEADS, keys=_MOE_KEYS, extra=_qwen3moe
+    ),
     "gemma2": GGUFArchitecture(
         "gemma2",
         "Gemma2ForCausalLM",
@@ -133,6 +239,20 @@ ARCHITECTURES = {
         keys=frozenset({"attention.sliding_window", "final_logit_softcapping", "rope.freq_base_swa"}),
         extra=_gemma3,
     ),
+    "phi3": GGUFArchitecture(
+        "phi3",
+        "Phi3ForCausalLM",
+        _FUSED,
+        bias_key=None,
+        keys=frozenset({"attention.sliding_window"}),
+        extra=_phi3,
+    ),
+    "olmo2": GGUFArchitecture("olmo2", "Olmo2ForCausalLM", _POST | _HEADS),
+    "olmoe": GGUFArchitecture("olmoe", "OlmoeForCausalLM", _EXPERTS | _HEADS, keys=_MOE_KEYS, extra=_olmoe),
+    "granite": GGUFArchitecture(
+        "granite", "GraniteForCausalLM", _PLAIN, rotates=True, keys=frozenset(GRANITE), extra=_granite
+    ),
+    "smollm3": GGUFArchitecture("smollm3", "SmolLM3ForCausalLM", _PLAIN, rotates=True),
 }
 
 
@@ -141,13 +261,17 @@ def architecture_of(metadata: Mapping[str, Any]) -> GGUFArchitecture:
     if metadata.get("split.count", 0) not in (0, 1):
         raise CheckpointError("it is one of several parts; llama-gguf-split --merge makes one file of them")
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES or name == LLAMA_EXPERTS:
         raise CheckpointError(f"GGUF architecture {shown(name)} is not read; {', '.join(ARCHITECTURES)} are")
+    if name == "llama" and metadata.get("llama.expert_count"):
+        name = LLAMA_EXPERTS
     return ARCHITECTURES[name]
 
 
-def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def config_of(header: GGUFHeader) -> dict[str, Any]:
     """config.json. Raises CheckpointError for what is missing, or not known."""
+    metadata = header.metadata
+    tensors = header.tensors
     architecture = architecture_of(metadata)
     prefix = f"{metadata['general.architecture']}."
     keys = Keys(metadata, prefix)
@@ -156,47 +280,38 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) 
     config: dict[str, Any] = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
-        "dtype": "bfloat16",
+        "dtype": _dtype_of(tensors),
         **{ours: keys.count(theirs) for theirs, ours in _SIZES.items()},
     }
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = keys.count("attention.head_count_kv", heads)
     config["head_dim"] = keys.count("attention.key_length", config["hidden_size"] // heads)
-    for same in ("attention.value_length", "rope.dimension_count"):
-        if (length := keys.get(same)) not in (None, config["head_dim"]):
-            raise CheckpointError(f"{prefix}{same} is {shown(length)}, and heads have {config['head_dim']}")
+    if (length := keys.get("attention.value_length")) not in (None, config["head_dim"]):
+        raise CheckpointError(f"{prefix}attention.value_length is {shown(length)}, and heads have {config['head_dim']}")
     if "token_embd.weight" not in tensors:
         raise CheckpointError("it has no tensor token_embd.weight")
-    biased = "blk.0.attn_q.bias" in tensors
     config |= {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "rms_norm_eps": keys.positive("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(keys),
+        "rope_parameters": rope_of(keys, header.factors, config),
         "tie_word_embeddings": "output.weight" not in tensors,
-        **({"attention_bias": biased} if architecture.model_type != "qwen2" else {}),
     }
+    if architecture.bias_key is not None:
+        config[architecture.bias_key] = "blk.0.attn_q.bias" in tensors
     return config | architecture.extra(keys, config)
 
 
-def _rope(keys: Keys) -> dict[str, Any]:
-    """A factor alone scales linearly, as llama.cpp has it."""
-    factor = keys.positive("rope.scaling.factor", 1.0)
-    kind = keys.text("rope.scaling.type") or ("none" if factor == 1.0 else "linear")
-    rope: dict[str, Any] = {"rope_theta": keys.positive("rope.freq_base", 10_000.0), "rope_type": "default"}
-    if kind == "none":
-        if factor != 1.0:
-            keys.refuse("rope.scaling.factor", "rope.scaling.type is none: 1 or no factor goes with it", factor)
-        return rope
-    if kind not in ("linear", "yarn"):
-        keys.refuse("rope.scaling.type", "none, linear and yarn are read", kind)
-    rope |= {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
-    return rope
+def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
+    """The type of matrices that are not in blocks, routers aside, which are always F32."""
+    kinds = {tensor.kind for name, tensor in tensors.items() if len(tensor.shape) > 1 and "_inp" not in name}
+    return {"F16": "float16", "F32": "float32"}.get(" ".join(kinds), "bfloat16")
 
 
 def rename(name: str, metadata: Mapping[str, Any]) -> str:
-    """A tensor's name in Hugging Face's checkpoint. Raises CheckpointError for one that isn't known."""
+    """A tensor's name in Hugging Face's checkpoint, EXPERT in it where the tensor is of all experts.
+
+    Raises CheckpointError for one that isn't known.
+    """
     architecture = architecture_of(metadata)
     stem, _, suffix = name.rpartition(".")
     if stem in _OUTSIDE and suffix == "weight":

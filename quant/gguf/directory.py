@@ -48,7 +48,7 @@ def directory_of(path: Path) -> Path:
 
 def _files(header: GGUFHeader) -> dict[str, str]:
     metadata = header.metadata
-    config = config_of(metadata, header.tensors)
+    config = config_of(header)
     tokenizer, tokenizer_config = tokenizer_of(metadata)
     ends = end_tokens(metadata)
     ids: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}

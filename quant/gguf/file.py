@@ -8,21 +8,24 @@ words. Everything else, and with `dtype` everything, comes as numbers, decoded w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.quant.gguf.architectures import change_of, config_of, rename
+from octavo.quant.fused_experts import MAX_EXPERTS
+from octavo.quant.gguf.architectures import EXPERT, change_of, config_of, rename
 from octavo.quant.gguf.blocks import BLOCK_TYPES, BlockType
 from octavo.quant.gguf.header import StoredTensor, read_header
 from octavo.quant.model_files import CheckpointError
+from octavo.quant.printable import printable
 from octavo.quant.safetensors_file import TensorSpec
 
 GGUF = "model.gguf"  # its name, or that of a link to it, in a model's directory
 CHUNK = 1 << 22  # numbers decoded at a time
-LINEAR = ("_proj.weight", "lm_head.weight")
+LINEAR = ("_proj.weight", "lm_head.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 SCALE = "_scale"
 
 
@@ -41,8 +44,12 @@ class GGUFFile:
         header = read_header(path)
         self._metadata = header.metadata
         try:
-            self._config = config_of(header.metadata, header.tensors)
-            self._stored = {rename(name, header.metadata): (name, t) for name, t in header.tensors.items()}
+            self._config = config_of(header)
+            self._stored = {
+                ours: (name, part)
+                for name, tensor in header.tensors.items()
+                for ours, part in _parts(rename(name, header.metadata), name, tensor)
+            }
         except CheckpointError as e:
             raise CheckpointError(f"{path.name}: {e}") from None
         self._dtype = dtype
@@ -113,7 +120,7 @@ class GGUFFile:
         yield from torch.split(self.view(name).flatten().view(torch.uint8), chunk_bytes)
 
     def divide(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:  # noqa: ARG002
-        raise CheckpointError(f"{self.path.name}: {name} is of several experts, which are not read from GGUF files")
+        raise CheckpointError(f"{self.path.name}: {name} is of several experts under a name that no GGUF file has")
 
     def _decode_integers(self, name: str) -> tuple[Tensor, Tensor]:
         """codes [N, K] int8 and scales [N, groups] float32 of a linear layer."""
@@ -133,3 +140,20 @@ class GGUFFile:
             self._map = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
         raw = self._map[tensor.begin : tensor.begin + tensor.nbytes].view(-1, block.nbytes)
         return raw.clone() if block.plain is not None and tensor.begin % block.nbytes else raw
+
+
+def _parts(ours: str, name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """A tensor under its name, or a tensor of all experts as each one's own."""
+    if EXPERT not in ours:
+        if ours.endswith("shared_expert_gate.weight"):
+            tensor = replace(tensor, shape=(1, tensor.shape[-1]))  # a vector in llama.cpp's files
+        yield ours, tensor
+        return
+    if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
+        raise CheckpointError(
+            f"{printable(name, 100)} has the shape {list(tensor.shape)}; a matrix for each of at most {MAX_EXPERTS:,} "
+            "experts is needed"
+        )
+    nbytes = tensor.nbytes // tensor.shape[0]
+    for i in range(tensor.shape[0]):
+        yield ours.format(i), replace(tensor, shape=tensor.shape[1:], begin=tensor.begin + i * nbytes, nbytes=nbytes)

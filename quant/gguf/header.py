@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ MAX_ITEM = 1 << 16  # bytes of a string in an array, such as a token
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING = 8
 ARRAY = 9
+FREQS = "rope_freqs.weight"
+LONG = "rope_factors_long.weight"
+SHORT = "rope_factors_short.weight"
+MAX_FACTORS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,15 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """metadata: by key, as Python values; tensors: by their names in the file; nbytes: of the header itself."""
+    """metadata: by key, as Python values; tensors: by their names in the file; nbytes: of the header itself.
+
+    factors: what divides the frequencies of rotations, by the tensors' names, which `tensors` are without
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
     nbytes: int
+    factors: dict[str, list[float]] = field(default_factory=dict)
 
 
 class _TruncatedError(Exception):
@@ -112,7 +120,17 @@ class _Reader:
         for (one, first), (other, second) in pairwise(sorted(tensors.items(), key=lambda item: item[1].begin)):
             if first.begin + first.nbytes > second.begin:
                 raise ValueError(f"{printable(one, 100)} and {printable(other, 100)} overlap")
-        return GGUFHeader(metadata, tensors, header_bytes)
+        factors = {name: self.factors(name, tensors.pop(name)) for name in (FREQS, LONG, SHORT) if name in tensors}
+        return GGUFHeader(metadata, tensors, header_bytes, factors)
+
+    def factors(self, name: str, tensor: StoredTensor) -> list[float]:
+        if tensor.kind != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > MAX_FACTORS:
+            raise ValueError(f"{name} is {tensor.kind} {list(tensor.shape)}; a row of F32 is needed")
+        self.at = tensor.begin
+        values = list(struct.unpack(f"<{tensor.shape[0]}f", self.take(tensor.nbytes)))
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"{name} has a factor that is no finite number above 0")
+        return values
 
     def placed(self, name: str, kind: str, shape: tuple[int, ...], begin: int) -> StoredTensor:
         block = BLOCK_TYPES[kind]

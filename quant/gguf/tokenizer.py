@@ -22,12 +22,24 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CASED = (  # words that change to capitals are split there
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {  # tokenizer.ggml.pre: how text is split before bytes are joined; None: GPT-2's way
     "gpt-2": None,
+    "olmo": None,
     "smollm": "digits",
+    "starcoder": "digits",
+    "refact": "digits",
     "qwen2": _WORDS % "",
     "llama-bpe": _WORDS % "{1,3}",
+    "dbrx": _WORDS % "{1,3}",
+    "smaug-bpe": _WORDS % "{1,3}",
+    "tekken": _CASED,
 }
+WHOLE_WORDS = {"llama-bpe", "tekken"}  # a word that is a token is one, whatever merges say; answers begin with bos
 ENDS = {  # texts of control tokens that end an answer, whatever the metadata names
     "<|eot_id|>",
     "<|eom_id|>",
@@ -72,7 +84,7 @@ def _byte_level(keys: Keys, tokens: list[str]) -> Tokenizer:
     if pre not in SPLITS:
         raise CheckpointError(f"tokenizer.ggml.pre is {shown(pre)}; {', '.join(SPLITS)} are read")
     merges: Any = [tuple(merge.split(" ", 1)) for merge in keys.texts("merges")]
-    backend = _bpe(tokens, merges, ignore_merges=pre == "llama-bpe")
+    backend = _bpe(tokens, merges, ignore_merges=pre in WHOLE_WORDS)
     split = SPLITS[pre]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))
     if split is None:
@@ -150,7 +162,7 @@ def _token(keys: Keys, tokens: list[str], name: str) -> str | None:
 
 def _config(keys: Keys, tokens: list[str]) -> dict[str, Any]:
     named = {ours: _token(keys, tokens, theirs) for theirs, ours in NAMED.items()}
-    begins = keys.text("model") == "llama" or keys.text("pre") == "llama-bpe"
+    begins = keys.text("model") == "llama" or keys.text("pre") in WHOLE_WORDS
     config: dict[str, Any] = {key: token for key, token in named.items() if token is not None}
     return config | {
         "add_bos_token": keys.flag("add_bos_token", begins),

@@ -18,9 +18,11 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import write_gguf
+from hf_oracle import make_hf
 from safetensors.torch import save_file
 from served import logits_of
 
+from octavo.calibration.recipe import parse_scheme
 from octavo.cli import main
 from octavo.demo_models import DEMO_MODELS, _download, _join_pieces
 from octavo.quant.checkpoint import Checkpoint
@@ -30,7 +32,7 @@ from octavo.quant.gguf.header import read_header
 from octavo.quant.gguf.tokenizer import SPACE, end_tokens, tokenizer_of
 from octavo.quant.hub import model_name, resolve_model
 from octavo.quant.model_files import CheckpointError
-from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.text.tokenizer import Tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -124,6 +126,114 @@ def test_logits_are_transformers_of_the_very_numbers(
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits_of(directory, ids), expected, rtol=0, atol=1e-4)
+
+
+TURNS = [1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+COUNTS = {"expert_count": 4, "expert_used_count": 2}
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "llama3": (
+        "Llama",
+        "llama",
+        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 5e5}},
+        {"rope.freq_base": 5e5, "factors": {"rope_freqs.weight": [1.0, 1.0, 1.0, 1.0, 1.2386, 8.0, 8.0, 8.0]}},
+    ),
+    "mixtral": (
+        "Mixtral",
+        "llama",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        COUNTS,
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        "qwen2moe",
+        MOE | {"shared_expert_intermediate_size": 64, "norm_topk_prob": False},
+        COUNTS | {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 64},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        "qwen3moe",
+        MOE | {"norm_topk_prob": True, "head_dim": 32},
+        COUNTS | {"expert_feed_forward_length": 32},
+    ),
+    "olmoe": ("Olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, COUNTS),
+    "olmo2": ("Olmo2", "olmo2", {}, {}),
+    "granite": (
+        "Granite",
+        "granite",
+        {"embedding_multiplier": 12.0, "logits_scaling": 0.25, "residual_multiplier": 0.25}
+        | {"attention_multiplier": 0.5},
+        {"embedding_scale": 12.0, "logit_scale": 0.25, "residual_scale": 0.25, "attention.scale": 0.5},
+    ),
+    "smollm3": ("SmolLM3", "smollm3", {"rope_theta": 2e6}, {"rope.freq_base": 2e6}),
+    "phi3": (
+        "Phi3",
+        "phi3",
+        {"original_max_position_embeddings": 16, "sliding_window": 9}
+        | {
+            "rope_parameters": {"rope_type": "longrope", "short_factor": TURNS, "long_factor": TURNS[::-1]}
+            | {"rope_theta": 1e4, "original_max_position_embeddings": 16, "attention_factor": 1.25}
+        },
+        {"rope.scaling.original_context_length": 16, "rope.scaling.attn_factor": 1.25, "attention.sliding_window": 9}
+        | {"factors": {"rope_factors_short.weight": TURNS, "rope_factors_long.weight": TURNS[::-1]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_further_architectures_give_transformers_logits(tmp_path: Path, name: str) -> None:
+    """Experts, fused layers, multipliers, and rotations that a tensor scales."""
+    family, arch, overrides, keys = FAMILIES[name]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 96}
+    source = tmp_path / "source"
+    make_hf(family, sizes | overrides).bfloat16().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    if (config.get("rope_parameters") or {}).get("rope_type") == "llama3":
+        keys = keys | {"factors": {"rope_freqs.weight": llama3_factors(config)}}
+    changes = {key if key == "factors" else f"{arch}.{key}": value for key, value in keys.items()}
+    meaning = write_gguf(source, tmp_path / "x.gguf", arch, Kind.Q8_0, **changes)
+    directory = resolve_model(str(tmp_path / "x.gguf"))
+    save_file(
+        {key: value.contiguous() for key, value in meaning.items()}, source / "model.safetensors", {"format": "pt"}
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits_of(directory, ids), expected, rtol=0, atol=1e-4)
+    read = json.loads((directory / "config.json").read_text())
+    assert read["model_type"] == config["model_type"]
+    if name == "llama3":
+        assert read["rope_parameters"] == config["rope_parameters"]
+
+
+def llama3_factors(config: dict[str, Any]) -> list[float]:
+    """What divides each pair's frequency, by transformers' own rule for Llama 3."""
+    scaled = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"]
+    given = transformers.LlamaConfig(**config)
+    dim = given.hidden_size // given.num_attention_heads
+    plain = given.rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2).float() / dim)
+    return (plain / scaled(given, torch.device("cpu"))[0]).tolist()
+
+
+def test_factors_that_are_no_llama_3_s_are_longrope_s(fixtures: Path, tmp_path: Path) -> None:
+    config = json.loads((fixtures / "tiny" / "config.json").read_text())
+    pairs = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    factors = [1.0 + i / 4 for i in range(pairs)]
+    write_gguf(fixtures / "tiny", tmp_path / "t.gguf", "llama", Kind.Q8_0, factors={"rope_freqs.weight": factors})
+    rope = json.loads((resolve_model(str(tmp_path / "t.gguf")) / "config.json").read_text())["rope_parameters"]
+    assert (rope["rope_type"], rope["short_factor"], rope["long_factor"]) == ("longrope", factors, factors)
+    assert rope["attention_factor"] == 1.0
+    for wrong, message in (
+        ([1.0], f"has 1 factors for the {pairs} pairs"),
+        ([-1.0] * pairs, "no finite number above 0"),
+    ):
+        write_gguf(fixtures / "tiny", tmp_path / "w.gguf", "llama", Kind.Q8_0, factors={"rope_freqs.weight": wrong})
+        with pytest.raises(CheckpointError, match=message):
+            resolve_model(str(tmp_path / "w.gguf"))
 
 
 def test_codes_and_scales_come_in_any_order(fixtures: Path, tmp_path: Path) -> None:
@@ -223,6 +333,19 @@ def test_commands_take_the_file(fixtures: Path, tmp_path: Path, capsys: pytest.C
     assert str(tmp_path) not in (out / "README.md").read_text()
 
 
+def test_numbers_of_16_bits_are_not_rounded_to_bf16(fixtures: Path, tmp_path: Path) -> None:
+    """What is quantized is what the file says, in its own type."""
+    file = tmp_path / "tiny.gguf"
+    weight = write_gguf(fixtures / "tiny", file, "llama", Kind.F16)[f"{Q}.weight"]
+    assert json.loads((resolve_model(str(file)) / "config.json").read_text())["dtype"] == "float16"
+    out = tmp_path / "w8"
+    assert main(["quantize", str(file), "-o", str(out), "--scheme", "W8A16", "--group-size", "32", "--no-eval"]) == 0
+    expected = quantize_weight(weight.half(), parse_scheme("W8A16@32"), "absmax")
+    found = Checkpoint.open(out).linear(Q)
+    assert isinstance(found, QuantizedWeight)
+    assert torch.equal(found.dequantize(), expected.dequantize())
+
+
 def test_a_directory_of_two_models_is_refused(fixtures: Path, tmp_path: Path) -> None:
     shutil.copytree(fixtures / "tiny", tmp_path / "both")
     write_gguf(fixtures / "tiny", tmp_path / "both" / "model.gguf", "llama", Kind.Q8_0)
@@ -234,13 +357,15 @@ def test_a_directory_of_two_models_is_refused(fixtures: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "mamba"}, "GGUF architecture 'mamba' is not read; llama, qwen2"),
-        ({"llama.expert_count": 8}, "llama.expert_count, which is not known here"),
+        ({"general.architecture": "mamba"}, "GGUF architecture 'mamba' is not read; llama, .*qwen2"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is None; a number"),
+        ({"llama.attention.causal": True}, "llama.attention.causal, which is not known here"),
         ({"llama.rope.dimension_count": 16}, "llama.rope.dimension_count is 16, and heads have 32"),
-        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'; none, linear and yarn are read"),
+        ({"llama.rope.scaling.type": "longrope"}, "no tensor rope_factors_long.weight, which longrope needs"),
+        ({"llama.rope.scaling.type": "dynamic"}, "rope.scaling.type is 'dynamic'; none, linear, yarn and longrope are"),
         ({"llama.attention.head_count_kv": [2, 1]}, r"head_count_kv is \[2, 1\]; a number, the same for all"),
         ({"split.count": 3}, "one of several parts; llama-gguf-split --merge"),
-        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; gpt-2, smollm, qwen2, llama-bpe are read"),
+        ({"tokenizer.ggml.pre": "bloom"}, "tokenizer.ggml.pre is 'bloom'; gpt-2, olmo, smollm, .*tekken are read"),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'; gpt2 and llama are read"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type is not one number for each token"),
         ({"tokenizer.ggml.token_type": 1}, "token_type is not one number for each token"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +15,22 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from torch import Tensor
 
-BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "post_attention_layernorm": "ffn_norm",
-}
-SANDWICH = BLOCK | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+EXPERT = re.compile(r"(mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+ARCHITECTURES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+ROTATED = ("llama", "granite", "smollm3")
 
 
 def name_of(name: str, arch: str) -> str:
-    """A tensor's name in the file."""
-    module, _, suffix = name.rpartition(".")
-    if module in OUTSIDE:
-        return f"{OUTSIDE[module]}.{suffix}"
-    _, _, index, kind = module.split(".", 3)
-    return f"blk.{index}.{(SANDWICH if arch.startswith('gemma') else BLOCK)[kind]}.{suffix}"
+    """A tensor's name in the file, as the gguf package has it; of an expert, that of all experts' tensor."""
+    stacked = EXPERT.sub(r"\1.experts.\3.weight", name)
+    stacked = (
+        stacked.replace("model.layers", "layers").replace("block_sparse_moe", "feed_forward")
+        if ("block_sparse_moe.experts" in name)
+        else stacked
+    )
+    found = gguf.get_tensor_name_map(ARCHITECTURES[arch], 99).get_name(stacked, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return found
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -53,6 +43,7 @@ def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -
 
     changes: of the metadata, by key; None leaves the key out.
     """
+    factors = changes.pop("factors", {})
     config = json.loads((source / "config.json").read_text())
     meaning = {}
     writer = gguf.GGUFWriter(out, arch)
@@ -67,16 +58,25 @@ def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -
             writer.add_string(key, value)
         elif value is not None:
             writer.add_array(key, value)
+    experts: dict[str, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for name, tensor in load_file(source / "model.safetensors").items():
         numbers = tensor.float().numpy()
-        is_linear = name.endswith(("_proj.weight", "lm_head.weight"))
+        is_linear = re.search(r"(_proj|lm_head|\.w[123])\.weight$", name)
         own = kind if is_linear else Kind.F16 if "embed" in name else Kind.F32
         meaning[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(numbers, own), own).copy())
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+        if arch in ROTATED and ("q_proj" in name or "k_proj" in name):
             numbers = interleaved(numbers, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             numbers = numbers + 1
-        writer.add_tensor(name_of(name, arch), gguf.quants.quantize(numbers, own), raw_dtype=own)
+        if match := EXPERT.search(name):
+            experts[name_of(name, arch)].append((int(match[2]), numbers))
+        else:
+            writer.add_tensor(name_of(name, arch), gguf.quants.quantize(numbers, own), raw_dtype=own)
+    for name, parts in experts.items():
+        stacked = np.stack([numbers for _, numbers in sorted(parts, key=lambda part: part[0])])
+        writer.add_tensor(name, gguf.quants.quantize(stacked, kind), raw_dtype=kind)
+    for name, values in factors.items():
+        writer.add_tensor(name, np.array(values, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
