@@ -207,6 +207,11 @@ class LLM:
         """What the model's generation_config.json says, and vLLM's defaults for the rest."""
         return self._model.default_params()
 
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt with its answer."""
+        return self._model.model.max_model_len
+
     def get_tokenizer(self) -> Any:
         """The tokenizer, as transformers has it."""
         return self._model.tokenizer

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "--data-parallel-address": "another machine",
     "ray": "a Ray cluster",
     "--revision": "the Hub",
+    "--tasks": "the Hub",
     "...": "the rest of the command",
 }
 SHORT = {  # flags behind those of the docs, with which a measurement is soon over

@@ -15,7 +15,7 @@ from octavo.commands.bench_startup import StartupOptions
 from octavo.commands.bench_sweep import SweepOptions
 from octavo.commands.convert import ConvertOptions
 from octavo.commands.cost import CostOptions
-from octavo.commands.eval import EvalOptions
+from octavo.commands.eval_flags import EvalOptions
 from octavo.commands.inspect import InspectOptions
 from octavo.commands.top import TopOptions
 from octavo.flags import Flag, flags_of, markdown

@@ -1,6 +1,7 @@
 """Measure a model's perplexity; with --against, what a quantized model lost of the original.
 
-Both run as `octavo serve` runs them, one after the other. The exit code is 3 when the mean KL is above --max-kl.
+Both run as `octavo serve` runs them, one after the other. The exit code is 3 when the mean KL is above --max-kl. With
+--tasks, what is measured are tasks of lm-eval instead of a text, and the exit code is 3 when a loss is seen.
 """
 
 from __future__ import annotations
@@ -12,17 +13,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-from msgspec import Meta
-
+from octavo.commands.eval_flags import EvalOptions
 from octavo.commands.failure import one_line
 from octavo.commands.progress_bar import progress_bar
 from octavo.flags import add_flags, flags_of, read
 from octavo.kernels.native.environment import ENVIRONMENT
 from octavo.quant.scheme import AT_LOAD, HEAD_INT8, KV_SHORT_NAMES, PRESETS
-from octavo.runtime.config import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,73 +38,6 @@ class EvalError(ValueError):
     """Options that can't be followed; the message is one line."""
 
 
-class EvalOptions(msgspec.Struct, frozen=True):
-    """The flags of `octavo eval`."""
-
-    model: Annotated[
-        str,
-        Meta(
-            description="a local directory, or a Hugging Face Hub id, in any format that is served",
-            extra={"positional": True},
-        ),
-    ]
-    revision: Annotated[
-        str | None, Meta(description="branch, tag or commit of a Hub id", extra={"default": "its main branch"})
-    ] = None
-    against: Annotated[
-        str | None,
-        Meta(description="the model that MODEL was made of", extra={"metavar": "ORIGINAL", "default": "none"}),
-    ] = None
-    against_revision: Annotated[
-        str | None, Meta(description="its revision", extra={"metavar": "REVISION", "default": "its main branch"})
-    ] = None
-    data: Annotated[
-        Path | None,
-        Meta(
-            description="a text file, or .jsonl, .json, .parquet or .csv as for calibration",
-            extra={"group": "the text", "metavar": "FILE", "default": "octavo's held-out text"},
-        ),
-    ] = None
-    max_tokens: Annotated[
-        int,
-        Meta(
-            ge=2,
-            description="tokens of it to measure on",
-            extra={"metavar": "N", "what": "a number of tokens from 2 up"},
-        ),
-    ] = 2048
-    dtype: Annotated[
-        Dtype,
-        Meta(
-            description="what to compute in; fp8, int8 and int4 quantize MODEL while loading it, and only that",
-            extra={"group": "how the models run, as in `octavo serve`"},
-        ),
-    ] = "auto"
-    kv_cache_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8"],
-        Meta(description="type of MODEL's KV cache"),
-    ] = "auto"
-    lm_head_dtype: Annotated[Literal["auto", "int8"], Meta(description="type of MODEL's output head")] = "auto"
-    max_kl: Annotated[
-        float | None,
-        Meta(
-            ge=0,
-            le=1e300,
-            description="exit with 3 when the mean KL is above X nats a token",
-            extra={
-                "group": "the result",
-                "metavar": "X",
-                "default": "by MODEL's scheme; without one, no limit",
-                "what": "a number of nats from 0 up",
-            },
-        ),
-    ] = None
-    json: Annotated[Path | None, Meta(description="write the figures there", extra={"metavar": "OUT"})] = None
-    html: Annotated[
-        Path | None, Meta(description="write a page with plots there; needs --against", extra={"metavar": "OUT"})
-    ] = None
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_flags(parser, flags_of(EvalOptions))
@@ -121,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from octavo.calibration.report.terminal import print_report
     from octavo.calibration.verify import NotFiniteError
     from octavo.jobs.quality import QualityError
+    from octavo.offline.errors import EngineError
     from octavo.quant.hub import resolve_model
     from octavo.quant.model_files import CheckpointError
 
@@ -129,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         options = read(EvalOptions, args)
         _check(options)
         directory = resolve_model(options.model, options.revision)
+        if options.tasks:
+            return _of_tasks(options, directory, console)
         if _of_encoder(options, directory, console):
             return 0
         if options.against is None:
@@ -139,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     except NotFiniteError as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return NOT_GOOD_ENOUGH if e.side == "quantized" else 1
-    except (EvalError, QualityError, CheckpointError, ValueError, OSError) as e:
+    except (EvalError, QualityError, CheckpointError, EngineError, ValueError, OSError) as e:
         print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
     print_report(report, console)
@@ -147,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(options: EvalOptions) -> None:
-    """Refuse flags that need --against, and outputs that can't be written, before minutes are spent."""
+    """Refuse flags that don't go together, and outputs that can't be written, before minutes are spent."""
+    from octavo.commands.eval_tasks import check_tasks
+
+    check_tasks(options)
     if options.against is None:
         for flag in ("against_revision", "max_kl", "html"):
             if getattr(options, flag) is not None:
@@ -157,6 +94,18 @@ def _check(options: EvalOptions) -> None:
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a directory" if path.is_dir() else f"can't be written: {path.parent} is no directory"
             raise EvalError(f"--{flag} {path} {what}")
+
+
+def _of_tasks(options: EvalOptions, directory: Path, console: Console) -> int:
+    """The exit code of --tasks."""
+    from octavo.commands.eval_tasks import measure_tasks
+    from octavo.jobs.embedding_quality import is_encoder
+    from octavo.quant.hub import resolve_model
+
+    if is_encoder(directory):
+        raise EvalError("an encoder answers no tasks of lm-eval; --against ORIGINAL alone compares its embeddings")
+    original = None if options.against is None else resolve_model(options.against, options.against_revision)
+    return 0 if measure_tasks(options, directory, original, console) else NOT_GOOD_ENOUGH
 
 
 def _config(options: EvalOptions, directory: Path) -> EngineConfig:
