@@ -53,7 +53,7 @@ class Recipe(msgspec.Struct, frozen=True):
             "begin with awq+gptq, then learn roundings and scales by each block's output. auto: as --effort says",
             extra={"group": HOW},
         ),
-    ] = "rtn"
+    ] = "auto"
     format: Annotated[
         Format,
         Meta(

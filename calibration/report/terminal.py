@@ -21,6 +21,9 @@ def print_report(report: Report, console: Console) -> None:
     sizes = report.sizes
     bits = f", {sizes.bits_per_weight:.2f} bits a quantized weight" if sizes.bits_per_weight else ""
     lines = [f"weights {sizes.before / 1e6:.1f} MB -> {sizes.after / 1e6:.1f} MB ({sizes.ratio:.2f}x smaller{bits})"]
+    if report.calibration is not None:
+        better = "; text of your users is better: --dataset" if report.calibration.generated else ""
+        lines.append(f"calibration text: {report.calibration.source}{better}")
     lines += quality_lines(report.quality)
     if report.rtn_kl is not None and report.quality is not None:
         lines.append(f"KL mean: {report.algorithm} {report.quality.mean_kl:.4f}, rtn {report.rtn_kl:.4f}")

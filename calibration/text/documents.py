@@ -39,6 +39,10 @@ class DataError(ValueError):
     """Calibration data that can't be used; the message says what is wrong, where, and what would work."""
 
 
+class NoTextError(DataError):
+    """No data was given, and the model can't write any."""
+
+
 class Documents(Protocol):
     """Documents by number, and where each of them stands, for messages."""
 

@@ -41,8 +41,8 @@ def divergence(fixtures: Path, name: str, written: Path) -> float:
 
 
 def quantized(fixtures: Path, name: str, tmp_path: Path, text: Path, **options: Any) -> float:
-    out = tmp_path / f"{options.get('algorithm', 'rtn')}-{options['scheme']}"
-    if options.get("algorithm", "rtn") != "rtn":
+    out = tmp_path / f"{options['algorithm']}-{options['scheme']}"
+    if options["algorithm"] != "rtn":
         options |= {"data": str(text), "num_calibration_samples": 32, "max_seq_length": 64}
     octavo.quantize(fixtures / name, out, evaluate=False, **options)
     return divergence(fixtures, name, out)
@@ -126,7 +126,7 @@ def test_smoothquant_takes_outliers_out_of_inputs(fixtures: Path, tmp_path: Path
 
 def test_true_sequential_and_orders_differ_and_work(fixtures: Path, tmp_path: Path, text: Path) -> None:
     plain = quantized(fixtures, "tiny", tmp_path / "a", text, scheme="W4A16@32", algorithm="gptq")
-    rounded = quantized(fixtures, "tiny", tmp_path / "b", text, scheme="W4A16@32")
+    rounded = quantized(fixtures, "tiny", tmp_path / "b", text, scheme="W4A16@32", algorithm="rtn")
     sequential = {"scheme": "W4A16@32", "algorithm": "awq+gptq", "true_sequential": True}
     (tmp_path / "recipe.json").write_text(json.dumps({"octavo_recipe": 1, **sequential}))
     orders: list[dict[str, Any]] = [{"act_order": "none"}, {"act_order": "group", "format": "gptq"}]
@@ -177,8 +177,8 @@ def test_a_budget_is_kept_and_its_recipe_replays(fixtures: Path, tmp_path: Path,
 def test_a_budget_takes_a_scheme_without_its_group_size(fixtures: Path, tmp_path: Path, text: Path) -> None:
     """As on the command line, where W4A16 in groups of 128 is the default."""
     report = octavo.quantize(
-        fixtures / "tiny-qwen2", tmp_path / "out", bits_budget=4.4, data=str(text), num_calibration_samples=4,
-        max_seq_length=64, evaluate=False,
+        fixtures / "tiny-qwen2", tmp_path / "out", algorithm="rtn", bits_budget=4.4, data=str(text),
+        num_calibration_samples=4, max_seq_length=64, evaluate=False,
     )  # fmt: skip
     assert report.sizes.bits_per_weight is not None
     assert 4.0 < report.sizes.bits_per_weight <= 4.4

@@ -26,8 +26,9 @@ from octavo.cli import main
 
 Tensors = dict[str, torch.Tensor]
 FIRST = "model.layers.0."
-W4 = ("--scheme", "W4A16", "--group-size", "32")
-GPTQ = (*W4, "--algorithm", "gptq", "--num-calibration-samples", "4", "--max-seq-length", "32")
+INTEGERS = ("--scheme", "W4A16", "--group-size", "32")
+W4 = (*INTEGERS, "--algorithm", "rtn")
+GPTQ = (*INTEGERS, "--algorithm", "gptq", "--num-calibration-samples", "4", "--max-seq-length", "32")
 TEXT = "The quick brown fox jumps over the lazy dog while forty two files are opened, read and closed again. "
 
 
@@ -51,7 +52,7 @@ def configure(model: Path, **changes: Any) -> None:
 
 
 def quantize(model: Path, *options: Any) -> int:
-    data = ("--dataset", model.parent / "text.txt") if "--algorithm" in options else ()
+    data = () if "rtn" in options else ("--dataset", model.parent / "text.txt")
     arguments = [model, "-o", model.parent / "out", "--no-eval", *data, *options]
     return main(["quantize", *map(str, arguments)])
 
@@ -188,7 +189,7 @@ def test_the_place_of_the_work_is_no_directory(model: Path, capsys: pytest.Captu
 
 def test_the_function_takes_what_people_write(model: Path) -> None:
     out = model.parent / "out"
-    report = octavo.quantize(model, out, scheme="W4A16@32", ignore="down_proj", evaluate=False)
+    report = octavo.quantize(model, out, scheme="W4A16@32", algorithm="rtn", ignore="down_proj", evaluate=False)
     assert {layer.kind for layer in report.layers} & {"mlp.down_proj"} == set()
     with pytest.raises(RecipeError, match="--bits-budget nan: bits per weight are a number above 0"):
         octavo.quantize(model, out, scheme="W4A16@32", bits_budget=float("nan"), overwrite=True)

@@ -79,7 +79,7 @@ def test_a_budget_is_never_worse_than_one_scheme(fixtures: Path, tmp_path: Path,
     planned = prepare(model, tmp_path / "out", Recipe("W4A16@32", algorithm="gptq"), calibration=ready)
     units = measure(planned, ready, SCHEMES, silent)
     recipe = best_in_budget(planned, ready, units, budget, silent)
-    kl = measure_recipes(planned, ready, [recipe, Recipe("W4A16@32")], silent)
+    kl = measure_recipes(planned, ready, [recipe, Recipe("W4A16@32", "rtn")], silent)
     assert kl[0] <= kl[1]
     chosen = {unit.name: recipe.layers.get(unit.modules[0], recipe.scheme) for unit in units}
     assert total_bits(units, chosen) <= budget * sum(unit.weights for unit in units)

@@ -58,7 +58,7 @@ def test_a_really_bad_one_is_written_and_the_exit_code_is_3(
     """Two bits for a whole row move a third of a nat, even of a model that is as unsure as the tiny one."""
     (model / "README.md").write_text("---\nlicense: mit\n---\nThe original's own words.\n")
     out = tmp_path / "out"
-    options = ("--scheme", "W2A16", "--group-size", "-1", "--eval-tokens", "600", "--overwrite")
+    options = ("--scheme", "W2A16", "--group-size", "-1", "--algorithm", "rtn", "--eval-tokens", "600", "--overwrite")
     assert quantize(model, out, *options, "--max-kl", "0.1") == 3
     printed = capsys.readouterr().out
     report = json.loads((out / REPORT).read_text())
@@ -108,7 +108,7 @@ def test_a_signal_ends_it_in_one_line_with_nothing_left(
 ) -> None:
     monkeypatch.setattr(octavo.calibration.quantize_model, "squared_error", lambda *_: os.kill(os.getpid(), number))
     try:
-        ended: object = quantize(model, tmp_path / "out", "--scheme", "W8A8")
+        ended: object = quantize(model, tmp_path / "out", "--scheme", "FP8_DYNAMIC")
     except SystemExit as end:
         ended = end.code
     assert ended == code
@@ -118,7 +118,7 @@ def test_a_signal_ends_it_in_one_line_with_nothing_left(
 
 @pytest.mark.parametrize("size", ["5", "5 GB", "0.5gib"])
 def test_sizes_are_read(model: Path, tmp_path: Path, size: str) -> None:
-    code = quantize(model, tmp_path / "out", "--scheme", "W8A8", "--no-eval", "--max-shard-size", size)
+    code = quantize(model, tmp_path / "out", "--scheme", "FP8_DYNAMIC", "--no-eval", "--max-shard-size", size)
     assert code == 0
 
 

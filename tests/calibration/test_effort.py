@@ -12,6 +12,7 @@ import octavo
 from octavo.calibration.choices import Algorithm, Effort
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.report.report import read_report
+from octavo.calibration.text.documents import DataError
 from octavo.cli import main
 
 pytestmark = pytest.mark.long
@@ -42,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_auto_is_an_algorithm_of_the_scheme(scheme: str, effort: Effort, algorithm: Algorithm) -> None:
-    recipe = Recipe(scheme, algorithm="auto")
+    recipe = Recipe(scheme)
     assert recipe.resolved(effort) == Recipe(scheme, algorithm=algorithm)
     assert recipe.resolved(effort, calibrates=False).algorithm == "rtn"
     assert Recipe(scheme, algorithm="gptq").resolved(effort).algorithm == "gptq"
@@ -67,13 +68,15 @@ def test_it_says_what_rtn_would_have_cost(
     assert plain.rtn_kl is None
     assert plain.quality is not None
     capsys.readouterr()
-    assert main([*words, *limits, "-o", str(tmp_path / "out"), "--effort", "auto", *data]) == 0
+    assert main([*words, *limits, "-o", str(tmp_path / "out"), *data]) == 0
     report = read_report(tmp_path / "out" / "quantization_report.json")
     assert report.quality is not None
     assert report.algorithm == json.loads((tmp_path / "out" / "recipe.json").read_text())["algorithm"] == "awq+gptq"
     assert report.rtn_kl == plain.quality.mean_kl
     assert report.quality.mean_kl < report.rtn_kl
-    assert f"KL mean: awq+gptq {report.quality.mean_kl:.4f}, rtn {report.rtn_kl:.4f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"KL mean: awq+gptq {report.quality.mean_kl:.4f}, rtn {report.rtn_kl:.4f}" in printed
+    assert "calibration text: license.txt: 16 samples of 64 tokens" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rtn"]
 
 
@@ -82,11 +85,25 @@ def test_a_model_without_a_decoder_here_is_rounded_to_nearest(fixtures: Path, tm
     shutil.copytree(fixtures / "tiny", model, ignore=shutil.ignore_patterns("expected.safetensors"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "martian"}))
-    report = octavo.quantize(model, tmp_path / "out", scheme="W4A16@32", algorithm="auto", evaluate=False)
+    report = octavo.quantize(model, tmp_path / "out", scheme="W4A16@32", evaluate=False)
     assert report.algorithm == "rtn"
     assert "octavo doesn't have this model's code" in report.warnings[0]
     with pytest.raises(RecipeError, match="algorithm rtn with scheme W4A16@32 uses no calibration text"):
-        octavo.quantize(model, tmp_path / "more", scheme="W4A16@32", algorithm="auto", data=str(text))
+        octavo.quantize(model, tmp_path / "more", scheme="W4A16@32", data=str(text))
+
+
+def test_a_model_that_can_write_no_text_is_rounded_to_nearest(fixtures: Path, tmp_path: Path) -> None:
+    """Where none is given, and the scheme needs none: any other algorithm is refused."""
+    model = tmp_path / "model"
+    shutil.copytree(fixtures / "tiny", model, ignore=shutil.ignore_patterns("expected.safetensors", "tokenizer.json"))
+    report = octavo.quantize(model, tmp_path / "out", scheme="W4A16@32", evaluate=False)
+    assert report.algorithm == json.loads((tmp_path / "out" / "recipe.json").read_text())["algorithm"] == "rtn"
+    assert report.calibration is None
+    assert "algorithm rtn, which needs no calibration text: " in report.warnings[0]
+    assert "tokenizer.json" in report.warnings[0]
+    for options in ({"scheme": "W4A16@32", "algorithm": "gptq"}, {"scheme": "FP8"}):
+        with pytest.raises(DataError, match="calibration text can't be tokenized"):
+            octavo.quantize(model, tmp_path / "more", evaluate=False, **options)
 
 
 def test_an_effort_and_an_algorithm_are_one_too_many(fixtures: Path, tmp_path: Path) -> None:

@@ -382,7 +382,7 @@ def arguments(command: str, model: Path) -> list[object]:
     quantize = ["quantize", model, "-o", out, "--no-eval", "--scheme", "W4A16", "--group-size", "32"]
     return {
         "inspect": ["inspect", model],
-        "quantize": quantize,
+        "quantize": [*quantize, "--algorithm", "rtn"],
         "calibrate": [*quantize, "--algorithm", "gptq"],
         "convert": ["convert", model, out, "--format", "gptq_v2"],
         "eval": ["eval", model, "--max-tokens", "32"],

@@ -314,7 +314,7 @@ def test_checkpoints_are_quantized_served_and_compared(
     """Real servers of the tiny model, a minute of them; run with `pytest -m slow`."""
     out = tmp_path / "report"
     tiny = str(fixtures / "tiny")
-    words = ["cost", tiny, f"w8={tiny}@int8", "-o", str(out), *SMALL, "--seconds", "1", "--eval-tokens", "300"]
+    words = ["cost", tiny, f"w8={tiny}@int8/rtn", "-o", str(out), *SMALL, "--seconds", "1", "--eval-tokens", "300"]
     flags = ["--cost-per-hour", "1", "--slo", "ttft:2000", "--", "--dtype", "float32"]
     assert main([*words, *flags]) == 0, capsys.readouterr().err
     report = json.loads((out / "report.json").read_text())

@@ -88,7 +88,7 @@ def test_words_for_models(tmp_path: Path) -> None:
     (tmp_path / "a@b").mkdir()
     assert parse_target(str(tmp_path / "a@b")) == Target("a@b", "checkpoint", str(tmp_path / "a@b"))
     assert parse_target("org/model") == Target("model", "checkpoint", "org/model")
-    assert parse_target("org/model@fp8") == Target("model FP8_DYNAMIC", "quantized", "org/model", "FP8_DYNAMIC", "rtn")
+    assert parse_target("org/model@fp8") == Target("model FP8_DYNAMIC", "quantized", "org/model", "FP8_DYNAMIC", "auto")
     gptq = parse_target("mine=org/model@w4a16@64/gptq")
     assert gptq == Target("mine", "quantized", "org/model", "W4A16@64", "gptq")
     assert gptq.directory_name == "model-W4A16-64-gptq"
@@ -126,7 +126,7 @@ def test_an_error_of_a_server_s_start_is_one_line_in_the_report() -> None:
 def test_two_of_one_name() -> None:
     with pytest.raises(TargetError, match="two models are called 'm': LABEL=MODEL gives one another name"):
         parse_targets(["a/m", "b/m"])
-    with pytest.raises(TargetError, match="a/m and b/m would be quantized into one directory, m-W8A8-rtn: another -o"):
+    with pytest.raises(TargetError, match="a/m and b/m would be quantized into one directory, m-W8A8-auto: another -o"):
         parse_targets(["one=a/m@int8", "two=b/m@int8"])
     assert len(parse_targets(["one=a/m@int8", "two=a/m@int8", "b/m", "b/m@fp8"])) == 4
 

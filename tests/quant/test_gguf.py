@@ -322,7 +322,8 @@ def test_commands_take_the_file(fixtures: Path, tmp_path: Path, capsys: pytest.C
     assert isinstance(after, QuantizedWeight)
     assert torch.equal(before.dequantize(), after.dequantize())
     out = tmp_path / "w4"
-    assert main(["quantize", str(file), "-o", str(out), "--scheme", "W4A16", "--group-size", "32", "--no-eval"]) == 0
+    options = ["--scheme", "W4A16", "--group-size", "32", "--algorithm", "rtn", "--no-eval"]
+    assert main(["quantize", str(file), "-o", str(out), *options]) == 0
     written = Checkpoint.open(out)
     assert written.tensor("model.norm.weight").dtype == torch.bfloat16
     error = (written.linear(Q).dequantize() - before.dequantize()).norm() / before.dequantize().norm()  # type: ignore[union-attr]

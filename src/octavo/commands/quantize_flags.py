@@ -77,5 +77,4 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if flags.scheme is None and not budget:
         raise RecipeError(f"--scheme is needed, such as {DEFAULT_SCHEME}; or --recipe or --bits-budget")
     scheme = flags.scheme or DEFAULT_SCHEME
-    chosen = {"algorithm": "auto"} if "effort" in args and "algorithm" not in args else {}
-    return read(Recipe, args, **chosen, scheme=scheme if flags.group_size is None else f"{scheme}@{flags.group_size}")
+    return read(Recipe, args, scheme=scheme if flags.group_size is None else f"{scheme}@{flags.group_size}")

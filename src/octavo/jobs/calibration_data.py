@@ -83,7 +83,7 @@ def make_data(
     import torch
 
     from octavo.calibration.text.data import Sizes, check_disjoint, from_dataset, from_records, from_token_ids
-    from octavo.calibration.text.documents import DataError
+    from octavo.calibration.text.documents import DataError, NoTextError
     from octavo.calibration.verify import held_out_text
     from octavo.jobs.model_text import ModelText
     from octavo.jobs.self_text import generate_data
@@ -92,7 +92,10 @@ def make_data(
     dataset = options.dataset
     max_seq_length = options.max_seq_length
     seed = options.seed
-    text = ModelText(source, options.chat_template)
+    try:
+        text = ModelText(source, options.chat_template)
+    except DataError as e:
+        raise e if dataset is not None or options.chat_template is not None else NoTextError(str(e)) from e
     given = None if dataset is None or isinstance(dataset, str | Path) else list(dataset)
     if isinstance(dataset, torch.Tensor) or (given and isinstance(given[0], torch.Tensor)):
         return from_token_ids(given or [], vocab_size=text.vocab_size, source="the token ids given", seed=seed)

@@ -60,9 +60,10 @@ class Job(msgspec.Struct, frozen=True):
         Effort,
         Meta(
             description="choose the algorithm by the scheme, and how long it may take. fast: rtn. auto: awq+gptq for "
-            "integer weights of 4 bits and fewer, smoothquant for int8 weights and inputs, rtn for others, and for "
-            "models that octavo has no code of. best: tune where auto has awq+gptq and inputs stay as they are",
-            extra={"group": HOW, "default": "the algorithm says; with --algorithm auto, auto"},
+            "integer weights of 4 bits and fewer, smoothquant for int8 weights and inputs, rtn for others, for models "
+            "that octavo has no code of, and for those that can't write text where none is given."
+            " best: tune where auto has awq+gptq and inputs stay as they are",
+            extra={"group": HOW},
         ),
     ] = "auto"
     bits_budget: Annotated[
@@ -136,7 +137,7 @@ def quantize(
     output: str | Path,
     *,
     scheme: str = "W4A16",
-    algorithm: Algorithm = "rtn",
+    algorithm: Algorithm = "auto",
     format: Format = "compressed-tensors",
     data: Any = None,
     num_calibration_samples: int | None = None,
@@ -209,6 +210,7 @@ def prepare(job: Job) -> Prepared:
     """Check, plan and cost a job, and have its calibration text; nothing is checked or planned again after this."""
     from octavo.calibration.prepare import complete, open_source, plan_model
     from octavo.calibration.report.report import source_note
+    from octavo.calibration.text.documents import NoTextError
     from octavo.quant.hub import resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
 
@@ -218,7 +220,8 @@ def prepare(job: Job) -> Prepared:
     _check_options(_resolved(job, calibrates=True))
     checkpoint = open_source(source, job.output, layouts=LAYOUTS, **how)
     notes = _check_source(_resolved(job, calibrates=False), checkpoint)
-    job = _resolved(job, calibrates=not notes and not checkpoint.layout.is_encoder)
+    asked = job
+    job = _resolved(asked, calibrates=not notes and not checkpoint.layout.is_encoder)
     if checkpoint.source:
         notes.append(source_note(checkpoint.source))
     _check_options(job)
@@ -229,9 +232,16 @@ def prepare(job: Job) -> Prepared:
     calibration = None
     if _runs_blocks(job):
         begin = time.perf_counter()
-        calibration = _calibration(job, checkpoint)
+        try:
+            calibration = _calibration(job, checkpoint)
+        except NoTextError as e:
+            without = _resolved(asked, calibrates=False)
+            if _runs_blocks(without):
+                raise
+            recipe = without.recipe
+            notes.append(f"algorithm {recipe.algorithm}, which needs no calibration text: {e}")
         seconds["data"] = time.perf_counter() - begin
-        if job.bits_budget is not None:
+        if job.bits_budget is not None and calibration is not None:
             begin = time.perf_counter()
             recipe = _recipe_in_budget(job, job.bits_budget, planned, calibration)
             seconds["sensitivity"] = time.perf_counter() - begin

@@ -61,7 +61,10 @@ def generate_data(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     progress: Progress = silent,
 ) -> CalibrationData:
-    """Texts of exactly max_seq_length tokens, out of the checkpoint in `source`. Raises DataError."""
+    """Texts of exactly max_seq_length tokens, out of the checkpoint in `source`.
+
+    Raises DataError, NoTextError where the model can't be run.
+    """
     import torch
 
     from octavo.calibration.text.data import from_token_ids
@@ -106,7 +109,7 @@ def _random_word(text: ModelText, rng: random.Random) -> int:
 
 
 def _run_child(request: GenerationRequest, progress: Progress) -> list[list[int]]:
-    from octavo.calibration.text.documents import DataError
+    from octavo.calibration.text.documents import NoTextError
     from octavo.runtime.launch import child_environment
 
     command = [sys.executable, "-P", "-m", "octavo.jobs.self_text"]
@@ -129,7 +132,7 @@ def _run_child(request: GenerationRequest, progress: Progress) -> list[list[int]
             raise
     if reply.samples is None:
         reason = reply.error or f"its process ended with exit code {child.returncode}"
-        raise DataError(
+        raise NoTextError(
             f"without --dataset the model itself generates the calibration text, and it can't: {reason}; give a text "
             "with --dataset"
         )

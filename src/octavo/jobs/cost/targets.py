@@ -68,10 +68,10 @@ def parse_target(word: str) -> Target:
         parse_scheme(f"{preset}{at}{group}")
     except RecipeError as e:
         raise TargetError(f"{word}: {e}") from e
-    algorithm = algorithm.lower() or "rtn"
+    algorithm = algorithm.lower() or "auto"
     if algorithm not in ALGORITHMS:
         raise TargetError(f"{word}: {algorithm!r} is no algorithm; {', '.join(ALGORITHMS)} are")
-    shown = f"{model_name(model)} {preset}{at}{group}" + (f" {algorithm}" if algorithm != "rtn" else "")
+    shown = f"{model_name(model)} {preset}{at}{group}" + (f" {algorithm}" if algorithm != "auto" else "")
     return Target(label or shown, "quantized", model, f"{preset}{at}{group}", algorithm)
 
 
