@@ -20,6 +20,8 @@ from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)(?P<list>layers?)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
 ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$")
+EXPANSION = re.compile(r"(^|\.)kv_b_proj$")
+"""What makes keys and values of latents: engines multiply queries by it, and serve it dequantized."""
 EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed|wte|wpe")
 MOST_LAYERS = 10_000
@@ -56,7 +58,7 @@ class Selection:
 
 
 def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
-    """All linear layers of the decoder blocks but routers and those that a pattern names.
+    """All linear layers of the decoder blocks but routers, latents' expansions, and those that a pattern names.
 
     A pattern is a module's full name, its name in the block, a glob ('*.down_proj') or a regex ('re:.*mlp'). Raises
     QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
@@ -69,7 +71,7 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     for linear in found:
         matching = [p for p in patterns if means_layer(p, linear.module, linear.kind)]
         used.update(matching)
-        if matching or ROUTER.search(linear.kind):
+        if matching or ROUTER.search(linear.kind) or EXPANSION.search(linear.kind):
             ignore.append(linear.module)
         else:
             linears[linear.module] = linear

@@ -152,6 +152,11 @@ def _scale_specs(recipe: Recipe, attention: str, checkpoint: Checkpoint) -> dict
     if kv is None:
         return {}
     text = checkpoint.config.get("text_config") or checkpoint.config
+    if text.get("kv_lora_rank"):
+        raise RecipeError(
+            "kv_cache: the cache of this model holds latents, for which a checkpoint has no scales; leave it out, and "
+            "octavo serve --kv-cache-dtype fp8_e4m3 measures one"
+        )
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
     if not isinstance(heads, int):
         raise RecipeError("config.json has no num_key_value_heads: KV-cache scales can't be made")

@@ -15,6 +15,7 @@ class LayerCache:
 
     key, value  [num_blocks, num_kv_heads, block_size, head_dim], each float32, bfloat16, float16, float8_e4m3fn or
                 int8 (key and value may differ). Slot s is block s // block_size, offset s % block_size.
+                Of latent attention (attention/latent.py) both are the same tensor, with a single KV head.
     key_scale, value_scale  [num_kv_heads] float32: what a stored number is multiplied by. 1 for float caches.
     group       which of a step's groups of layers it belongs to: layers of several groups may share the same memory,
                 each in blocks of its own

@@ -28,7 +28,7 @@ from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.layers import DecoderLayer
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
 from octavo.runtime.model.sources import LoadError
-from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.spec import DecoderSpec, LatentSpec
 from octavo.runtime.model.weights import DecoderBuilder
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
@@ -127,8 +127,10 @@ class BlockRunner:
         width = spec.num_heads * spec.head_dim
         kv_width = spec.num_kv_heads * spec.head_dim
         folds = []
+        mixer = spec.layers[index].mixer
         if before_attention is not None:
-            folds.append(Fold("qkv", f"{name}.{before_attention}", "norm", offset=spec.norm_offset))
+            group = "qkv_a" if isinstance(mixer, LatentSpec) else "qkv"
+            folds.append(Fold(group, f"{name}.{before_attention}", "norm", offset=spec.norm_offset))
         v = f"{name}.self_attn.v_proj"
         up = f"{name}.mlp.up_proj"
         v_rows = None
@@ -139,7 +141,10 @@ class BlockRunner:
             up = f"{name}.mlp.gate_up_proj"
             up_rows = (spec.intermediate_size, 2 * spec.intermediate_size)
         repeats = spec.num_heads // spec.num_kv_heads
-        folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=spec.head_dim))
+        if not isinstance(mixer, LatentSpec):  # latents' values are rows of each head's, no range
+            folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=spec.head_dim))
+        elif mixer.q_rank is not None:
+            folds.append(Fold("q_b", f"{name}.self_attn.q_a_layernorm", "norm", offset=spec.norm_offset))
         sparse = spec.layers[index].sparse
         also = tuple(self._routers[index])
         if before_mlp is not None:
@@ -189,7 +194,8 @@ class BlockRunner:
     def _cache(self, batch: int) -> LayerCache:
         """One block of the cache for each sequence."""
         shape = (batch, self.spec.num_kv_heads, self._seq_len, self.spec.head_dim)
-        key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        key = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        value = key if self.spec.has_latents else torch.zeros_like(key)
         one = torch.ones(self.spec.num_kv_heads, device=self.device)
         return LayerCache(key, value, one, one)
 

@@ -23,7 +23,7 @@ from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
-from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes, rows_by_kind
+from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.pooled_decoder import NoHead
 from octavo.runtime.model.pooling import Pooler
@@ -73,9 +73,8 @@ class Decoder:
         self.hidden_size = spec.hidden_size
         self.max_position = max_position
         self._growing_tables = growing_tables
-        shapes = [layer.attention.shape for layer in stack.layers]
         self.first_layer = stack.first_layer
-        self.kv_shapes = [(shape.num_kv_heads, shape.head_dim) for shape in shapes]
+        self.kv_shapes = [_kv_shape(layer) for layer in stack.layers]
         self.kv_windows = [layer.mixer.window for layer in spec.layers]
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
@@ -208,3 +207,8 @@ class Decoder:
             rows.append(("lm_head", *self._head.linear.describe()))
         pooling = [] if self.pooler is None else self.pooler.report()
         return [*rows, ("norms, rope, attention", name, self.ops.name), *pooling]
+
+
+def _kv_shape(layer: DecoderLayer) -> KVShape:
+    shape = layer.attention.shape
+    return KVShape(shape.num_kv_heads, shape.head_dim, layer.attention.caches_latents)

@@ -61,5 +61,7 @@ def _refusals(ops: Ops, spec: DecoderSpec, target: Target, *, is_divided: bool) 
         yield "sums over the ranks of an engine are not known to be batch-invariant; one rank works, and so does -dp"
     if spec.moe is not None:
         yield f"the router of {spec.architecture} is not batch-invariant; leave it out"
+    if spec.has_latents:
+        yield f"attention over latents, which {spec.architecture} has, is not batch-invariant; leave it out"
     if spec.head_dim % 16:
         yield f"heads of {spec.head_dim} elements have no batch-invariant attention, multiples of 16 have; leave it out"

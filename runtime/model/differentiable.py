@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.attention import reference as attention
+from octavo.kernels.attention.latent import rotate_part
 from octavo.kernels.moe import reference as moe
 from octavo.kernels.norm.reference import add_rms_norm, rms_norm
 from octavo.quant.linear import Linear
-from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp
+from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp, LatentAttention
 from octavo.runtime.model.moe import MoeMlp
 from octavo.runtime.model.spec import Activation
 
@@ -41,7 +42,9 @@ class DifferentiableBlock:
     def _linear(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         return _linear(self._linears[name], x, weights[name])
 
-    def _attention(self, part: Attention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def _attention(self, part: Attention | LatentAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        if isinstance(part, LatentAttention):
+            return self._latent_attention(part, x, weights)
         batch, length, _ = x.shape
         shape = part.shape
         d = shape.head_dim
@@ -62,6 +65,33 @@ class DifferentiableBlock:
             )
             mask = _seen(length, shape.window or length, x.device)
             out = (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v.float()).to(x.dtype)
+        return self._linear("o", out.transpose(1, 2).flatten(2), weights)
+
+    def _latent_attention(self, part: LatentAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """With the keys and values of all heads."""
+        shape = part.latent
+        batch, length, _ = x.shape
+        both = self._linear("qkv_a", x, weights).flatten(0, 1)
+        width = shape.rank + shape.rotary_dim
+        queries = both[:, :-width]
+        if part.q_norm is not None:
+            queries = self._linear("q_b", rms_norm(queries, part.q_norm, part.eps), weights)
+        heads = queries.view(batch * length, shape.num_heads, shape.query_dim)
+        latents = rms_norm(both[:, -width : -shape.rotary_dim], part.kv_norm, part.eps)
+        rows = part.cos_sin[:length].repeat(batch, 1)
+        turned = rotate_part(heads[..., shape.plain_dim :], rows, shape)
+        shared = rotate_part(both[:, -shape.rotary_dim :].unsqueeze(1), rows, shape).expand_as(turned)
+        keys = torch.einsum("tr,hdr->thd", latents, part.to_keys)
+        values = torch.einsum("tr,hrd->thd", latents, part.to_values)
+        q, k, v = (
+            each.view(batch, length, shape.num_heads, -1).transpose(1, 2)
+            for each in (
+                torch.cat((heads[..., : shape.plain_dim], turned), dim=-1),
+                torch.cat((keys, shared), dim=-1),
+                values,
+            )
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale)
         return self._linear("o", out.transpose(1, 2).flatten(2), weights)
 
     def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

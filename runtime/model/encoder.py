@@ -23,7 +23,7 @@ from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.encoder_spec import EncoderActivation, EncoderSpec
 from octavo.runtime.model.layers import GroupedExperts
-from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes, rows_by_kind
+from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.pooling import Pooler
 
 ACTIVATIONS: dict[EncoderActivation, Callable[[Tensor], Tensor]] = {
@@ -257,7 +257,7 @@ class Encoder:
     kv_scales: KVScales | None = None
     kv_dtype: str | None = None
     adapters: ModelAdapters | None = None
-    kv_shapes: list[tuple[int, int]] = field(default_factory=list)
+    kv_shapes: list[KVShape] = field(default_factory=list)
     kv_windows: list[int | None] = field(default_factory=list)
     ranks: tuple[str, ...] = ()
     first_layer = 0

@@ -72,7 +72,7 @@ def _read_routing(settings: Mapping[str, Any], num_experts: int, top_k: int, row
             f"config.json: topk_group {top_groups} of n_group {num_groups} groups, of {size} experts each, don't have "
             f"num_experts_per_tok {top_k} to choose from"
         )
-    return Routing(
+    routing = Routing(
         top_k,
         normalize=settings["norm_topk_prob"],
         scores="softmax" if row.scores == "softmax" else "sigmoid",
@@ -80,6 +80,7 @@ def _read_routing(settings: Mapping[str, Any], num_experts: int, top_k: int, row
         num_groups=num_groups,
         top_groups=top_groups,
     )
+    return row.routing(settings, routing)
 
 
 def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Architecture) -> list[bool]:
@@ -90,7 +91,18 @@ def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Archite
     if row.experts == "all":
         return [True] * count
     if row.experts == "behind_dense":
-        return [i >= settings["first_k_dense_replace"] for i in range(count)]
+        kinds = settings.get("mlp_layer_types") if "mlp_layer_types" in row.reads else None
+        return (
+            _sparse_by_name(kinds, count) if kinds else [i >= settings["first_k_dense_replace"] for i in range(count)]
+        )
     step = settings["decoder_sparse_step"]
     dense = settings["mlp_only_layers"]
     return [(i + 1) % step == 0 and i not in dense for i in range(count)]
+
+
+def _sparse_by_name(kinds: list[str], count: int) -> list[bool]:
+    if len(kinds) != count or not {"dense", "sparse"}.issuperset(kinds):
+        raise ModelConfigError(
+            f"config.json: mlp_layer_types {kinds} isn't 'dense' or 'sparse' for each of {count} layers"
+        )
+    return [kind == "sparse" for kind in kinds]

@@ -6,7 +6,15 @@ For those who are about to spend hours on a checkpoint, or have written one, and
 from __future__ import annotations
 
 from octavo.quant.checkpoint import Checkpoint
-from octavo.runtime.model.names import NORMS, head_name, layer_linears, required_modules, routers
+from octavo.runtime.model.names import (
+    NORMS,
+    attention_norms,
+    expansion,
+    head_name,
+    layer_linears,
+    required_modules,
+    routers,
+)
 from octavo.runtime.model.sources import CheckpointSource
 from octavo.runtime.model.spec import DecoderSpec
 
@@ -38,6 +46,9 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
         for module, rows in parts.modules.items():
             source.tensor(f"{module}.weight", (rows, parts.in_features))
             source.bias(module, rows, expected=parts.bias)
+    if (expanded := expansion(spec, index, source.prefix)) is not None:
+        for module, rows in expanded.modules.items():
+            source.tensor(f"{module}.weight", (rows, expanded.in_features))
     gates = routers(spec, index, source.prefix, source.has)
     for module, rows in gates.items():
         source.tensor(f"{module}.weight", (rows, spec.hidden_size))
@@ -46,8 +57,5 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
     for norm in NORMS[spec.norms]:
         if norm is not None:
             source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))
-    if spec.qk_norm is not None:
-        heads = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "width" else (1, 1)
-        sizes = [count * spec.head_dim for count in heads]
-        for norm, size in zip(("q_norm", "k_norm"), sizes, strict=True):
-            source.tensor(f"{name}.self_attn.{norm}.weight", (size,))
+    for norm, size in attention_norms(spec, index).items():
+        source.tensor(f"{name}.self_attn.{norm}.weight", (size,))

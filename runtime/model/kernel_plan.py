@@ -15,15 +15,24 @@ from octavo.quant.kernel_table import KernelChoice, choose_kernel
 from octavo.quant.scheme import QuantScheme
 from octavo.quant.target import Target
 from octavo.runtime.model.names import LinearParts, head_name, layer_linears
-from octavo.runtime.model.sources import CheckpointSource
+from octavo.runtime.model.sources import CheckpointSource, LoadError
 from octavo.runtime.model.spec import DecoderSpec
+
+
+def check_latents(spec: DecoderSpec, target: Target) -> None:
+    """Raise LoadError for attention over latents where no kernel has it."""
+    if spec.has_latents and (target.device.type != "cpu" or target.capability):
+        raise LoadError(
+            f"{spec.architecture} has attention over latents, which no kernel of {target} has; --device cpu serves it"
+        )
 
 
 def plan_kernels(checkpoint: Checkpoint, spec: DecoderSpec, target: Target) -> dict[str, KernelChoice]:
     """The kernel of each linear module of a decoder, by full name.
 
-    Raises FormatError and SchemeError for schemes that octavo doesn't serve.
+    Raises FormatError and SchemeError for schemes that octavo doesn't serve, LoadError as `check_latents`.
     """
+    check_latents(spec, target)
     source = CheckpointSource(checkpoint)
     plan = _Plan(source, spec, target)
     found: dict[str, KernelChoice] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.latent import LatentBody, LatentShape
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.linear import Linear
@@ -100,6 +101,15 @@ class Attention:
     q_norm: Tensor | None
     k_norm: Tensor | None
 
+    @property
+    def input_quant(self) -> ActivationQuant | None:
+        """How the norm before may quantize x."""
+        return self.qkv.input_quant
+
+    @property
+    def caches_latents(self) -> bool:
+        return False
+
     def forward(self, x: Hidden, step: StepInputs, cache: LayerCache, rows: Tensor | None = None) -> Tensor:
         """x [T, H] -> [T, H], or split along K [S, T, H]; keys and values of all T tokens go into the cache.
 
@@ -123,6 +133,84 @@ class Attention:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (self.q_norm, self.k_norm, self.cos_sin) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Attention over latents (kernels/attention/latent.py) with its linear layers, as `Attention` is.
+
+    eps        of the norms of latents and of queries' first linear layer
+    qkv_a      what queries are made of, and behind it latents and the key that heads share
+    q_norm, q_b  [q_rank] float32 and the linear layer behind this norm; None: qkv_a's are the queries
+    kv_norm    [rank] float32
+    to_keys, to_values  as of `LatentBody`: a linear layer of latents, divided, and never quantized here
+    """
+
+    body: LatentBody
+    ops: Ops
+    eps: float
+    qkv_a: Linear
+    q_norm: Tensor | None
+    q_b: Linear | None
+    o: Linear
+    latent: LatentShape
+    cos_sin: Tensor
+    kv_norm: Tensor
+    to_keys: Tensor
+    to_values: Tensor
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Of attention over the cache."""
+        return self.latent.cached
+
+    @property
+    def input_quant(self) -> ActivationQuant | None:
+        return self.qkv_a.input_quant
+
+    @property
+    def caches_latents(self) -> bool:
+        return True
+
+    def forward(self, x: Hidden, step: StepInputs, cache: LayerCache, rows: Tensor | None = None) -> Tensor:
+        """As `Attention.forward`."""
+        both = self.qkv_a.forward(x, step)
+        width = self.latent.rank + self.latent.rotary_dim
+        queries = both[:, :-width]
+        latents = both[:, -width:]
+        if self.q_b is not None:
+            assert self.q_norm is not None
+            queries = self.q_b.forward(self.ops.rms_norm(queries.contiguous(), self.q_norm, self.eps), step)
+        hidden = self.body.attention(
+            queries,
+            latents,
+            step,
+            cache,
+            self.latent,
+            self.cos_sin,
+            self.kv_norm,
+            self.eps,
+            self.to_keys,
+            self.to_values,
+        )
+        if rows is not None:
+            hidden = hidden[rows]
+            step = step.of_rows(rows)
+        return self.o.partial(hidden, step)
+
+    def linears(self) -> dict[str, Linear]:
+        """In the order of computing."""
+        return {"qkv_a": self.qkv_a} | ({} if self.q_b is None else {"q_b": self.q_b}) | {"o": self.o}
+
+    def map_linears(self, change: Change) -> LatentAttention:
+        qkv_a = change("qkv_a", self.qkv_a)
+        q_b = None if self.q_b is None else change("q_b", self.q_b)
+        return replace(self, qkv_a=qkv_a, q_b=q_b, o=change("o", self.o))
+
+    def tensors(self) -> Iterator[Tensor]:
+        if self.q_norm is not None:
+            yield self.q_norm
+        yield from (self.cos_sin, self.kv_norm, self.to_keys, self.to_values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +326,7 @@ class DecoderLayer:
     """
 
     enter: AddNorm
-    attention: Attention
+    attention: Attention | LatentAttention
     middle: AddNorm
     mlp: Mlp
     leave: AddNorm

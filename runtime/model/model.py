@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,12 +26,24 @@ Tap = Callable[[int, Tensor], None]
 the last layer, the rows of logits_index alone, where those are fewer, but for models with taps_all_rows."""
 
 
+class KVShape(NamedTuple):
+    """What a layer's cache has of each token. is_latent: its values are its keys, which are there once."""
+
+    num_heads: int
+    head_dim: int
+    is_latent: bool = False
+
+    def num_bytes(self, key: torch.dtype, value: torch.dtype) -> int:
+        """Of one token, keys and values stored in these types."""
+        return self.num_heads * self.head_dim * (key.itemsize + (0 if self.is_latent else value.itemsize))
+
+
 class Model(Protocol):
     """A model with its weights, on one device: a decoder, or an encoder, which has no cache.
 
     max_position  the longest sequence that it can be given
     first_layer   of the whole model's layers, the first that this rank has
-    kv_shapes     (num_kv_heads, head_dim) of the cache of each layer that this rank has
+    kv_shapes     of the cache of each layer that this rank has
     kv_windows    of each layer of the whole model: how many of the latest tokens a token sees, itself among them; None:
                   all
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
@@ -49,7 +61,7 @@ class Model(Protocol):
     hidden_size: int
     max_position: int
     first_layer: int
-    kv_shapes: list[tuple[int, int]]
+    kv_shapes: list[KVShape]
     kv_windows: list[int | None]
     kv_scales: KVScales | None
     kv_dtype: str | None

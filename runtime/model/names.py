@@ -9,7 +9,7 @@ from itertools import product
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
-from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.spec import DecoderSpec, LatentSpec
 
 Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
 
@@ -63,21 +63,66 @@ def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
 def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, LinearParts]:
     """All linear layers of layer `index`, by the names that DecoderLayer.linears has, in the order of computing."""
     layer = f"{prefix}layers.{index}"
+    mixer = spec.layers[index].mixer
+    attention = _latent(spec, mixer, layer) if isinstance(mixer, LatentSpec) else _attention(spec, layer)
+    return attention | _mlp(spec, index, layer, has)
+
+
+def _attention(spec: DecoderSpec, layer: str) -> dict[str, LinearParts]:
     hidden = spec.hidden_size
     width = spec.num_heads * spec.head_dim
     kv_width = spec.num_kv_heads * spec.head_dim
     qkv = dict(zip(QKV, (width, kv_width, kv_width), strict=True))
     if spec.fused:
         qkv = {"qkv_proj": width + 2 * kv_width}
-    attention = {
+    return {
         "qkv": LinearParts(_within(f"{layer}.self_attn", qkv), hidden, spec.qkv_bias),
         "o": LinearParts(_within(f"{layer}.self_attn", {"o_proj": hidden}), width, spec.o_bias),
     }
+
+
+def _latent(spec: DecoderSpec, mixer: LatentSpec, layer: str) -> dict[str, LinearParts]:
+    """All but what makes keys and values of latents, which is no layer of its own here: see `expansion`."""
+    hidden = spec.hidden_size
+    owner = f"{layer}.self_attn"
+    width = spec.num_heads * mixer.query_dim
+    first = {"q_proj": width} if mixer.q_rank is None else {"q_a_proj": mixer.q_rank}
+    qkv_a = first | {"kv_a_proj_with_mqa": mixer.kv_rank + mixer.rotary_dim}
+    parts = {"qkv_a": LinearParts(_within(owner, qkv_a), hidden, spec.qkv_bias)}
+    if mixer.q_rank is not None:
+        parts["q_b"] = LinearParts(_within(owner, {"q_b_proj": width}), mixer.q_rank)
+    parts["o"] = LinearParts(_within(owner, {"o_proj": hidden}), spec.num_heads * mixer.value_dim, spec.o_bias)
+    return parts
+
+
+def expansion(spec: DecoderSpec, index: int, prefix: str) -> LinearParts | None:
+    """What makes keys and values of latents, which is served in the computing type; None: a layer has no latents."""
+    mixer = spec.layers[index].mixer
+    if not isinstance(mixer, LatentSpec):
+        return None
+    rows = spec.num_heads * (mixer.plain_dim + mixer.value_dim)
+    return LinearParts({f"{prefix}layers.{index}.self_attn.kv_b_proj": rows}, mixer.kv_rank)
+
+
+def attention_norms(spec: DecoderSpec, index: int) -> dict[str, int]:
+    """Norms within attention, and their sizes."""
+    mixer = spec.layers[index].mixer
+    if isinstance(mixer, LatentSpec):
+        of_queries = {} if mixer.q_rank is None else {"q_a_layernorm": mixer.q_rank}
+        return of_queries | {"kv_a_layernorm": mixer.kv_rank}
+    if spec.qk_norm is None:
+        return {}
+    heads = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "width" else (1, 1)
+    return {name: count * spec.head_dim for name, count in zip(("q_norm", "k_norm"), heads, strict=True)}
+
+
+def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, LinearParts]:
+    hidden = spec.hidden_size
     if spec.moe is not None and spec.layers[index].sparse:
-        return attention | _experts(spec.moe, hidden, layer, expert_names(spec.moe, layer, has))
+        return _experts(spec.moe, hidden, layer, expert_names(spec.moe, layer, has))
     inner = spec.intermediate_size
     gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
-    return attention | {
+    return {
         "gate_up": LinearParts(_within(f"{layer}.mlp", gate_up), hidden, spec.mlp_bias),
         "down": LinearParts(_within(f"{layer}.mlp", {"down_proj": hidden}), inner, spec.mlp_bias),
     }
@@ -117,9 +162,10 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
     """Every module that must have a weight."""
     names = [f"{prefix}embed_tokens"]
     norms = [norm for norm in NORMS[spec.norms] if norm is not None]
-    norms += ["self_attn.q_norm", "self_attn.k_norm"] if spec.qk_norm else []
     for i in range(len(spec.layers)):
         names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
+        names += [] if (expanded := expansion(spec, i, prefix)) is None else expanded.modules
+        names += [f"{prefix}layers.{i}.self_attn.{norm}" for norm in attention_norms(spec, i)]
         names += [*routers(spec, i, prefix, has), *(f"{prefix}layers.{i}.{norm}" for norm in norms)]
     return [*names, f"{prefix}norm", *([head_name(prefix)] if spec.has_head and not spec.tied else [])]
 

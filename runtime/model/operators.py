@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.kernels.attention import reference as attention_reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.latent import LatentBody, write_latents
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.norm import reference as norm_reference
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden, refuse_input_quant
@@ -120,6 +121,7 @@ class Ops:
     batch_invariant   a token's results have the same bits whatever else is in the step, and however its sequence's
                       tokens are divided into steps; tests/kernels/test_batch_invariant.py proves it
     invariant         the bodies that are so, on the same device; None: none are known
+    latent            attention over latents (kernels/attention/latent.py); None: the device has none
     """
 
     name: str
@@ -133,6 +135,7 @@ class Ops:
     recordable: bool = False
     batch_invariant: bool = False
     invariant: Ops | None = None
+    latent: LatentBody | None = None
 
 
 def one_after_the_other(rope_and_cache: RopeAndCache, attention: PagedAttention) -> RopeAndAttention:
@@ -164,4 +167,5 @@ REFERENCE = Ops(
     silu_and_mul=norm_reference.silu_and_mul,
     gelu_tanh_and_mul=norm_reference.gelu_tanh_and_mul,
     rope_and_attention=one_after_the_other(attention_reference.rope_and_cache, attention_reference.paged_attention),
+    latent=LatentBody(write_latents, attention_reference.paged_attention),
 )

@@ -125,15 +125,17 @@ class RopeSpec:
 
 
 def _yarn_attention_factor(rope: dict[str, Any]) -> float:
-    def magnitude(scale: float, mscale: float = 1.0) -> float:
-        return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
-
     if "attention_factor" in rope:
         return float(rope["attention_factor"])
     factor = float(rope["factor"])
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return magnitude(factor, rope["mscale"]) / magnitude(factor, rope["mscale_all_dim"])
-    return magnitude(factor)
+        return yarn_magnitude(factor, rope["mscale"]) / yarn_magnitude(factor, rope["mscale_all_dim"])
+    return yarn_magnitude(factor)
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """What queries and keys of a stretched context are multiplied by (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _longrope_fields(rope: dict[str, Any], rotary_dim: int, max_position: int, original: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from octavo.kernels.attention.latent import LatentBody
 from octavo.kernels.native import cpu_features
 from octavo.kernels.norm import reference as fused_reference
 from octavo.runtime.model.operators import REFERENCE, Ops, one_after_the_other
@@ -24,7 +25,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return REFERENCE
     from octavo.kernels.attention import cpu as attention_cpu
-    from octavo.kernels.attention import rope_cpu
+    from octavo.kernels.attention import latent_cpu, rope_cpu
     from octavo.kernels.norm import cpu as fused_cpu
 
     ops = Ops(
@@ -36,9 +37,12 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         gelu_tanh_and_mul=fused_cpu.gelu_tanh_and_mul,
         rope_and_attention=one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.paged_attention),
         recordable=True,
+        latent=LatentBody(latent_cpu.write_latents, attention_cpu.paged_attention),
     )
     attention = one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.invariant_attention)
-    invariant = replace(ops, name="cpu, batch-invariant", rope_and_attention=attention, batch_invariant=True)
+    invariant = replace(
+        ops, name="cpu, batch-invariant", rope_and_attention=attention, batch_invariant=True, latent=None
+    )
     return replace(ops, invariant=invariant)
 
 

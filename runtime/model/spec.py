@@ -16,7 +16,7 @@ from octavo.runtime.model.families.family import Architecture, Config, LayerKind
 from octavo.runtime.model.families.family import UnsupportedModelError as UnsupportedModelError
 from octavo.runtime.model.families.keys import DEFAULTS, HARMLESS, NEUTRAL, SIZES
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
-from octavo.runtime.model.rope import RopeError, RopeSpec
+from octavo.runtime.model.rope import RopeError, RopeSpec, yarn_magnitude
 
 _KEY_TYPES = config_struct({key: kind for row in ARCHITECTURES.values() for key, kind in row.reads.items()})
 Activation = Literal["silu", "gelu_tanh"]
@@ -48,7 +48,31 @@ class AttentionSpec:
     rope: RopeSpec | None
 
 
-Mixer = AttentionSpec  # what lets tokens know of each other: a union, once there is more than attention
+@dataclass(frozen=True)
+class LatentSpec:
+    """Attention over latents (kernels/attention/latent.py), which the cache holds instead of keys and values.
+
+    q_rank     numbers that queries are made of; None: they are made of the hidden state
+    kv_rank    numbers of a latent
+    plain_dim, rotary_dim  of a head's query: what isn't rotated, and what is; the key that heads share is rotary_dim
+    value_dim  of a head's output
+    """
+
+    rope: RopeSpec
+    q_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    interleaved: bool
+    window: None = None
+
+    @property
+    def query_dim(self) -> int:
+        return self.plain_dim + self.rotary_dim
+
+
+Mixer = AttentionSpec | LatentSpec  # what lets tokens know of each other
 
 
 @dataclass(frozen=True)
@@ -66,6 +90,7 @@ class LayerSpec:
 class DecoderSpec:
     """A decoder-only transformer with RMSNorm and a gated MLP.
 
+    num_kv_heads, head_dim  of the cache: latents are one head there
     norms, qk_norm       as in `Architecture`
     norm_offset          added to each norm's stored weight (Gemma stores w, applies 1 + w)
     attention_scale      what q . k is multiplied by
@@ -116,6 +141,16 @@ class DecoderSpec:
     dtype: str | None = None
     unknown_keys: tuple[str, ...] = ()
 
+    @property
+    def has_latents(self) -> bool:
+        return any(isinstance(layer.mixer, LatentSpec) for layer in self.layers)
+
+    @property
+    def cached_numbers(self) -> int:
+        """That the cache has of each token: keys and values, or a latent and its key."""
+        copies = sum(1 if isinstance(layer.mixer, LatentSpec) else 2 for layer in self.layers)
+        return copies * self.num_kv_heads * self.head_dim
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], *, is_pooled: bool = False) -> DecoderSpec:
         """Read a config.json; raises UnsupportedModelError on what isn't known, ModelConfigError on what can't be.
@@ -130,13 +165,7 @@ class DecoderSpec:
         for key in SIZES:
             if key not in settings:
                 raise ModelConfigError(f"config.json has no {key}, which {name} needs")
-        heads = settings["num_attention_heads"]
-        kv_heads = settings["num_key_value_heads"] or heads
-        head_dim = settings["head_dim"] or settings["hidden_size"] // heads
-        if heads % kv_heads:
-            raise UnsupportedModelError(
-                f"num_attention_heads {heads} isn't a multiple of num_key_value_heads {kv_heads}"
-            )
+        heads, kv_heads, head_dim = _heads(settings, name, row)
         moe = read_moe(settings, config, row)
         layers = _layers(settings, config, name, row, head_dim, moe)
         return cls(
@@ -187,7 +216,7 @@ def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any],
 
 def _given(config: Config) -> dict[str, Any]:
     """A null says that the class's default holds, except where null itself is a value ("no window", "no cap")."""
-    nullable = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+    nullable = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "q_lora_rank"}
     return {key: value for key, value in config.items() if value is not None or key in nullable}
 
 
@@ -218,7 +247,9 @@ def _activation(settings: Config, row: Architecture) -> Activation:
 
 def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str, Any]:
     scale = head_dim**-0.5
-    if "query_pre_attn_scalar" in row.reads:
+    if row.latent:
+        scale = _latent_scale(settings)
+    elif "query_pre_attn_scalar" in row.reads:
         scale = settings["query_pre_attn_scalar"] ** -0.5
     elif "attention_multiplier" in row.reads:
         scale = float(settings["attention_multiplier"])
@@ -255,15 +286,57 @@ def _layers(
     if any(sliding) and (not isinstance(window, int) or window < 1):
         raise UnsupportedModelError(f"{name}: layers have a sliding window, but sliding_window is {window!r}")
     try:
-        ropes = _ropes(settings, config, name, row, head_dim)
+        turning = settings["qk_rope_head_dim"] if row.latent else head_dim
+        ropes = _ropes(settings, config, name, row, turning)
     except RopeError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     layers = []
+    mixer: Mixer
     for slides, turns, sparse in zip(sliding, rotates, sparse_layers(settings, moe, row), strict=True):
         rope = ropes["sliding_attention" if slides else "full_attention"]
         mixer = AttentionSpec(window=window if slides else None, rope=rope if turns else None)
+        if row.latent:
+            mixer = _latent(settings, rope)
         layers.append(LayerSpec(mixer, sparse))
     return tuple(layers)
+
+
+def _latent(settings: Config, rope: RopeSpec) -> LatentSpec:
+    return LatentSpec(
+        rope,
+        q_rank=settings["q_lora_rank"],
+        kv_rank=settings["kv_lora_rank"],
+        plain_dim=settings["qk_nope_head_dim"],
+        rotary_dim=settings["qk_rope_head_dim"],
+        value_dim=settings["v_head_dim"],
+        interleaved=settings["rope_interleave"],
+    )
+
+
+def _heads(settings: Config, name: str, row: Architecture) -> tuple[int, int, int]:
+    """Query heads, and the cache's heads and their size."""
+    heads = settings["num_attention_heads"]
+    kv_heads = settings["num_key_value_heads"] or heads
+    if row.latent:
+        if kv_heads != heads:
+            raise UnsupportedModelError(
+                f"{name}: num_key_value_heads {kv_heads}: latents make keys and values of all {heads} heads"
+            )
+        if settings["q_lora_rank"] is None and settings["attention_bias"]:
+            raise UnsupportedModelError(f"{name}: attention_bias without q_lora_rank")
+        return heads, 1, settings["kv_lora_rank"] + settings["qk_rope_head_dim"]
+    if heads % kv_heads:
+        raise UnsupportedModelError(f"num_attention_heads {heads} isn't a multiple of num_key_value_heads {kv_heads}")
+    return heads, kv_heads, settings["head_dim"] or settings["hidden_size"] // heads
+
+
+def _latent_scale(settings: Config) -> float:
+    """A stretched rope's magnitude is put into the scores instead of cosines and sines: squared, of query and key."""
+    scale = float((settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]) ** -0.5)
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type", "default")) == "default" or not rope.get("mscale_all_dim"):
+        return scale
+    return scale * yarn_magnitude(rope["factor"], rope["mscale_all_dim"]) ** 2
 
 
 def _sliding_layers(settings: Config, row: Architecture, rotates: list[bool]) -> list[bool]:

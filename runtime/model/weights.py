@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape
+from octavo.kernels.attention.latent import LatentShape
 from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
@@ -33,20 +34,39 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encoder_weights import load_encoder
 from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS
+from octavo.runtime.model.kernel_plan import check_latents
 from octavo.runtime.model.kv_scales import read_kv_scales
-from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mlp
+from octavo.runtime.model.layers import (
+    AddNorm,
+    Attention,
+    DecoderLayer,
+    Embedding,
+    GatedMlp,
+    Head,
+    LatentAttention,
+    Mlp,
+)
 from octavo.runtime.model.mixture_weights import Mixture, Parts
 from octavo.runtime.model.model import KVScales, Model
-from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules
+from octavo.runtime.model.names import (
+    NORMS,
+    LinearParts,
+    attention_norms,
+    expansion,
+    head_name,
+    layer_linears,
+    required_modules,
+)
 from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_pooler, with_longest
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
-from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
 
+LATENT_EPS = 1e-6  # of norms within attention over latents, whatever rms_norm_eps is
 OnLayer = Callable[[int, int], None]  # told how many layers have been loaded, of how many
 
 
@@ -190,6 +210,7 @@ class DecoderBuilder:
         self.notes = notes
         self.stacks_experts = stacks_experts
         self.target = make_target(config, device, dtype, rounds_inputs=rounds_inputs)
+        check_latents(spec, self.target)
         self.stage = Stage((0, len(spec.layers))) if rank is None else rank.stage
         self._ranks = () if rank is None else tuple(rank.describe())
         self.rank = rank if rank is not None and rank.group.size > 1 else None  # which has a share of each layer
@@ -275,14 +296,19 @@ class DecoderBuilder:
         spec = self.spec
         name = f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
-        parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)
-        attention = self._attention(index, parts)
+        mixer = spec.layers[index].mixer
+        attention: Attention | LatentAttention
+        if isinstance(mixer, LatentSpec):
+            attention = self._latent_attention(index, mixer, parts)
+        else:
+            parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)
+            attention = self._attention(index, mixer, parts)
         mlp = self._mlp(index, parts)
         before_attention, after_attention, before_mlp, after_mlp = (
             self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]
         )
         return DecoderLayer(
-            enter=self._add_norm(before_attention, input_quant=attention.qkv.input_quant),
+            enter=self._add_norm(before_attention, input_quant=attention.input_quant),
             attention=attention,
             middle=self._add_norm(before_mlp, after=after_attention, input_quant=mlp.input_quant),
             mlp=mlp,
@@ -294,9 +320,8 @@ class DecoderBuilder:
     ) -> AddNorm:
         return AddNorm(self.ops, self.spec.norm_eps, weight, after, self.spec.residual_multiplier, input_quant)
 
-    def _attention(self, index: int, parts: dict[str, LinearParts]) -> Attention:
+    def _attention(self, index: int, mixer: AttentionSpec, parts: dict[str, LinearParts]) -> Attention:
         spec = self.spec
-        mixer = spec.layers[index].mixer
         q_norm, k_norm = self._qk_norms(f"{self.source.prefix}layers.{index}.self_attn")
         heads = (0, spec.num_heads) if self.own is None else self.own.query_heads
         kv_heads = (0, spec.num_kv_heads) if self.own is None else self.own.kv_heads
@@ -317,6 +342,50 @@ class DecoderBuilder:
             q_norm=q_norm,
             k_norm=k_norm,
         )
+
+    def _latent_attention(self, index: int, mixer: LatentSpec, parts: dict[str, LinearParts]) -> LatentAttention:
+        spec = self.spec
+        owner = f"{self.source.prefix}layers.{index}.self_attn"
+        norms = {name: self._norm(f"{owner}.{name}", size) for name, size in attention_norms(spec, index).items()}
+        first, stop = (0, spec.num_heads) if self.own is None else self.own.query_heads
+        to_keys, to_values = self._expansion(index, mixer)
+        assert self.ops.latent is not None  # as `check_latents` has seen to
+        return LatentAttention(
+            body=self.ops.latent,
+            ops=self.ops,
+            eps=LATENT_EPS,
+            qkv_a=self._linear(*self._cut("qkv_a", self._read(parts["qkv_a"]))),
+            q_norm=norms.get("q_a_layernorm"),
+            q_b=self._linear(*self._cut("q_b", self._read(parts["q_b"]))) if "q_b" in parts else None,
+            o=self._linear(*self._cut("o", self._read(parts["o"])), adds="part"),
+            latent=LatentShape(
+                stop - first,
+                mixer.kv_rank,
+                mixer.plain_dim,
+                mixer.rotary_dim,
+                mixer.value_dim,
+                spec.attention_scale,
+                mixer.interleaved,
+            ),
+            cos_sin=self._table(mixer.rope),
+            kv_norm=norms["kv_a_layernorm"],
+            to_keys=to_keys[first:stop].contiguous(),
+            to_values=to_values[first:stop].transpose(1, 2).contiguous(),
+        )
+
+    def _expansion(self, index: int, mixer: LatentSpec) -> tuple[Tensor, Tensor]:
+        """Of each head [plain_dim, rank] and [value_dim, rank], of latents' keys and values, in the computing type."""
+        parts = expansion(self.spec, index, self.source.prefix)
+        assert parts is not None
+        ((module, rows),) = parts.modules.items()
+        weight = self.source.linear(module, rows, parts.in_features)
+        if isinstance(weight, QuantizedWeight):
+            note = f"kv_b_proj ({weight.scheme}) is served in {str(self.dtype).removeprefix('torch.')}, dequantized"
+            if note not in self.notes:
+                self.notes.append(note)
+            weight = weight.dequantize()
+        heads = weight.to(self.device, self.dtype).view(self.spec.num_heads, -1, mixer.kv_rank)
+        return heads[:, : mixer.plain_dim], heads[:, mixer.plain_dim :]
 
     def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
         if self.spec.moe is None or not self.spec.layers[index].sparse:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from octavo.quant.shard import UNIT, WHOLE, Range, Shard
-from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.spec import DecoderSpec, LatentSpec
 
 LEAST_UNIT = 8  # columns or rows: narrower groups of integers are not multiplied as integers by any kernel
 UNEVEN = 1.25  # a note says where the largest share is more than so many times the smallest
@@ -97,6 +97,15 @@ class RankLayout:
         """What this rank reads of each module of a linear layer, by the layer's name: 'qkv', 'experts.3.down'."""
         if kind == "qkv":
             return self._qkv(spec)
+        mixer = spec.layers[self.layers[0]].mixer
+        if isinstance(mixer, LatentSpec):
+            queries = Shard("rows", (_times(self.query_heads, mixer.query_dim),))
+            if kind == "qkv_a":
+                return (queries if mixer.q_rank is None else WHOLE), WHOLE
+            if kind == "q_b":
+                return (queries,)
+            if kind == "o":
+                return (Shard("columns", (_times(self.query_heads, mixer.value_dim),), self.place == 0),)
         if kind == "o":
             return (Shard("columns", (_times(self.query_heads, self.head_dim),), self.place == 0),)
         owner, _, name = kind.rpartition(".")

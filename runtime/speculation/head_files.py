@@ -21,7 +21,7 @@ from octavo.runtime.model.dtypes import DTYPES
 from octavo.runtime.model.layers import AddNorm, Embedding
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.sources import UNUSED_SUFFIXES, CheckpointSource, LoadError
-from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec
 from octavo.runtime.model.weights import DecoderBuilder
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.head_config import EagleConfig, read_eagle_config, read_mtp_config
@@ -227,6 +227,7 @@ class _Parts:
         """
         first = spec.layers[0]
         windows = [window for window in (first.mixer.window, limits.windows[0]) if window is not None]
+        assert isinstance(first.mixer, AttentionSpec)  # a head's layer is Llama's or Qwen's
         mixer = replace(first.mixer, window=min(windows, default=None))
         spec = replace(spec, max_position=limits.max_model_len, layers=(replace(first, mixer=mixer),))
         dtype = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)

@@ -157,8 +157,8 @@ def key_dtype(model: Model, layer: int, dtype: torch.dtype) -> torch.dtype:
 def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype, layout: KVLayout) -> int:
     """Bytes of one block in all layers of the largest group, keys and values."""
     of_layers = [
-        heads * head_dim * block_size * (key_dtype(model, layer, dtype).itemsize + dtype.itemsize)
-        for layer, (heads, head_dim) in enumerate(model.kv_shapes)
+        shape.num_bytes(key_dtype(model, layer, dtype), dtype) * block_size
+        for layer, shape in enumerate(model.kv_shapes)
     ]
     return max(sum(of_layers[layer] for layer in layers) for layers in layout.layers)
 
@@ -216,16 +216,17 @@ def allocate(
     layout = layout or one_group(len(model.kv_shapes))
     tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     caches = []
-    for layer, (heads, head_dim) in enumerate(model.kv_shapes):
+    for layer, (heads, head_dim, is_latent) in enumerate(model.kv_shapes):
         group, place = layout.place_of[layer]
         shape = (num_blocks, heads, block_size, head_dim)
         one = torch.ones(heads, device=model.device)
         key_scale, value_scale = scales[layer] if scales is not None else (one, one)
         if place not in tensors:
             key = zeros(shape, model.dtype if key_scale is None else dtype, model.device)
-            tensors[place] = key, zeros(shape, dtype, model.device)
+            tensors[place] = key, key if is_latent else zeros(shape, dtype, model.device)
         key_scale = one if key_scale is None else key_scale.to(model.device)
-        caches.append(LayerCache(*tensors[place], key_scale, value_scale.to(model.device), group))
+        value_scale = key_scale if is_latent else value_scale.to(model.device)
+        caches.append(LayerCache(*tensors[place], key_scale, value_scale, group))
     return caches
 
 

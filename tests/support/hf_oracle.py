@@ -40,6 +40,18 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 9.0],
 }
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "moe_intermediate_size": 40,
+    "rope_theta": 100.0,
+}
+MSCALED = YARN | {"mscale": 0.9, "mscale_all_dim": 0.7}
+
 # One row: name -> (model class, config keys). Windows are shorter than the sequences, scales are far from 1.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24, "rope_theta": 500.0}),
@@ -91,6 +103,41 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 40}
         | {"n_shared_experts": 2, "first_k_dense_replace": 2, "routed_scaling_factor": 1.7, "use_qk_norm": True}
         | {"attention_bias": True, "head_dim": 24, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        LATENT
+        | {"q_lora_rank": None, "n_routed_experts": 6, "num_experts_per_tok": 3, "first_k_dense_replace": 1}
+        | {"n_shared_experts": 2, "routed_scaling_factor": 1.7, "rope_scaling": MSCALED},
+    ),
+    "deepseek_v2-groups": (
+        "DeepseekV2",
+        LATENT
+        | {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "n_shared_experts": 1}
+        | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1, "attention_bias": True},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT
+        | {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "n_shared_experts": 1}
+        | {"first_k_dense_replace": 2, "attention_bias": True, "rope_scaling": MSCALED, "num_nextn_predict_layers": 0},
+    ),
+    "deepseek_v3-halves": (
+        "DeepseekV3",
+        LATENT
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+        | {
+            "first_k_dense_replace": 4,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        LATENT
+        | {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "v_head_dim": 40}
+        | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "rms_norm_eps": 1e-3},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24}),
     "qwen2_moe": (

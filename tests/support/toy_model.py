@@ -11,6 +11,7 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.model.model import KVShape
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.speculation import Speculation
 from octavo.runtime.worker.worker import Worker
@@ -54,7 +55,7 @@ class ToyModel:
 
     def __init__(self, max_position: int = 4096) -> None:
         self.max_position = max_position
-        self.kv_shapes = [(1, 1)]
+        self.kv_shapes = [KVShape(1, 1)]
         self.kv_windows = [None]
         self.notes: list[str] = []
 

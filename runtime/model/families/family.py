@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from octavo.kernels.moe.reference import Routing
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index, Positive
 from octavo.runtime.model.families.encoding import EncoderArchitecture
@@ -24,6 +25,16 @@ WindowRule = Literal["none", "all", "layer_types"]
 ExpertRule = Literal["none", "all", "sparse_step", "behind_dense"]
 ScoreRule = Literal["softmax", "corrected_sigmoid"]
 LayerKind = Literal["full_attention", "sliding_attention"]
+
+LATENT_KEYS: Keys = {
+    "q_lora_rank": Count,
+    "kv_lora_rank": Count,
+    "qk_nope_head_dim": Count,
+    "qk_rope_head_dim": Count,
+    "v_head_dim": Count,
+    "qk_head_dim": Count,
+    "rope_interleave": bool,
+}
 
 MLP_EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 SHARED_EXPERTS = replace(MLP_EXPERTS, shared="shared_experts")
@@ -57,6 +68,10 @@ def all_rotate(settings: Config, count: int) -> list[bool]:  # noqa: ARG001
     return [True] * count
 
 
+def as_it_is(settings: Config, routing: Routing) -> Routing:  # noqa: ARG001
+    return routing
+
+
 def has_window(settings: Config) -> bool:
     """Whether a config switches windows on."""
     return settings.get("sliding_window") is not None and bool(settings.get("use_sliding_window", True))
@@ -84,6 +99,7 @@ class Architecture:
     qkv_bias, o_bias, mlp_bias  always, never, or the config key that says it
     windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named
     fused      qkv_proj and gate_up_proj are one tensor each on disk
+    latent     attention is over latents, whose sizes LATENT_KEYS say
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
                first_k_dense_replace
@@ -97,6 +113,7 @@ class Architecture:
     rotating_layers    which of so many layers have positions
     sliding_layers     which layers have a window where the config has no layer_types; given which rotate
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
+    routing            how experts are chosen, given what the keys that all have say of it
     further_layers     the key that says how many layers lie behind these in a checkpoint, which aren't served
     rope_types         other names of rope types that this architecture's configs have
     ropes_stretch_max_position  max_position_embeddings is the length before a rope stretches it
@@ -113,6 +130,7 @@ class Architecture:
     activation_key: str = "hidden_act"
     sqrt_embedding_scale: bool = False
     fused: bool = False
+    latent: bool = False
     experts: ExpertRule = "none"
     scores: ScoreRule = "softmax"
     expert_names: ExpertNames = MLP_EXPERTS
@@ -120,6 +138,7 @@ class Architecture:
     rotating_layers: Callable[[Config, int], list[bool]] = all_rotate
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
     ropes: Callable[[Config, Config, dict[str, Any]], dict[LayerKind, tuple[dict[str, Any], float]]] = one_rope
+    routing: Callable[[Config, Routing], Routing] = as_it_is
     further_layers: str | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
     ropes_stretch_max_position: bool = True

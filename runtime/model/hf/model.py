@@ -25,7 +25,7 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.hf.attention import PROBE, SERVE, HFModelError, Step, call, describe, register
 from octavo.runtime.model.hf.checks import BLOCK_SIZE, Proven, check_against_transformers, probe_model
 from octavo.runtime.model.layers import GroupedExperts
-from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes
+from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import some
 
@@ -54,7 +54,7 @@ class HFModel:
         self.vocab_size = proven.vocab_size
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         self.max_position = max_position
-        self.kv_shapes = [(shape.num_kv_heads, shape.head_dim) for shape in proven.shapes]
+        self.kv_shapes = [KVShape(shape.num_kv_heads, shape.head_dim) for shape in proven.shapes]
         self.kv_windows = [shape.window for shape in proven.shapes]
         self.dtype = dtype
         self.device: torch.device = model.device

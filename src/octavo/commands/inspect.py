@@ -213,7 +213,7 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
         return {"weight_bytes": weights, "note": note}, {}
     except (UnsupportedModelError, ModelConfigError, LoadError, SchemeError) as e:
         return {"weight_bytes": weights, "problem": str(e)}, {}
-    numbers = 2 * len(spec.layers) * spec.num_kv_heads * spec.head_dim  # keys and values of one token
+    numbers = spec.cached_numbers
     per_1k = {"bfloat16": 2000 * numbers, "fp8_e4m3": 1000 * numbers, "int8": 1000 * numbers}
     facts = {
         "weight_bytes": weights,

@@ -65,7 +65,7 @@ def loaded(directory: Path) -> tuple[Model, list[LayerCache], StepInputs]:
     model = load_model(EngineConfig(model=str(directory), dtype="bfloat16"), Device(device, 90, make_ops))
     ones = torch.ones(model.kv_shapes[0][0], device=model.device)
     caches = []
-    for heads, dim in model.kv_shapes:
+    for heads, dim, _ in model.kv_shapes:
         keys, values = (torch.zeros(2, heads, 16, dim, dtype=torch.bfloat16, device=model.device) for _ in range(2))
         caches.append(LayerCache(keys, values, ones, ones))
     return model, caches, decode_step(model.device)

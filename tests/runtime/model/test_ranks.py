@@ -150,7 +150,7 @@ def test_what_is_rounded_at_load_is_rounded_as_on_one_rank(ranks: Ranks, fixture
 def kv_scales(group: Group, directory: Path) -> list[list[float]]:
     model = load_model(EngineConfig(model=str(directory)), group=group)
     assert model.kv_scales is not None
-    assert [len(value) for _, value in model.kv_scales] == [heads for heads, _ in model.kv_shapes]
+    assert [len(value) for _, value in model.kv_scales] == [shape.num_heads for shape in model.kv_shapes]
     return [value.tolist() for _, value in model.kv_scales]
 
 

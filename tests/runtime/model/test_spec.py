@@ -36,7 +36,7 @@ def test_a_family_is_found_by_its_file_and_claims_what_no_other_does() -> None:
     """Every case of the decoder's comparison with transformers belongs to one."""
     model_types = [model_type for family in FAMILIES for model_type in family.architectures]
     assert len(set(model_types)) == len(model_types)
-    of_itself = {"mimo"}  # its code lies in its checkpoints: tests/runtime/test_heads.py
+    of_itself = {"mimo", "kimi_k2"}  # their code lies in their checkpoints: test_heads.py, test_latent.py
     assert {make_config(*CASES[name]).model_type for name in CASES} == set(model_types) - of_itself
 
 
@@ -45,18 +45,20 @@ def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str)
     """With a value that such a key has somewhere: by each architecture that doesn't read it."""
     lists = {"layer_types": ["sliding_attention"] * 4, "no_rope_layers": [1, 0, 1, 0], "mlp_only_layers": [1]}
     flag = key == "norm_topk_prob" or any(value is False for value in NEUTRAL[key])
-    value = lists.get(key, True if flag else 3)
+    words = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    value = (lists | words).get(key, True if flag else 3)
     for name, row in ARCHITECTURES.items():
         if key not in row.reads:
-            DecoderSpec.from_hf(SIZES | {"model_type": name, key: None})
+            sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}  # what attention over latents has
+            DecoderSpec.from_hf(sizes | {"model_type": name, key: None})
             with pytest.raises(UnsupportedModelError, match=f"{name}: {key} = .*--model-impl hf"):
-                DecoderSpec.from_hf(SIZES | {"model_type": name, key: value})
+                DecoderSpec.from_hf(sizes | {"model_type": name, key: value})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' has no decoder here; known are gemma2, .*llama, mistral"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' has no decoder here; known are .*gemma2, .*llama, mistral"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a decoder with a language-model head"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is unknown; known are silu"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 isn't a multiple of num_key_value_heads 3"),
