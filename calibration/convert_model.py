@@ -122,8 +122,13 @@ def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> 
         weight = checkpoint.linear(module)
         if not isinstance(weight, QuantizedWeight):
             continue
+        if weight.scheme.weight.minima:
+            raise QuantizeError(
+                f"{module} can't be written as {target}: its integers lie over minima that are no zero points; octavo "
+                "quantize rounds its numbers anew"
+            )
         entry = _Found(
-            weight.scheme,
+            _widened(weight.scheme),
             weight.shape,
             weight.scale.dtype,
             in_order=weight.g_idx is None,
@@ -138,6 +143,13 @@ def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> 
     if not found:
         raise QuantizeError(f"{checkpoint.directory} has a quantization_config, but no quantized layer")
     return found
+
+
+def _widened(scheme: QuantScheme) -> QuantScheme:
+    """Integers of 5 and 6 bits, which only GGUF files pack, as those of 8 that they are as well."""
+    if scheme.weight.dtype not in ("int5", "int6"):
+        return scheme
+    return replace(scheme, weight=replace(scheme.weight, dtype="int8"))
 
 
 def _formats(found: Mapping[str, _Found], target: Format) -> dict[str, QuantFormat]:

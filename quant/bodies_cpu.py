@@ -91,8 +91,27 @@ def dequantized_float32_rounding() -> Body:
 def _pack_integers(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001
     from octavo.kernels.dense import cpu
 
-    bits = 8 if weight.scheme.weight.dtype == "int8" else 4
-    return cpu.pack_int(weight.codes, weight.scale, weight.zero_point, bits)
+    bits = 8 if weight.scheme.weight.bits > 4 else 4
+    if not weight.scheme.weight.minima:
+        return cpu.pack_int(weight.codes, weight.scale, weight.zero_point, bits)
+    codes, scale, zero_point = _over_zero_points(weight)
+    least = 8 if bits == 4 else 0
+    return cpu.pack_int(codes - least, scale, zero_point - least, bits)
+
+
+def _over_zero_points(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes from 0 up, scales and zero points, all float32 but the codes, of a weight over minima.
+
+    Where a scale is 0 its group is a constant: codes of 0, a zero point of 1 and the minimum for a scale.
+    """
+    scale = weight.scale.float()
+    assert weight.zero_point is not None
+    minima = weight.zero_point
+    empty = scale == 0
+    zero_point = torch.where(empty, 1.0, minima / torch.where(empty, 1.0, scale))
+    size = weight.scheme.weight.granularity.tile(*weight.shape)[1]
+    is_constant = empty.repeat_interleave(size, 1)[:, : weight.shape[1]]
+    return weight.codes.masked_fill(is_constant, 0), torch.where(empty, minima, scale), zero_point
 
 
 def _pack_fp4(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001

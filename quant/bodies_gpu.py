@@ -17,7 +17,6 @@ from octavo.kernels.packed_weight import PackedWeight
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden, QuantizedActivation
 from octavo.quant.body import Body, PackOptions
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import BITS
 
 
 def eight_bits() -> Body:
@@ -115,7 +114,7 @@ def pack_words(weight: QuantizedWeight, bias: Tensor | None = None, *, least_bit
 
     scale, zero_point, size = scales_of_columns(weight)
     groups = size if weight.g_idx is None else weight.g_idx
-    bits = max(BITS[weight.scheme.weight.dtype], least_bits)
+    bits = 8 if weight.scheme.weight.bits > 4 else max(weight.scheme.weight.bits, least_bits)
     return packing.pack(weight.codes, scale, zero_point, groups, bias, bits)
 
 

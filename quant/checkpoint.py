@@ -35,7 +35,7 @@ KV_SCALES = (
     ("kv_scale", "kv_scale"),  # AutoFP8: one for both
     ("attn.kv_scale", "attn.kv_scale"),
 )
-MARKS = frozenset(("weight_scale", "weight_scale_inv", "qweight"))
+MARKS = frozenset(("weight_scale", "weight_scale_inv", "qweight", "blocks"))
 """Of a linear layer's tensors those that only quantized ones have; each format has one of them."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

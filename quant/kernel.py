@@ -59,6 +59,7 @@ class Kernel:
     orders          of columns
     scales          how formats store them: a kernel may hold some in fewer bits
     dequantizes     the weight is dequantized at load: more bytes than are stored
+    minima          it serves weights over minima, too
     batch_invariant a row's output has the same bits whatever other rows are multiplied with it, and however many.
                     tests/kernels/test_batch_invariant.py proves it; False: it isn't so, or nobody has proven it
     """
@@ -86,6 +87,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = HALF
     experts: bool = False
     dequantizes: bool = False
+    minima: bool = False
     batch_invariant: bool = False
 
     @property
@@ -130,6 +132,8 @@ class Kernel:
             yield f"the kernel has no scales per {per}"
         if weight.scales not in self.scales:
             yield f"its scales are {weight.scales}, not {' or '.join(self.scales)}"
+        if weight.minima and not self.minima:
+            yield "its integers lie over minima, which are no zero points"
         if self.symmetric_only and not weight.symmetric:
             yield "products of rounded inputs have no zero points"
         size = per.tile(shape.rows, shape.columns)[1]

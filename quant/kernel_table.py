@@ -34,6 +34,7 @@ GROUPS_FP8 = ActivationScheme("fp8_e4m3", group(FP8_BLOCK))
 TOKEN_INT8 = ActivationScheme("int8", CHANNEL)
 STATIC_INT8 = ActivationScheme("int8", TENSOR, dynamic=False)
 FEW_BITS = ("int4", "int3", "int2")
+BYTES = ("int8", "int6", "int5")  # integers that lie in a byte each
 STORAGES = tuple(name for name in BITS if name != "bf16")
 ROWS = ("tensor", "channel")  # a scale for the weight, or for each of its rows
 GROUPS = ("channel", "group")
@@ -91,7 +92,7 @@ _BYTES = tuple(
         orders=("sorted", "permuted"),
         takes_nan=False,
     )
-    for dtype, short in (("int8", "int8"), ("fp8_e4m3", "fp8"))
+    for dtype, short in (*((dtype, dtype) for dtype in BYTES), ("fp8_e4m3", "fp8"))
 )
 _FEW = tuple(
     Kernel(
@@ -112,20 +113,22 @@ GPU_WEIGHTS = (
 )
 """Decoded in registers, inputs in 16 bits."""
 
+IN_LARGER = {"int6": "in 8 bits ", "int5": "in 8 bits ", "int3": "in 4 bits ", "int2": "in 4 bits "}
 _CPU_INTEGERS = tuple(
     Kernel(
-        f"{dtype} weights {'in 4 bits ' if dtype in ('int3', 'int2') else ''}x bf16",
+        f"{dtype} weights {IN_LARGER.get(dtype, '')}x bf16",
         f"{dtype} weights decoded to bf16 in registers",
         "cpu",
         bodies_cpu.integers,
         (dtype,),
         kinds=GROUPS,
-        group_multiple=2 if dtype == "int8" else 8,
+        group_multiple=2 if dtype in BYTES else 8,
         whole_groups=True,
         dtypes=(torch.bfloat16,),
+        minima=True,
         batch_invariant=True,
     )
-    for dtype in ("int8", *FEW_BITS)
+    for dtype in (*BYTES, *FEW_BITS)
 )
 _CPU_BF16 = Kernel(
     "bf16 x bf16",
@@ -207,6 +210,7 @@ DEQUANTIZED = tuple(
         storages=STORAGES,
         orders=("sorted", "permuted", "uneven"),
         dequantizes=True,
+        minima=True,
         load=load,
         keeps_inputs=not rounds,
         rounds_inputs=bool(rounds),
@@ -239,6 +243,7 @@ ALONE = Kernel(
     rounds_inputs=True,
     orders=("sorted", "permuted", "uneven"),
     dtypes=(torch.float32, *HALF),
+    minima=True,
     experts=True,
 )
 EXPERTS = (

@@ -21,7 +21,8 @@ class QuantizedWeight:
 
     codes       [N, K] int8 (signed: int4 lies in -8..7), or float8_e4m3fn, which holds each fp4_e2m1 number too
     scale       scheme.weight.granularity.scale_shape(N, K), in the type that the checkpoint stores
-    zero_point  None when symmetric, else int8 of scale's shape, in the same signed range as codes
+    zero_point  None when symmetric, else int8 of scale's shape, in the same signed range as codes; of a scheme with
+                minima those, float32
     g_idx       None, or [K] int32: the group of each column (GPTQ act-order)
     input_scale None, or [] float32: the static scale of the input; of an input with e4m3 scales what divides them all
     global_scale None, or [] float32: what divided all the stored e4m3 scales to give `scale`, which is float32 then
@@ -44,12 +45,15 @@ class QuantizedWeight:
         return n, k
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that the codes stand for: (codes - zero_point) * scale in float32, then cast."""
+        """The weight [N, K] that the codes stand for, in float32, then cast."""
         n, k = self.shape
         codes = self.codes.float()
-        if self.zero_point is not None:
+        minima = self.scheme.weight.minima
+        if self.zero_point is not None and not minima:
             codes -= self._expand(self.zero_point.float(), n, k)
         codes *= self._expand(self.scale.float(), n, k)
+        if self.zero_point is not None and minima:
+            codes -= self._expand(self.zero_point, n, k)
         return codes.to(dtype)
 
     def to(self, device: torch.device) -> QuantizedWeight:

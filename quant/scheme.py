@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-WeightDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8", "int4", "int3", "int2", "bf16"]
+WeightDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8", "int6", "int5", "int4", "int3", "int2", "bf16"]
 ActivationDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8"]
 Scales = Literal["float", "e4m3", "e8m0"]  # what a format has for scales: numbers, NVFP4's, powers of two (MX)
 Search = Literal["absmax", "mse"]  # how a scale is chosen: to cover every weight, or for the least squared error
 
-BITS: dict[str, int] = {"fp8_e4m3": 8, "fp4_e2m1": 4, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "bf16": 16}
+BITS: dict[str, int] = {
+    "fp8_e4m3": 8, "fp4_e2m1": 4, "int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2, "bf16": 16,
+}  # fmt: skip
 GROUP_SIZES = (32, 64, 128)
 LARGEST = {"fp8_e4m3": 448.0, "int8": 127.0}
 """The largest number that a code stands for where codes reach as far on both sides of zero."""
@@ -102,6 +104,7 @@ def group(size: int) -> Granularity:
 class WeightScheme:
     """Integers: w = (q - zero_point) * scale, zero_point 0 when symmetric. Floats: w = q * scale.
 
+    minima  integers from 0 up over a minimum, any number: w = q * scale - minimum (GGUF's Q4_K and its like)
     scales  float: any number. e8m0: a power of two (MXFP4, MXFP8). e4m3: an e4m3 number over one float32 for the whole
             weight (NVFP4)
     """
@@ -110,10 +113,13 @@ class WeightScheme:
     granularity: Granularity
     symmetric: bool = True
     scales: Scales = "float"
+    minima: bool = False
 
     def __post_init__(self) -> None:
         if self.is_float and not self.symmetric:
             raise SchemeError(f"{self.dtype} weights have no zero point: symmetric must be true")
+        if self.minima and self.symmetric:
+            raise SchemeError("weights over a minimum are not symmetric: symmetric must be false")
         if self.dtype == "bf16":
             raise SchemeError("an unquantized layer has no scheme: use None instead of a bf16 scheme")
         _check_scales(self.dtype, self.granularity, self.scales)
@@ -129,9 +135,11 @@ class WeightScheme:
 
     @property
     def int_range(self) -> tuple[int, int]:
-        """Smallest and largest stored integer, signed: (-8, 7) for int4. Zero points lie in the same range."""
+        """Smallest and largest stored integer: (-8, 7) for int4, where zero points lie too; (0, 15) over minima."""
         if self.is_float:
             raise SchemeError(f"{self.dtype} is not an integer type")
+        if self.minima:
+            return 0, (1 << self.bits) - 1
         return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
 
@@ -189,7 +197,8 @@ class QuantScheme:
             raise SchemeError(f"fp4_e2m1 activations with {w.dtype} weights: no format and no kernel has that")
 
     def __str__(self) -> str:
-        name = f"{self.weight.dtype}/{self.weight.granularity}" + ("" if self.weight.symmetric else "/asym")
+        over = "/min" if self.weight.minima else "" if self.weight.symmetric else "/asym"
+        name = f"{self.weight.dtype}/{self.weight.granularity}{over}"
         name += "" if self.weight.scales == "float" else f"/{self.weight.scales}"
         if self.activation is not None:
             how = "token" if self.activation.granularity == CHANNEL else str(self.activation.granularity)

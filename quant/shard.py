@@ -117,6 +117,10 @@ def pad(weight: QuantizedWeight) -> tuple[QuantizedWeight, int]:
     side = _side(weight.scheme.weight.granularity)
     added = PADDING if side is None else side - k % side
     zero_point = weight.zero_point
+    if weight.scheme.weight.minima and zero_point is not None:  # in whole groups, so that the added ones are another
+        codes = torch.cat([weight.codes, torch.zeros_like(weight.codes[:, :1]).expand(n, added)], 1)
+        minima = torch.cat([zero_point, torch.zeros_like(zero_point[:, :1])], 1)
+        return replace(weight, codes=codes, scale=_repeat_last(weight.scale), zero_point=minima), added
     group_of_added = 0 if weight.g_idx is not None else -1
     zeros = torch.zeros_like(weight.codes[:, :1]) if zero_point is None else zero_point[:, [group_of_added]]
     codes = torch.cat([weight.codes, zeros.expand(n, added)], 1)

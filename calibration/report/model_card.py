@@ -74,7 +74,7 @@ def _metadata(report: Report, card: Card) -> dict[str, Any]:
 def _tags(report: Report) -> list[str]:
     tags = ["octavo", report.format, report.algorithm, report.scheme.partition("@")[0].lower()]
     bits = {scheme.partition("/")[0] for kind in report.kinds for scheme in kind.schemes}
-    names = {"int2": "2-bit", "int3": "3-bit", "int4": "4-bit", "int8": "8-bit", "fp4_e2m1": "fp4", "fp8_e4m3": "fp8"}
+    names = {f"int{count}": f"{count}-bit" for count in (2, 3, 4, 5, 6, 8)} | {"fp4_e2m1": "fp4", "fp8_e4m3": "fp8"}
     return tags + [names[name] for name in sorted(bits) if name in names]
 
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from octavo.quant.formats import awq, compressed_tensors, fp8, gptq, microscaling
+from octavo.quant.formats import awq, compressed_tensors, fp8, gguf, gptq, microscaling
 from octavo.quant.formats.auto_round import parse_auto_round
 from octavo.quant.formats.awq import parse_awq
 from octavo.quant.formats.compressed_tensors_config import parse_config
 from octavo.quant.formats.format import FormatError, QuantizationConfig
 from octavo.quant.formats.fp8 import parse_fp8
+from octavo.quant.formats.gguf import parse_gguf
 from octavo.quant.formats.gptq_config import parse_gptq
 from octavo.quant.formats.modelopt import parse_modelopt
-
-
-def parse_gguf(raw: Mapping[str, Any]) -> QuantizationConfig:
-    """What `GGUFFile.quantization_config` says in compressed-tensors' words; no config.json has it."""
-    return replace(parse_config(raw), name="gguf")
-
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "compressed-tensors": parse_config,
@@ -37,7 +31,12 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
 # The suffixes of a linear layer's tensors, in any format.
 SUFFIXES = tuple(
     dict.fromkeys(
-        compressed_tensors.SUFFIXES + gptq.SUFFIXES + awq.SUFFIXES + fp8.SUFFIXES + microscaling.MODELOPT_SUFFIXES
+        compressed_tensors.SUFFIXES
+        + gptq.SUFFIXES
+        + awq.SUFFIXES
+        + fp8.SUFFIXES
+        + microscaling.MODELOPT_SUFFIXES
+        + gguf.SUFFIXES
     )
 )
 

@@ -1,10 +1,10 @@
-"""ggml's blocks of numbers: what their bytes stand for, as integers and scales where a block has no minimum.
+"""ggml's blocks of numbers: what their bytes stand for, as integers with scales and minima where they are that.
 
 Source: ggml-org/ggml, `src/ggml-common.h` (layouts), `src/ggml-quants.c`. n blocks come as [n, bytes] uint8. d and m
 are float16. A block of 256 columns has 8 or 16 scales of its own, which are integers themselves:
 
 Q4_0 Q5_0 Q8_0       32 columns, q * d
-Q4_1 Q5_1            32 columns, q * d + m
+Q4_1 Q5_1            32 columns, q * d + m; here the minimum is -m
 Q2_K Q4_K Q5_K       256 columns, q * (d * scale) - dmin * minimum, of 16 or (Q4_K, Q5_K) 32 columns
 Q3_K Q6_K            256 columns, q * (d * scale), of 16 columns
 IQ4_NL IQ4_XS        32 and 256 columns, q from a table of 16 integers; IQ4_XS: q * (d * scale) of 32 columns
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp4.reference import decode_e2m1, e8m0_to_float
+from octavo.quant.scheme import WeightDtype, WeightScheme, group
 
 TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
@@ -28,7 +29,7 @@ TYPE_NAMES = {
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-Integers = Callable[[Tensor], tuple[Tensor, Tensor]]
+Integers = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class BlockType:
     """columns: of a block; nbytes: of it. Blocks [n, nbytes] uint8 are one of:
 
     plain     numbers of this type
-    integers  (codes [n, columns] int8, scales [n, groups] float32): every number is a code times its group's scale
+    integers  (codes [n, columns] int8, scales [n, groups] float32, minima alike or None): every number is a code times
+              its group's scale less its minimum, as `scheme` says
     numbers   [n, columns] float32
     """
 
@@ -45,8 +47,7 @@ class BlockType:
     plain: torch.dtype | None = None
     integers: Integers | None = None
     numbers: Callable[[Tensor], Tensor] | None = None
-    bits: int = 8  # of the codes
-    group: int = 32  # columns that share a scale
+    scheme: WeightScheme | None = None
 
     def decode(self, blocks: Tensor) -> Tensor:
         """The numbers of blocks, [n, columns] float32."""
@@ -55,9 +56,9 @@ class BlockType:
         if self.numbers is not None:
             return self.numbers(blocks)
         assert self.integers is not None
-        codes, scales = self.integers(blocks)
-        tiles = codes.float().reshape(len(codes), -1, self.group)
-        return (tiles * scales[:, :, None]).flatten(1)
+        codes, scales, minima = self.integers(blocks)
+        tiles = codes.float().reshape(*scales.shape, -1) * scales[:, :, None]
+        return (tiles if minima is None else tiles - minima[:, :, None]).flatten(1)
 
 
 def _half(raw: Tensor) -> Tensor:
@@ -83,44 +84,39 @@ def _fifth_bits(raw: Tensor) -> Tensor:
     return torch.stack([(raw >> i) & 1 for i in range(8)], dim=-1).flatten(1) << 4
 
 
-def _q4_0(b: Tensor) -> tuple[Tensor, Tensor]:
-    return _nibbles(b[:, 2:], 16).to(torch.int8) - 8, _half(b[:, :2])
+def _q4_0(b: Tensor) -> tuple[Tensor, Tensor, None]:
+    return _nibbles(b[:, 2:], 16).to(torch.int8) - 8, _half(b[:, :2]), None
 
 
-def _q4_1(b: Tensor) -> Tensor:
-    return _nibbles(b[:, 4:], 16).float() * _half(b[:, :2]) + _half(b[:, 2:4])
+def _q4_1(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _nibbles(b[:, 4:], 16).to(torch.int8), _half(b[:, :2]), -_half(b[:, 2:4])
 
 
-def _q5_0(b: Tensor) -> tuple[Tensor, Tensor]:
-    return (_nibbles(b[:, 6:], 16) | _fifth_bits(b[:, 2:6])).to(torch.int8) - 16, _half(b[:, :2])
+def _q5_0(b: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (_nibbles(b[:, 6:], 16) | _fifth_bits(b[:, 2:6])).to(torch.int8) - 16, _half(b[:, :2]), None
 
 
-def _q5_1(b: Tensor) -> Tensor:
+def _q5_1(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = _nibbles(b[:, 8:], 16) | _fifth_bits(b[:, 4:8])
-    return codes.float() * _half(b[:, :2]) + _half(b[:, 2:4])
+    return codes.to(torch.int8), _half(b[:, :2]), -_half(b[:, 2:4])
 
 
-def _q8_0(b: Tensor) -> tuple[Tensor, Tensor]:
-    return b[:, 2:].contiguous().view(torch.int8), _half(b[:, :2])
+def _q8_0(b: Tensor) -> tuple[Tensor, Tensor, None]:
+    return b[:, 2:].contiguous().view(torch.int8), _half(b[:, :2]), None
 
 
-def _over_minimum(codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
-    tiles = codes.float().reshape(*scales.shape, -1)
-    return (tiles * scales[:, :, None] - minima[:, :, None]).flatten(1)
-
-
-def _q2_k(b: Tensor) -> Tensor:
+def _q2_k(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = (b[:, :16] & 15).float() * _half(b[:, 80:82])
     minima = (b[:, :16] >> 4).float() * _half(b[:, 82:84])
-    return _over_minimum(_fields(b[:, 16:80], 32, 2), scales, minima)
+    return _fields(b[:, 16:80], 32, 2).to(torch.int8), scales, minima
 
 
-def _q3_k(b: Tensor) -> tuple[Tensor, Tensor]:
+def _q3_k(b: Tensor) -> tuple[Tensor, Tensor, None]:
     high = _fields(b[:, :32], 32, 1)  # a bit that is not set takes 4 off
     codes = _fields(b[:, 32:96], 32, 2).to(torch.int8) - 4 * (1 - high.to(torch.int8))
     low = torch.cat([b[:, 96:104] & 15, b[:, 96:104] >> 4], dim=1)
     scales = (low | (_fields(b[:, 104:108], 4, 2) << 4)).to(torch.int8) - 32
-    return codes, scales.float() * _half(b[:, 108:110])
+    return codes, scales.float() * _half(b[:, 108:110]), None
 
 
 def _scales_and_minima(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,57 +127,61 @@ def _scales_and_minima(raw: Tensor) -> tuple[Tensor, Tensor]:
     return scales.float(), minima.float()
 
 
-def _q4_k(b: Tensor) -> Tensor:
+def _q4_k(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales, minima = _scales_and_minima(b[:, 4:16])
-    return _over_minimum(_nibbles(b[:, 16:], 32), scales * _half(b[:, :2]), minima * _half(b[:, 2:4]))
+    return _nibbles(b[:, 16:], 32).to(torch.int8), scales * _half(b[:, :2]), minima * _half(b[:, 2:4])
 
 
-def _q5_k(b: Tensor) -> Tensor:
+def _q5_k(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales, minima = _scales_and_minima(b[:, 4:16])
     codes = _nibbles(b[:, 48:], 32) | (_fields(b[:, 16:48], 32, 1) << 4)
-    return _over_minimum(codes, scales * _half(b[:, :2]), minima * _half(b[:, 2:4]))
+    return codes.to(torch.int8), scales * _half(b[:, :2]), minima * _half(b[:, 2:4])
 
 
-def _q6_k(b: Tensor) -> tuple[Tensor, Tensor]:
+def _q6_k(b: Tensor) -> tuple[Tensor, Tensor, None]:
     codes = _nibbles(b[:, :128], 64) | (_fields(b[:, 128:192], 32, 2) << 4)
     scales = b[:, 192:208].contiguous().view(torch.int8).float()
-    return codes.to(torch.int8) - 32, scales * _half(b[:, 208:210])
+    return codes.to(torch.int8) - 32, scales * _half(b[:, 208:210]), None
 
 
 def _of_iq4(nibbles: Tensor) -> Tensor:
     return torch.tensor(IQ4, dtype=torch.int8)[nibbles.int()]
 
 
-def _iq4_nl(b: Tensor) -> tuple[Tensor, Tensor]:
-    return _of_iq4(_nibbles(b[:, 2:], 16)), _half(b[:, :2])
+def _iq4_nl(b: Tensor) -> tuple[Tensor, Tensor, None]:
+    return _of_iq4(_nibbles(b[:, 2:], 16)), _half(b[:, :2]), None
 
 
-def _iq4_xs(b: Tensor) -> tuple[Tensor, Tensor]:
+def _iq4_xs(b: Tensor) -> tuple[Tensor, Tensor, None]:
     low = torch.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], dim=-1).flatten(1)
     high = torch.stack([(b[:, 2:4] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(1)
     scales = (low | (high << 4)).to(torch.int8) - 32
-    return _of_iq4(_nibbles(b[:, 8:], 16)), scales.float() * _half(b[:, :2])
+    return _of_iq4(_nibbles(b[:, 8:], 16)), scales.float() * _half(b[:, :2]), None
 
 
 def _mxfp4(b: Tensor) -> Tensor:
     return decode_e2m1(_nibbles(b[:, 1:], 16)).float() * e8m0_to_float(b[:, :1])
 
 
+def _over_minima(dtype: WeightDtype, size: int) -> WeightScheme:
+    return WeightScheme(dtype, group(size), symmetric=False, minima=True)
+
+
 BLOCK_TYPES = {
     "F32": BlockType(1, 4, plain=torch.float32),
     "F16": BlockType(1, 2, plain=torch.float16),
     "BF16": BlockType(1, 2, plain=torch.bfloat16),
-    "Q4_0": BlockType(32, 18, integers=_q4_0, bits=4),
-    "Q4_1": BlockType(32, 20, numbers=_q4_1),
-    "Q5_0": BlockType(32, 22, integers=_q5_0),
-    "Q5_1": BlockType(32, 24, numbers=_q5_1),
-    "Q8_0": BlockType(32, 34, integers=_q8_0),
-    "Q2_K": BlockType(256, 84, numbers=_q2_k),
-    "Q3_K": BlockType(256, 110, integers=_q3_k, bits=3, group=16),
-    "Q4_K": BlockType(256, 144, numbers=_q4_k),
-    "Q5_K": BlockType(256, 176, numbers=_q5_k),
-    "Q6_K": BlockType(256, 210, integers=_q6_k, group=16),
-    "IQ4_NL": BlockType(32, 18, integers=_iq4_nl),
-    "IQ4_XS": BlockType(256, 136, integers=_iq4_xs),
+    "Q4_0": BlockType(32, 18, integers=_q4_0, scheme=WeightScheme("int4", group(32))),
+    "Q4_1": BlockType(32, 20, integers=_q4_1, scheme=_over_minima("int4", 32)),
+    "Q5_0": BlockType(32, 22, integers=_q5_0, scheme=WeightScheme("int5", group(32))),
+    "Q5_1": BlockType(32, 24, integers=_q5_1, scheme=_over_minima("int5", 32)),
+    "Q8_0": BlockType(32, 34, integers=_q8_0, scheme=WeightScheme("int8", group(32))),
+    "Q2_K": BlockType(256, 84, integers=_q2_k, scheme=_over_minima("int2", 16)),
+    "Q3_K": BlockType(256, 110, integers=_q3_k, scheme=WeightScheme("int3", group(16))),
+    "Q4_K": BlockType(256, 144, integers=_q4_k, scheme=_over_minima("int4", 32)),
+    "Q5_K": BlockType(256, 176, integers=_q5_k, scheme=_over_minima("int5", 32)),
+    "Q6_K": BlockType(256, 210, integers=_q6_k, scheme=WeightScheme("int6", group(16))),
+    "IQ4_NL": BlockType(32, 18, integers=_iq4_nl, scheme=WeightScheme("int8", group(32))),
+    "IQ4_XS": BlockType(256, 136, integers=_iq4_xs, scheme=WeightScheme("int8", group(32))),
     "MXFP4": BlockType(32, 17, numbers=_mxfp4),
 }

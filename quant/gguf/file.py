@@ -1,8 +1,7 @@
 """A GGUF file's tensors under Hugging Face's names, as `SafetensorsFile` has those of a safetensors file.
 
-Linear layers whose blocks are integers times scales (Q4_0, Q5_0, Q8_0, Q3_K, Q6_K, IQ4) come as compressed-tensors
-stores integers: `weight` int8 [N, K] and `weight_scale` float32 [N, groups], and `quantization_config` says so in its
-words. Everything else, and with `dtype` everything, comes as numbers, decoded when a tensor is asked for.
+Linear layers whose blocks are integers come as these blocks, `blocks` uint8 [N, bytes], and `quantization_config` says
+of what kind they are. Everything else, and with `dtype` everything, comes as numbers, decoded when it is asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from octavo.quant.safetensors_file import TensorSpec
 GGUF = "model.gguf"  # its name, or that of a link to it, in a model's directory
 CHUNK = 1 << 22  # numbers decoded at a time
 LINEAR = ("_proj.weight", "lm_head.weight", ".w1.weight", ".w2.weight", ".w3.weight")
-SCALE = "_scale"
+BLOCKS = ".blocks"
 
 
 class GGUFFile:
@@ -54,8 +53,7 @@ class GGUFFile:
             raise CheckpointError(f"{path.name}: {e}") from None
         self._dtype = dtype
         self._map: Tensor | None = None
-        self._integers: dict[str, BlockType] = {}
-        self._scales: dict[str, Tensor] = {}  # of the layer whose codes were read last
+        self._kinds: dict[str, str] = {}  # of linear layers' blocks, by module
         for name, (_, tensor) in self._stored.items():
             self._announce(name, tensor)
 
@@ -64,9 +62,9 @@ class GGUFFile:
         is_linear = name.endswith(LINEAR) and len(tensor.shape) == 2
         if self._dtype is None and is_linear and block.integers is not None:
             n, k = tensor.shape
-            self._integers[name] = block
-            self.specs[name] = TensorSpec(torch.int8, (n, k))
-            self.specs[name + SCALE] = TensorSpec(torch.float32, (n, k // block.group))
+            module = name.removesuffix(".weight")
+            self._kinds[module] = tensor.kind
+            self.specs[module + BLOCKS] = TensorSpec(torch.uint8, (n, k // block.columns * block.nbytes))
         else:
             self.specs[name] = TensorSpec(self._dtype or block.plain or torch.float32, tensor.shape)
 
@@ -75,35 +73,19 @@ class GGUFFile:
         """As config.json would have it for the integers; None where every number is of one type."""
         if self._dtype is not None:
             return None
-        targets: dict[tuple[int, int], list[str]] = {}
-        for name, block in self._integers.items():
-            targets.setdefault((block.bits, block.group), []).append(name.removesuffix(".weight"))
-        groups = {
-            f"group_{i}": {
-                "targets": modules,
-                "weights": {"num_bits": bits, "type": "int", "strategy": "group", "group_size": size},
-                "format": "naive-quantized",
-            }
-            for i, ((bits, size), modules) in enumerate(targets.items())
-        }
-        return {"quant_method": "gguf", "format": "naive-quantized", "config_groups": groups}
+        return {"quant_method": "gguf", "layers": self._kinds}
 
     def view(self, name: str) -> Tensor:
         """The tensor in its own memory."""
-        if (whole := name.removesuffix(SCALE)) in self._integers:
-            kept = self._scales.pop(whole, None) if name != whole else None
-            if kept is not None:
-                return kept
-            codes, scales = self._decode_integers(whole)
-            if name != whole:
-                return scales
-            self._scales = {whole: scales}
-            return codes
         spec = self.specs[name]
-        original, tensor = self._stored[name]
+        module = name.removesuffix(BLOCKS)
+        original, tensor = self._stored[name if module == name else f"{module}.weight"]
         block = BLOCK_TYPES[tensor.kind]
         raw = self._blocks(tensor, block)
         change = change_of(original, self._metadata, self._config)
+        if module != name:
+            rows = raw.reshape(spec.shape)
+            return rows if change is None else change(rows)
         out = torch.empty(spec.numel, dtype=spec.dtype)
         step = max(1, CHUNK // block.columns)
         for begin in range(0, len(raw), step):
@@ -121,18 +103,6 @@ class GGUFFile:
 
     def divide(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:  # noqa: ARG002
         raise CheckpointError(f"{self.path.name}: {name} is of several experts under a name that no GGUF file has")
-
-    def _decode_integers(self, name: str) -> tuple[Tensor, Tensor]:
-        """codes [N, K] int8 and scales [N, groups] float32 of a linear layer."""
-        block = self._integers[name]
-        original, tensor = self._stored[name]
-        assert block.integers is not None
-        n, k = tensor.shape
-        codes, scales = block.integers(self._blocks(tensor, block))
-        change = change_of(original, self._metadata, self._config)
-        found = [codes.reshape(n, k), scales.reshape(n, k // block.group)]
-        codes, scales = found if change is None else [change(rows) for rows in found]
-        return codes, scales
 
     def _blocks(self, tensor: StoredTensor, block: BlockType) -> Tensor:
         """A tensor's blocks, [n, bytes] uint8, as a view of the mapped file."""

@@ -40,6 +40,9 @@ def weight(n: int, k: int, scheme: QuantScheme) -> QuantizedWeight:
         return QuantizedWeight(scheme, codes, scale, input_scale=static)
     low, high = w.int_range
     zero = None if w.symmetric else torch.randint(low, high + 1, shape, dtype=torch.int8)
+    if w.minima:
+        zero = torch.rand(shape) * high * scale
+        scale[torch.rand(shape) < 0.1] = 0  # such a group is a constant
     return QuantizedWeight(scheme, torch.randint(low, high + 1, (n, k), dtype=torch.int8), scale, zero)
 
 
@@ -62,6 +65,11 @@ WEIGHT_ONLY = {
     "int3-g32": WeightScheme("int3", group(32)),
     "int2-g64-asym": WeightScheme("int2", group(64), symmetric=False),
     "int8-g32": WeightScheme("int8", group(32)),
+    "int6-g16": WeightScheme("int6", group(16)),
+    "int5-g32": WeightScheme("int5", group(32)),
+    "int4-g32-min": WeightScheme("int4", group(32), symmetric=False, minima=True),
+    "int5-g32-min": WeightScheme("int5", group(32), symmetric=False, minima=True),
+    "int2-g16-min": WeightScheme("int2", group(16), symmetric=False, minima=True),
     "int8-channel-asym": WeightScheme("int8", CHANNEL, symmetric=False),
 }
 
@@ -74,7 +82,10 @@ def test_weight_only(scheme: WeightScheme) -> None:
         layer = run([w])
         exact = w.dequantize()
         spread = 144 if scheme.bits < 8 else 256
-        largest = w._expand(w.scale.float(), n, k) * spread
+        scale = w.scale.float()
+        if scheme.minima and w.zero_point is not None:
+            scale = torch.where(scale == 0, w.zero_point, scale)  # of a constant the minimum is the scale
+        largest = w._expand(scale, n, k) * spread
         if "dequantized" in layer.describe()[1]:
             exact = w.dequantize(torch.bfloat16)  # rounded at load: what it then multiplies is this
         for m in ROWS:

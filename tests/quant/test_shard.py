@@ -220,6 +220,15 @@ def test_added_columns_are_zeros(name: str, columns: int, act_order: bool) -> No
     assert same(padded.dequantize()[:, columns:], torch.zeros(24, added))
 
 
+def test_added_columns_are_zeros_over_minima() -> None:
+    scheme = QuantScheme(WeightScheme("int4", group(32), symmetric=False, minima=True))
+    codes = torch.randint(0, 16, (24, 96), dtype=torch.int8)
+    weight = QuantizedWeight(scheme, codes, torch.rand(24, 3), torch.rand(24, 3))
+    padded, added = pad(weight)
+    assert same(padded.dequantize()[:, :96], weight.dequantize())
+    assert same(padded.dequantize()[:, 96:], torch.zeros(24, added))
+
+
 def test_a_short_last_group_belongs_to_the_last_rank() -> None:
     weight = quantize_weight(torch.randn(8, 100), QuantScheme(WeightScheme("int4", group(32))))
     parts = shards_of(weight, "columns", [(0, 64), (64, 100)])
