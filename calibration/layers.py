@@ -15,7 +15,9 @@ import torch
 
 from octavo.calibration.recipe import means_layer
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.mtp_names import is_mtp, mtp_patterns
 from octavo.quant.scheme import GROUP_SIZES, QuantScheme
+from octavo.quant.split_experts import LAYOUTS
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)(?P<list>layers?)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
@@ -51,14 +53,15 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to quantize, by module, and the names of the others for the config's ignore list."""
+    """The layers to quantize, by module, and for the config's ignore list others' names and regexes ('re:...')."""
 
     linears: dict[str, LinearLayer]
     ignore: list[str]
 
 
 def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
-    """All linear layers of the decoder blocks but routers, latents' expansions, and those that a pattern names.
+    """All linear layers of the decoder blocks but routers, latents' expansions, and those that a pattern names;
+    none of MTP heads.
 
     A pattern is a module's full name, its name in the block, a glob ('*.down_proj') or a regex ('re:.*mlp'). Raises
     QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
@@ -80,7 +83,8 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
         raise QuantizeError(f"--ignore {' '.join(unused)}: matches no linear layer; kinds are {_kinds(found)}")
     if not linears:
         raise QuantizeError("nothing is left to quantize: every linear layer is ignored")
-    return Selection(linears, ignore + [o for o in others if o != "lm_head"])
+    heads = mtp_patterns(checkpoint.names, checkpoint.config)
+    return Selection(linears, ignore + [o for o in others if o != "lm_head"] + heads)
 
 
 def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
@@ -89,13 +93,17 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
     others = []
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
-            if len(spec.shape) == 3 and ".experts." in name:
-                raise QuantizeError(f"{name} {list(spec.shape)}: experts fused into one tensor can't be quantized yet")
+            head = is_mtp(name, checkpoint.config)
+            if len(spec.shape) == 3 and ".experts." in name and not head:
+                raise QuantizeError(
+                    f"{name} {list(spec.shape)}: experts fused into one tensor are split where their layout is known, "
+                    f"of {', '.join(LAYOUTS)}; model_type {checkpoint.config.get('model_type')!r} is none of them"
+                )
             if len(spec.shape) != 2 or not name.endswith(".weight"):
                 continue
             module = name.removesuffix(".weight")
             match = BLOCK.match(name)
-            if match and (checkpoint.layout.is_encoder or not OTHER_TOWERS.search(match["prefix"])):
+            if match and not head and (checkpoint.layout.is_encoder or not OTHER_TOWERS.search(match["prefix"])):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}, and config.json doesn't say that it is quantized")
                 kind = EXPERT.sub(".experts.*.", match["kind"])
@@ -170,9 +178,16 @@ def joined_with(module: str) -> tuple[str, ...]:
     return (module,)
 
 
-def portability_warnings(scheme: QuantScheme, selection: Selection, format: str = "compressed-tensors") -> list[str]:
-    """Warn of what other engines don't load although octavo does."""
+def portability_warnings(
+    scheme: QuantScheme, selection: Selection, format: str = "compressed-tensors", model_type: str = ""
+) -> list[str]:
+    """Warn of what other engines don't load although it is legal."""
     warnings = []
+    if model_type == "gpt_oss":
+        warnings.append(
+            "gpt-oss: each expert is written as linear layers of its own, which transformers 5.24 with "
+            "compressed-tensors 0.20 doesn't find"
+        )
     block = scheme.weight.granularity.block
     if block is not None:
         rows, columns = block
@@ -189,9 +204,9 @@ def portability_warnings(scheme: QuantScheme, selection: Selection, format: str 
                 "what they do load"
             )
     for fused in FUSED:
-        kept = {m.rpartition(".layers.")[2] for m in selection.ignore}
-        partly = [m for m in selection.linears.values() if m.kind in fused and kept & {f"{m.index}.{k}" for k in fused}]
-        if partly:
+        kept = set(selection.ignore)
+        of_kind = [module for module, linear in selection.linears.items() if linear.kind in fused]
+        if any(kept.intersection(joined_with(module)) for module in of_kind):
             warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
     is_int8 = scheme.weight.dtype == "int8" and scheme.activation is not None
     if is_int8 and format == "compressed-tensors" and any(".experts." in x.kind for x in selection.linears.values()):

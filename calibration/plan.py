@@ -17,6 +17,7 @@ from octavo.calibration.layers import BLOCK, LinearLayer, QuantizeError, Selecti
 from octavo.calibration.output import make_format
 from octavo.calibration.recipe import Recipe, RecipeError, means_layer
 from octavo.quant.checkpoint import SINGLE, Checkpoint
+from octavo.quant.mtp_names import is_mtp
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import QuantScheme
 from octavo.quant.tensor_file import TensorFile
@@ -114,7 +115,8 @@ def _units(
         for name, spec in file.specs.items():
             match = BLOCK.match(f"{name.rpartition('.')[0]}.weight")
             inside = match is not None and f"{match['prefix']}{match['list']}" in blocks
-            index = int(match["index"]) if match is not None and inside else None
+            is_own = inside and not is_mtp(name, checkpoint.config)
+            index = int(match["index"]) if match is not None and is_own else None
             linear = selection.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             members.setdefault(index, []).append(_item(name, file, spec, recipe, linear, schemes))
     outside = Unit(OUTSIDE, None, tuple(members.pop(None)), {})

@@ -371,7 +371,8 @@ def _result(prepared: Prepared, units: Mapping[str, Mapping[str, Any]]) -> Quant
     advice = kv_advice(kv)
     counts = {name: unit["experts"] for name, unit in units.items() if unit.get("experts")}
     rare = rare_experts(counts, tunes=recipe.tunes)
-    found = [w for scheme in plan.schemes.values() for w in portability_warnings(scheme, plan.selection, recipe.format)]
+    where = plan.selection, recipe.format, str(prepared.checkpoint.config.get("model_type"))
+    found = [w for scheme in dict.fromkeys(plan.schemes.values()) for w in portability_warnings(scheme, *where)]
     warnings = list(dict.fromkeys([*([advice] if advice else []), *rare, *found]))
     return Quantized(recipe, plan.selection, plan.bytes_before, plan.bytes_after, layers, kv, warnings)
 

@@ -20,37 +20,53 @@ from octavo.quant.formats.reading import FLOATS
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.quant.safetensors_file import TensorSpec
+from octavo.quant.split_experts import MXFP4_FORMAT, split_experts
+from octavo.quant.tensor_file import TensorFile
 
 GGUF_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 KV_ENDINGS = tuple(f".{name}" for pair in KV_SCALES for name in pair)
 
 
 def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
-    """`Checkpoint.open`, with a plain `{layer}.weight` in place of each quantized layer's tensors.
+    """`Checkpoint.open`, with a plain `{layer}.weight` in place of each quantized layer's tensors, and experts split.
 
     Its numbers are of the type that most of the checkpoint's plain numbers have; a GGUF file's are float16 or float32
-    where all matrices are, else bfloat16. Scales of
-    inputs and of a KV cache are left out, and `source` says what the layers were. Raises CheckpointError.
+    where all matrices are, else bfloat16. Scales of inputs and of a KV cache are left out, and `source` says what the
+    layers were. Raises CheckpointError.
     """
     own = GGUF_DTYPES.get(str(read_config(directory).get("dtype")), torch.bfloat16)
     checkpoint = Checkpoint.open(directory, layouts, gguf_dtype=own)
-    formats = _formats(checkpoint)
+    dtype = _plain_dtype(checkpoint)
+    plain = _decoded(checkpoint, dtype)
+    files = split_experts(plain.files, plain.config, dtype)
+    return Checkpoint(directory, plain.config, files, None, plain.layout, source=plain.source)
+
+
+def _decoded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint with its quantized linear layers decoded."""
     if checkpoint.quantization is None:
         return checkpoint
-    dtype = _plain_dtype(checkpoint)
+    formats = _formats(checkpoint)
     hidden = {f"{module}.{suffix}" for module in formats for suffix in checkpoint.suffixes(module)}
     hidden |= {name for name in checkpoint.names if name.endswith(KV_ENDINGS)}
     missing = set(formats)
-    files = {}
+    files: dict[str, TensorFile] = {}
     for shard, file in checkpoint.files.items():
         begun = missing & {name.rpartition(".")[0] for name in file.specs}  # the rest may lie in another shard
         missing -= begun
         layers = {f"{module}.weight": _layer(checkpoint, module, formats[module], dtype) for module in sorted(begun)}
         files[shard] = DerivedFile(file, layers, hidden)
-    schemes = dict.fromkeys(str(format_.scheme) for format_ in formats.values())
-    source = f"{checkpoint.quantization.name} ({', '.join(schemes)})" if schemes else ""
     config = without_quantization(checkpoint.config)
-    return Checkpoint(directory, config, files, None, checkpoint.layout, source=source)
+    return Checkpoint(checkpoint.directory, config, files, None, checkpoint.layout, source=_source(checkpoint, formats))
+
+
+def _source(checkpoint: Checkpoint, formats: Mapping[str, QuantFormat]) -> str:
+    """What quantized layers are, for people; empty where there are none."""
+    assert checkpoint.quantization is not None
+    schemes = list(dict.fromkeys(str(format_.scheme) for format_ in formats.values()))
+    if any(name.endswith("_proj_blocks") for name in checkpoint.names):
+        schemes.append(str(MXFP4_FORMAT.scheme))
+    return f"{checkpoint.quantization.name} ({', '.join(schemes)})" if schemes else ""
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

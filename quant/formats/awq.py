@@ -218,7 +218,8 @@ def write_awq_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: l
 
     schemes: one for all linear layers but those in `ignore`, or each layer's by its full name, with one group size.
     Readers take zero points from qzeros in any case, so zero_point is true for symmetric schemes too. They match
-    modules_to_not_convert as parts of names; lm_head alone needs no entry, and vLLM then looks at the tensors instead.
+    modules_to_not_convert as parts of names, so that regexes ('re:...') are left out; lm_head alone needs no entry, and
+    vLLM then looks at the tensors instead.
     Raises FormatError for a scheme that the format doesn't have, and for several group sizes.
     """
     named = {"": schemes} if isinstance(schemes, QuantScheme) else schemes
@@ -232,6 +233,6 @@ def write_awq_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: l
         "group_size": sizes.pop(),
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": [m for m in ignore if not m.endswith("lm_head")] or None,
+        "modules_to_not_convert": [m for m in ignore if not m.endswith("lm_head") and not m.startswith("re:")] or None,
         **({"lm_head": True} if heads else {}),
     }

@@ -177,6 +177,8 @@ def check_writable(scheme: QuantScheme) -> None:
 def write_fp8_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json; every linear layer but those in `ignore` has the one scheme.
 
+    Names are ignored, and regexes ('re:...') left out: the format has no word for them.
+
     Raises FormatError for several schemes, and for one that native FP8 can't express.
     """
     distinct = {schemes} if isinstance(schemes, QuantScheme) else set(schemes.values())
@@ -193,7 +195,7 @@ def write_fp8_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: l
     return {
         "activation_scheme": "static" if static else "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": ignore,
+        "modules_to_not_convert": [module for module in ignore if not module.startswith("re:")],
         "quant_method": "fp8",
         "weight_block_size": None if block is None else list(block),
     }

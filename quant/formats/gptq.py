@@ -195,6 +195,7 @@ def write_gptq_config(
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. Source of the keys: GPTQModel, `quantization/config.py`.
 
+    ignore: names, or regexes ('re:...').
     schemes: one for all linear layers but those in `ignore`, or each layer's by its full name. The most frequent is the
     config's own and the others go into GPTQModel's `dynamic`, which vLLM and SGLang know and transformers doesn't.
     lm_head stays as it is unless `schemes` names it. Raises FormatError for a scheme that the format doesn't have.
@@ -203,7 +204,9 @@ def write_gptq_config(
     base = schemes if isinstance(schemes, QuantScheme) else Counter(named.values()).most_common(1)[0][0]
     for scheme in {base, *named.values()}:
         GPTQFormat(scheme, version, desc_act)
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(m)}$": {} for m in ignore if not m.endswith("lm_head")}
+    dynamic: dict[str, dict[str, Any]] = {
+        f"-:^{m[3:] if m.startswith('re:') else re.escape(m)}$": {} for m in ignore if not m.endswith("lm_head")
+    }
     for scheme, targets in scheme_targets(named).items():
         if scheme != base:
             for target in targets:
