@@ -34,6 +34,8 @@ from octavo.quant.scheme import QuantScheme
 
 MAX_TOKENS = 1024  # whose KL is measured: units differ by far more than its error over so many
 STATES = 10_000  # of the knapsack
+BUDGETS = 8  # that are measured at a time where a KL is the target
+APART = 0.01  # bits per weight between budgets that are told apart there
 LOGIT_ROWS = 256
 UNCOUNTED = ("weight_shape", "g_idx")  # tensors that are no part of a weight's bits: W4A16@32 has 4.5, to the bit
 
@@ -57,21 +59,19 @@ class Sensitivity:
     choices: tuple[Choice, ...]
 
 
-def candidates(recipe: Recipe, budget: float) -> list[str]:
+def candidates(recipe: Recipe, budget: float = 0, flag: str = "--bits-budget") -> list[str]:
     """The schemes to choose from. Three bits and two, which lose most, only where the budget asks for them.
 
-    Raises RecipeError for a budget that is no number of bits, and for a recipe that leaves no choice.
+    Raises RecipeError for a recipe that leaves no choice, in the words of the flag that asked for one.
     """
-    if not 0 < budget < math.inf:
-        raise RecipeError(f"--bits-budget {budget:g}: bits per weight are a number above 0, such as 4.5")
     if recipe.format in ("awq", "fp8"):
         raise RecipeError(
-            f"--bits-budget gives layers different schemes, and format {recipe.format} has one for all; "
+            f"{flag} gives layers different schemes, and format {recipe.format} has one for all; "
             "compressed-tensors and gptq have several"
         )
     base, _, group_size = _of(recipe).partition("@")
     if not base.startswith("W4A16"):
-        raise RecipeError(f"--bits-budget chooses among weight-only schemes around 4 bits, not {recipe.scheme}; W4A16")
+        raise RecipeError(f"{flag} chooses among weight-only schemes around 4 bits, not {recipe.scheme}; W4A16")
     names = [f"{base}@{group_size}", f"W8A16@{group_size}"]
     if group_size != "32":
         names.insert(1, f"{base}@32")
@@ -86,21 +86,6 @@ def _of(recipe: Recipe) -> str:
     """The candidate that is the recipe's own scheme: its name always has a group size."""
     base, _, size = recipe.scheme.partition("@")
     return f"{base}@{size or parse_scheme(recipe.scheme).weight.granularity.group_size}"
-
-
-def check_budget(plan: Plan, recipe: Recipe, budget: float, schemes: Sequence[str]) -> None:
-    """Raise RecipeError for a budget that the cheapest schemes exceed: sizes are known without measuring."""
-    items = [item for unit in plan.units for item in unit.items if item.linear is not None]
-    weights = sum(item.spec.numel for item in items)
-    _check_least(min(_bits(items, recipe, scheme) for scheme in schemes), weights, budget)
-
-
-def _check_least(least: int, weights: int, budget: float) -> None:
-    if least > budget * weights:
-        raise RecipeError(
-            f"--bits-budget {budget:g}: the smallest schemes take {least / weights:.2f} bits per weight, scales "
-            "included; a larger budget or group size works"
-        )
 
 
 def carried_bytes(runner: Runner) -> int:
@@ -131,7 +116,7 @@ def measure(
             items = [item for item in unit.items if item.linear is not None and item.linear.module in modules]
             rounded, errors = _round(items, tensors, {m: stats[g] for m, g in inputs.items()}, recipe, schemes)
             variants.append(_forward(runner, runner.build(number, tensors | rounded), original))
-            bits = {scheme: _bits(items, recipe, scheme) for scheme in schemes}
+            bits = {scheme: layer_bits(items, recipe, scheme) for scheme in schemes}
             choices = tuple(Choice(s, bits[s], errors[s] / errors[_of(recipe)]) for s in schemes)
             weights = sum(item.spec.numel for item in items)
             units.append(Sensitivity(f"{unit.name}.{name}", tuple(modules), weights, choices))
@@ -202,7 +187,7 @@ def _rounded(weight: Tensor, scheme: QuantScheme, recipe: Recipe) -> Tensor:
     return quantize_weight(weight, scheme, recipe.search_of(scheme), scale_dtype=stored).dequantize()
 
 
-def _bits(items: Sequence[Item], recipe: Recipe, scheme: str) -> int:
+def layer_bits(items: Sequence[Item], recipe: Recipe, scheme: str) -> int:
     """Bits that the unit's layers take on the disk: codes, scales and zero points."""
     total = 0
     for item in items:
@@ -236,12 +221,11 @@ def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
 
     Unit by unit, over sums so far of which none has both more bits and more KL than another. Bits are counted exactly.
     Where sums are more than STATES, the best of each STATES-th of their range goes on, and the result is still no worse
-    than any one scheme for all that fits. Raises RecipeError for a budget that the cheapest schemes exceed.
+    than any one scheme for all that fits. The cheapest schemes must fit (`targets.bits_budget` checks that).
     """
     weights = sum(unit.weights for unit in units)
     left = sum(min(choice.bits for choice in unit.choices) for unit in units)
-    _check_least(left, weights, budget)
-    most = math.floor(budget * weights)
+    most = max(left, math.floor(budget * weights))
     bits = torch.zeros(1, dtype=torch.int64)
     kl = torch.zeros(1, dtype=torch.float64)
     kept: list[Tensor] = []
@@ -302,6 +286,48 @@ def best_in_budget(
         return recipes[0]
     kl = measure_recipes(planned, calibration, recipes, progress)
     return recipes[0] if kl[0] <= kl[1] else recipes[1]
+
+
+def cheapest_for_kl(
+    planned: Prepared, calibration: Calibration, units: Sequence[Sensitivity], most: float, progress: Progress
+) -> Recipe:
+    """The recipe of the fewest bits whose KL, as `measure_recipes` has it, is `most` nats at the most.
+
+    Choices of budgets between the fewest bits and the most, and every single scheme for all, are measured as a whole;
+    then again between the cheapest that holds and the dearest below it that doesn't, until these are 0.01 bits apart.
+    Raises RecipeError where all lose more.
+    """
+    weights = sum(unit.weights for unit in units)
+    below = sum(min(choice.bits for choice in unit.choices) for unit in units) / weights
+    above = sum(max(choice.bits for choice in unit.choices) for unit in units) / weights
+    choices = uniform_choices(units, above) + [choose(units, budget) for budget in _between(below, above)]
+    best: tuple[float, Recipe] | None = None
+    while choices:
+        recipes = [_with_schemes(planned.recipe, units, schemes) for schemes in choices]
+        kls = measure_recipes(planned, calibration, recipes, progress)
+        found = list(zip([_bits_of(units, schemes) / weights for schemes in choices], recipes, kls, strict=True))
+        held = [(bits, recipe) for bits, recipe, kl in found if kl <= most]
+        best = min([*held, *([best] if best else [])], key=lambda one: one[0], default=None)
+        if best is None:
+            raise RecipeError(
+                f"--target-kl {most:g}: {min(kls):.4f} nats a token is the least that was found; a larger target "
+                "works, or --ignore for what shall stay as it is"
+            )
+        above = best[0]
+        below = max([below, *(bits for bits, _, kl in found if kl > most and bits < above)])
+        between = [choose(units, budget) for budget in _between(below, above)] if above - below > APART else []
+        choices = [schemes for schemes in between if below < _bits_of(units, schemes) / weights < above]
+    assert best is not None
+    return best[1]
+
+
+def _between(below: float, above: float) -> list[float]:
+    """Budgets at even distances, both ends among them."""
+    return [below + (above - below) * step / BUDGETS for step in range(BUDGETS + 1)]
+
+
+def _bits_of(units: Sequence[Sensitivity], schemes: Mapping[str, str]) -> int:
+    return sum(choice.bits for unit in units for choice in unit.choices if choice.scheme == schemes[unit.name])
 
 
 def measure_recipes(

@@ -19,6 +19,7 @@ from octavo.jobs.quantize import Job, Listener
 from octavo.quant.scheme import GROUP_SIZES, PRESETS
 
 DEFAULT_SCHEME = "W4A16"
+TARGETS = ("bits_budget", "target_size", "target_speed", "target_kl")
 
 
 class SchemeFlags(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class SchemeFlags(msgspec.Struct, frozen=True):
                 "group": WHAT,
                 "parse": str.upper,
                 "choices": PRESETS,
-                "default": "none: required, except with --recipe or --bits-budget",
+                "default": "none: required, except with --recipe, --bits-budget or a --target",
             },
         ),
     ] = None
@@ -67,14 +68,14 @@ def job_from_args(args: argparse.Namespace, listener: Listener) -> Job:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     flags = read(SchemeFlags, args)
-    budget = "bits_budget" in args
+    targets = given(args, [flag for flag in flags_of(Job) if flag.field in TARGETS])
     if flags.recipe is not None:
         stated = given(args, [flag for flag in flags_of(SchemeFlags, Recipe) if flag.field != "recipe"])
-        if stated or budget:
-            names = ", ".join(stated or ["--bits-budget"])
+        if stated or targets:
+            names = ", ".join(stated or targets)
             raise RecipeError(f"--recipe says all that {names} would; edit {flags.recipe}, or leave one of them out")
         return read_recipe(flags.recipe)
-    if flags.scheme is None and not budget:
-        raise RecipeError(f"--scheme is needed, such as {DEFAULT_SCHEME}; or --recipe or --bits-budget")
+    if flags.scheme is None and not targets:
+        raise RecipeError(f"--scheme is needed, such as {DEFAULT_SCHEME}; or --recipe, --bits-budget or a --target")
     scheme = flags.scheme or DEFAULT_SCHEME
     return read(Recipe, args, scheme=scheme if flags.group_size is None else f"{scheme}@{flags.group_size}")

@@ -18,11 +18,11 @@ from msgspec import Meta
 from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import HOW, WHAT, Recipe, RecipeError, read_recipe
+from octavo.calibration.target import Target, one_target, parse_speed
 from octavo.flags import parse_size
 from octavo.jobs.calibration_data import DataOptions
 
 if TYPE_CHECKING:
-    from octavo.calibration.plan import Plan
     from octavo.calibration.preflight import Estimate
     from octavo.calibration.prepare import Calibration, Prepared
     from octavo.calibration.quantize_model import Quantized
@@ -73,6 +73,30 @@ class Job(msgspec.Struct, frozen=True):
             description="mixed precision: measure each layer's sensitivity and choose schemes of BITS bits per weight "
             "on average, scales included; the choice is written to OUT/recipe.json",
             extra={"group": WHAT, "metavar": "BITS", "default": "one scheme for all"},
+        ),
+    ] = None
+    target_size: Annotated[
+        int | None,
+        Meta(
+            description="mixed precision of the least loss, in weight files of SIZE at the most, all included",
+            extra={"group": WHAT, "metavar": "SIZE", "parse": parse_size, "default": "none"},
+        ),
+    ] = None
+    target_speed: Annotated[
+        float | None,
+        Meta(
+            description="mixed precision of the least loss, with which one stream decodes RATIO times as fast as "
+            "unquantized (1.8x) by the roofline: by the bytes of weights that a token needs",
+            extra={"metavar": "RATIO", "parse": parse_speed, "default": "none"},
+        ),
+    ] = None
+    target_kl: Annotated[
+        float | None,
+        Meta(
+            gt=0,
+            description="mixed precision of the fewest bits whose mean KL is X nats a token at the most, rounded to "
+            "nearest, on calibration text; also the verdict's limit, unless --max-kl is given",
+            extra={"metavar": "X", "default": "none", "what": "a number of nats above 0"},
         ),
     ] = None
     revision: Annotated[
@@ -130,6 +154,11 @@ class Job(msgspec.Struct, frozen=True):
     ] = None
     device: Annotated[Device, Meta(description="where blocks are run", extra={"group": "output"})] = "auto"
     listener: Listener = Listener()
+
+    @property
+    def target(self) -> Target | None:
+        """What a mixed recipe is to hold. Raises RecipeError for two of them."""
+        return one_target(bits=self.bits_budget, size=self.target_size, speed=self.target_speed, kl=self.target_kl)
 
 
 def quantize(
@@ -211,6 +240,8 @@ def prepare(job: Job) -> Prepared:
     from octavo.calibration.prepare import complete, open_source, plan_model
     from octavo.calibration.report.report import source_note
     from octavo.calibration.text.documents import NoTextError
+    from octavo.jobs.memory import check_memory
+    from octavo.jobs.mixed_recipe import check_target, mixed_recipe
     from octavo.quant.hub import resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
 
@@ -226,7 +257,8 @@ def prepare(job: Job) -> Prepared:
         notes.append(source_note(checkpoint.source))
     _check_options(job)
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
-    _check_budget(job, planned.plan)
+    if job.target is not None:
+        check_target(job.target, planned)
     seconds: dict[str, float] = {}
     recipe = job.recipe
     calibration = None
@@ -241,13 +273,14 @@ def prepare(job: Job) -> Prepared:
             recipe = without.recipe
             notes.append(f"algorithm {recipe.algorithm}, which needs no calibration text: {e}")
         seconds["data"] = time.perf_counter() - begin
-        if job.bits_budget is not None and calibration is not None:
+        if (target := job.target) is not None and calibration is not None:
             begin = time.perf_counter()
-            recipe = _recipe_in_budget(job, job.bits_budget, planned, calibration)
+            job.listener.phase("measuring sensitivity")
+            recipe = mixed_recipe(target, planned, calibration, job.listener.progress)
             seconds["sensitivity"] = time.perf_counter() - begin
     prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
     job.listener.estimate(prepared.estimate)
-    _check_memory(
+    check_memory(
         prepared.estimate.memory, "rtn works tensor by tensor and needs least, and a model with smaller blocks less"
     )
     text = None if calibration is None else calibration.data
@@ -260,7 +293,7 @@ def _resolved(job: Job, *, calibrates: bool) -> Job:
 
 
 def _runs_blocks(job: Job) -> bool:
-    return job.recipe.needs_data or job.bits_budget is not None
+    return job.recipe.needs_data or job.target is not None
 
 
 def _check_effort(job: Job) -> None:
@@ -277,13 +310,6 @@ def _check_options(job: Job) -> None:
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
             "data out, or take an algorithm that learns from it, such as gptq"
         )
-
-
-def _check_budget(job: Job, plan: Plan) -> None:
-    from octavo.calibration.budget import candidates, check_budget
-
-    if job.bits_budget is not None:
-        check_budget(plan, job.recipe, job.bits_budget, candidates(job.recipe, job.bits_budget))
 
 
 def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
@@ -336,28 +362,6 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     job.listener.phase("calibration text")
     data = make_data(checkpoint.directory, job.data, job.device, job.listener.progress)
     return Calibration(data, runner, job.offload_dir)
-
-
-def _recipe_in_budget(job: Job, budget: float, planned: Prepared, calibration: Calibration) -> Recipe:
-    """The recipe that the model's sensitivity and the budget give."""
-    from octavo.calibration.budget import best_in_budget, candidates, carried_bytes, measure
-
-    job.listener.phase("measuring sensitivity")
-    _check_memory(carried_bytes(calibration.runner), "a smaller model or a recipe of your own works")
-    schemes = candidates(job.recipe, budget)
-    units = measure(planned, calibration, schemes, job.listener.progress)
-    return best_in_budget(planned, calibration, units, budget, job.listener.progress)
-
-
-def _check_memory(needed: int, what_works: str) -> None:
-    from octavo.calibration.layers import QuantizeError
-    from octavo.runtime.worker.device import choose_device, free_memory
-
-    free = free_memory(choose_device("cpu"))
-    if needed > free:
-        raise QuantizeError(
-            f"some {needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; {what_works}"
-        )
 
 
 def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> Report:
@@ -438,7 +442,7 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     verdict = judge(
         quality,
         recipe.schemes,
-        job.max_kl,
+        job.target_kl if job.max_kl is None else job.max_kl,
         layers=report.layers,
         algorithm=report.algorithm,
         kv_cache=report.kv_cache,

@@ -1,0 +1,78 @@
+"""Targets of a mixed recipe as bits per weight: a size and a speed are that in other words, and a KL is not.
+
+Speed is that of the roofline: one stream's decoding step takes as long as reading the weights that a token needs, so
+that it is as many times as fast as the original's as it reads fewer bytes. Nothing is measured for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from octavo.calibration.budget import UNCOUNTED, candidates, layer_bits
+from octavo.calibration.plan import Item, Plan
+from octavo.calibration.recipe import Recipe, RecipeError
+from octavo.calibration.target import Target, in_gb
+
+HEADER_BYTES = 160  # of a safetensors header, for each tensor, beside its name
+EXPERTS = re.compile(r"\.experts\.\d+\.")
+
+
+def bits_budget(target: Target, plan: Plan, recipe: Recipe) -> float:
+    """The bits per weight that the quantized layers may take for a target that is no KL.
+
+    Raises RecipeError for one that the smallest schemes don't hold, with the nearest that they do.
+    """
+    items = _linears(plan)
+    schemes = candidates(recipe, target.value if target.kind == "bits" else 0, target.flag)
+    weights = sum(item.spec.numel for item in items)
+    least = min(layer_bits(items, recipe, scheme) for scheme in schemes)
+    match target.kind:
+        case "bits":
+            if not 0 < target.value < math.inf:
+                raise RecipeError(f"{target}: bits per weight are a number above 0, such as 4.5")
+            most = target.value * weights
+            nearest = f"the smallest schemes take {least / weights:.2f} bits per weight, scales included"
+        case "size":
+            rest = _bytes_around(plan, schemes)
+            most = 8 * (target.value - rest)
+            nearest = f"the smallest schemes make {in_gb(math.ceil(rest + least / 8))}"
+        case _:
+            before, rest = _bytes_read(plan)
+            most = 8 * (before / target.value - rest)
+            fastest = math.floor(100 * before / (rest + least / 8)) / 100
+            nearest = f"the smallest schemes are {fastest:.2f}x as fast by the roofline"
+    if least > most:
+        raise RecipeError(f"{target}: {nearest}; a target that they hold works, or a larger group size")
+    return most / weights
+
+
+def _linears(plan: Plan) -> list[Item]:
+    return [item for unit in plan.units for item in unit.items if item.linear is not None]
+
+
+def _bytes_around(plan: Plan, schemes: Sequence[str]) -> int:
+    """Bytes of the weight files beside the counted bits of quantized layers: what stays as it is, and headers."""
+    every = [item for unit in plan.units for item in unit.items]
+    scales = [spec for unit in plan.units for spec in unit.scales.values()]
+    rest = sum(item.nbytes for item in every if item.linear is None) + sum(spec.nbytes for spec in scales)
+    for item in every:
+        uncounted = [spec.nbytes for name, spec in item.outputs.items() if name.endswith(UNCOUNTED)]
+        rest += sum(uncounted) if item.linear is not None else 0
+        rest += sum(len(name) + HEADER_BYTES for name in item.outputs)
+    return rest + HEADER_BYTES * len(scales) + 64 * len(schemes)
+
+
+def _bytes_read(plan: Plan) -> tuple[int, int]:
+    """Bytes that a token needs of the original, and of them those that stay: not of an embedding beside a head."""
+    names = [item.name for unit in plan.units for item in unit.items]
+    if any(map(EXPERTS.search, names)):
+        raise RecipeError(
+            "--target-speed counts the weights that a token needs, which of a mixture of experts depends on the token; "
+            "--target-size and --bits-budget work"
+        )
+    has_head = any(name.endswith("lm_head.weight") for name in names)
+    unread = ("embed_tokens.weight",) if has_head else ()
+    read = [item for unit in plan.units for item in unit.items if not (unread and item.name.endswith(unread))]
+    return sum(item.spec.nbytes for item in read), sum(item.spec.nbytes for item in read if item.linear is None)
