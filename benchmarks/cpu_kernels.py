@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.dense import cpu as dense
+from octavo.kernels.int4 import cpu as int4
 from octavo.kernels.int8 import cpu as int8
 
 N, K, GROUP = 1536, 576, 64
@@ -39,11 +40,13 @@ def main() -> None:
     codes = torch.randint(-127, 128, (N, K), dtype=torch.int8)
     scales, weight = torch.rand(N, K // GROUP), torch.randn(N, K).bfloat16()
     packed8, dense16 = int8.pack(codes, scales[:, :1]), dense.pack_bf16(weight)
+    packed4 = int4.pack(codes // 16, scales)
     dense4, dense8 = (dense.pack_int(c, scales, None, b) for c, b in ((codes // 16, 4), (codes, 8)))
     bodies: dict[str, Callable[[Tensor], Tensor]] = {
         "torch bf16": lambda x: F.linear(x, weight),
         "bf16": lambda x: dense.linear(x, dense16),
         "W8A8": lambda x: int8.linear(x, packed8),
+        "W4A8": lambda x: int4.linear(x, packed4),
         "W4A16": lambda x: dense.linear(x, dense4),
         "W8A16": lambda x: dense.linear(x, dense8),
     }

@@ -44,6 +44,7 @@ CPU = torch.device("cpu")
 SCHEMES: dict[str, QuantScheme | None] = {
     "bf16": None,
     "W8A8": PRESETS["W8A8"],
+    "W4A8": QuantScheme(WeightScheme("int4", group(64)), PRESETS["W4A8"].activation),
     "W8A16": QuantScheme(WeightScheme("int8", group(64))),
     "W4A16": QuantScheme(WeightScheme("int4", group(64))),
 }

@@ -23,6 +23,16 @@ def int8() -> Body:
     return Body(pack, cpu.linear)
 
 
+def int4() -> Body:
+    """As `int8`, of codes of 4 bits and fewer with scales for groups."""
+    from octavo.kernels.int4 import cpu
+
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001
+        return cpu.pack(weight.codes, weight.scale)
+
+    return Body(pack, cpu.linear)
+
+
 def integers() -> Body:
     """Integers decoded to bf16 in registers, 2 and 3 bits in int4's layout."""
     from octavo.kernels.dense import cpu

@@ -166,6 +166,22 @@ CPU = (
         max_columns=MAX_INT8_COLUMNS_CPU,
         batch_invariant=True,
     ),
+    *(
+        Kernel(
+            f"{dtype} {'in 4 bits ' if dtype in ('int3', 'int2') else ''}x int8 VNNI",
+            f"dot products of {dtype} weights with int8 inputs, rounded per token",
+            "cpu",
+            bodies_cpu.int4,
+            (dtype,),
+            inputs=(TOKEN_INT8,),
+            kinds=GROUPS,
+            group_multiple=8,
+            whole_groups=True,
+            symmetric_only=True,
+            batch_invariant=True,
+        )
+        for dtype in FEW_BITS
+    ),
     *_CPU_INTEGERS,
     *(
         replace(

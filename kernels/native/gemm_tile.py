@@ -10,6 +10,8 @@ step of a lane is
   FLOAT 1 column, float32
   FP4   8 columns, an int32: e2m1 codes in W4's places, looked up by each halfword's five low bits in a table of 16 bf16
         numbers; it stands there twice, so the fifth bit, which is another code's, makes no difference.
+  INT4  8 columns, 4 bytes: code + 8 of column p in byte p's low half, of column 4 + p in its high half. Each half of
+        a word is four unsigned bytes, as VNNI multiplies them.
 A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
 and slabs past the last repeat it. It writes its part of the output at `out`, `out_bytes` from row to row, straight from
 the registers: `width` columns, by masked stores, of the rows up to last_row. So edges need no other code.
@@ -51,10 +53,11 @@ from octavo.kernels.native.llvm import (
     sum_lanes,
 )
 
-INT8, BF16, W8, W4, FLOAT, FP4 = range(6)
+INT8, BF16, W8, W4, FLOAT, FP4, INT4 = range(7)
 LANES = 16
-STEP_COLUMNS = (4, 2, 2, 8, 1, 8)
-STEP_BYTES = (64, 64, 32, 64, 64, 64)
+STEP_COLUMNS = (4, 2, 2, 8, 1, 8, 8)
+STEP_BYTES = (64, 64, 32, 64, 64, 64, 64)
+_X_BYTES = (4, 4, 4, 16, 4, 16, 8)  # of a row of x in a step
 _E2M1 = [0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0]  # 0, 0.5, 1, 1.5, 2, 3, 4 and 6 in bf16
 _E2M1_TABLE = 2 * [*_E2M1, *(0x8000 | number for number in _E2M1)]
 
@@ -70,7 +73,7 @@ def _load(builder: Any, address: Any, type_: Any) -> Any:
 def dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
     """total + the dot products of each lane's step columns; x is the step of one row of x, as an i32."""
     spread = broadcast(builder, x)
-    if kind == INT8:
+    if kind in (INT8, INT4):
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, w, spread)
     if kind == FLOAT:
         return multiply_add(builder, builder.bitcast(spread, F32X16), w, total)
@@ -79,7 +82,7 @@ def dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
 
 
 def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
-    """The vectors of one step of a slab, ready for `dot`: one, or four of two columns each for W4 and FP4."""
+    """The vectors of one step of a slab, ready for `dot`: one, but four of two columns for W4 and FP4, two for INT4."""
     if kind == INT8:
         return [_load(builder, address, I32X16)]
     if kind == BF16:
@@ -93,6 +96,9 @@ def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
             halves.append(builder.sitofp(builder.sext(codes, I32X16), F32X16))
         return [call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, halves[1], halves[0])]
     word = _load(builder, address, I32X16)
+    if kind == INT4:
+        high = builder.lshr(word, ir.Constant(I32X16, [4] * 16))
+        return [builder.and_(half, ir.Constant(I32X16, [0x0F0F0F0F] * 16)) for half in (word, high)]
     if kind == FP4:
         table = ir.Constant(I16X32, _E2M1_TABLE)
         places = [builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word for p in range(4)]
@@ -117,7 +123,7 @@ class _Tile:
         self.kind = kind
         self.x = [builder.add(x, builder.mul(row_bytes, self.row(r))) for r in range(rows)]
         self.w = [builder.add(weight, builder.mul(slab_bytes, self.slab(v))) for v in range(vectors)]
-        self.vector = I32X16 if kind == INT8 else F32X16
+        self.vector = I32X16 if kind in (INT8, INT4) else F32X16
         self.totals = [[cgutils.alloca_once(builder, self.vector) for _ in range(vectors)] for _ in range(rows)]
 
     def row(self, index: int) -> Any:
@@ -140,13 +146,13 @@ class _Tile:
         every = builder.icmp_signed("<", part, zero)
         return [builder.select(builder.or_(every, this), ahead, zero) for this in wanted]
 
-    def accumulate(self, first: Any, steps: Any, ahead: list[Any]) -> None:
-        """Clear the accumulators and run steps first .. first + steps."""
+    def accumulate(self, first: Any, steps: Any, ahead: list[Any], starts: list[Any] | None = None) -> None:
+        """Set each row's accumulators to its vector of `starts`, or to zero, and run steps first .. first + steps."""
         builder = self.builder
         kind = self.kind
-        for row in self.totals:
+        for r, row in enumerate(self.totals):
             for total in row:
-                builder.store(ir.Constant(self.vector, [0] * 16), total)
+                builder.store(ir.Constant(self.vector, [0] * 16) if starts is None else starts[r], total)
         with cgutils.for_range(builder, steps) as loop:
             step = builder.add(first, loop.index)
             at = [_at(builder, w, step, STEP_BYTES[kind]) for w in self.w]
@@ -155,7 +161,7 @@ class _Tile:
             weights = [_decode(builder, kind, address) for address in at]
             for part in range(len(weights[0])):
                 for x, row in zip(self.x, self.totals, strict=True):
-                    at = builder.add(_at(builder, x, step, 16 if kind in (W4, FP4) else 4), ir.Constant(I64, 4 * part))
+                    at = builder.add(_at(builder, x, step, _X_BYTES[kind]), ir.Constant(I64, 4 * part))
                     columns = _load(builder, at, I32)
                     for w, total in zip(weights, row, strict=True):
                         builder.store(dot(builder, kind, builder.load(total), columns, w[part]), total)
@@ -283,8 +289,8 @@ def make_scaled_tile(rows: int, vectors: int) -> Any:
     def tile(typingctx: Any, operands: Any) -> Any:
         def body(builder: Any, args: list[Any]) -> None:
             emitted = _Tile(builder, FP4, rows, vectors, args[:6])
-            steps, ahead, part, groups, scales, row_scales = args[10:16]
-            finals = _sum_scaled(builder, emitted, steps, emitted.look_ahead(ahead, part), groups, scales)
+            groups, scales, row_scales = args[13:16]
+            finals = _sum_scaled(emitted, args[10:13], groups, (scales, dtypes.BF16))
             at = [_at(builder, row_scales, emitted.slab(v), 64) for v in range(vectors)]
             whole = [load16(builder, address, -1) for address in at]
 
@@ -298,20 +304,58 @@ def make_scaled_tile(rows: int, vectors: int) -> Any:
     return tile
 
 
-def _sum_scaled(
-    builder: Any, tile: _Tile, steps: Any, distances: list[Any], groups: Any, scales: Any
-) -> list[list[Any]]:
+def make_int4_tile(rows: int, vectors: int) -> Any:
+    """For INT4: as make_tile, with (..., part, groups, scales, starts, x_scales) at the end:
+
+    out = x_scales[row] * sum over groups g of scales[g] * (starts[row, g] + dot over g), with `steps` steps in a group,
+    scales float32 [N / 16, groups, 16], starts int32 [M, groups]. The sum in brackets is exact, and g goes up.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typingctx: Any, operands: Any) -> Any:
+        def body(builder: Any, args: list[Any]) -> None:
+            emitted = _Tile(builder, INT4, rows, vectors, args[:6])
+            groups, scales, starts, x_scales = args[13:]
+            finals = _sum_scaled(emitted, args[10:13], groups, (scales, -1), starts)
+
+            def values(r: int) -> list[Any]:
+                at = builder.add(x_scales, ir.Constant(I64, 4 * r))
+                scale = broadcast(builder, _load(builder, at, F32))
+                return [builder.fmul(builder.load(final), scale) for final in finals[r]]
+
+            emitted.store(values, *args[6:10])
+
+        return _emit(operands, body)
+
+    return tile
+
+
+def _sum_scaled(tile: _Tile, walk: list[Any], groups: Any, scales: tuple[Any, int], starts: Any = None) -> Any:
+    """Where the sums over groups of scale * total stand, as `tile.totals`.
+
+    walk: (steps, ahead, part); scales: (address, kind) of [N / 16, groups, 16]; starts: address of int32 [M, groups].
+    """
+    builder = tile.builder
+    steps, ahead, part = walk
+    address, kind = scales
+    scale_bytes = 32 if kind == dtypes.BF16 else 64
+    distances = tile.look_ahead(ahead, part)
     finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
     for row in finals:
         for final in row:
             builder.store(ir.Constant(F32X16, [0.0] * 16), final)
-    slabs = [_at(builder, scales, builder.mul(tile.slab(v), groups), 32) for v in range(len(tile.w))]
+    slabs = [_at(builder, address, builder.mul(tile.slab(v), groups), scale_bytes) for v in range(len(tile.w))]
+    rows = range(len(tile.x)) if starts is not None else ()
+    firsts = [_at(builder, starts, builder.mul(tile.row(r), groups), 4) for r in rows]
     with cgutils.for_range(builder, groups) as loop:
-        tile.accumulate(builder.mul(loop.index, steps), steps, distances)
+        begun = [broadcast(builder, _load(builder, _at(builder, first, loop.index, 4), I32)) for first in firsts]
+        tile.accumulate(builder.mul(loop.index, steps), steps, distances, begun or None)
         for v, slab in enumerate(slabs):
-            scale = load16(builder, _at(builder, slab, loop.index, 32), dtypes.BF16)
+            scale = load16(builder, _at(builder, slab, loop.index, scale_bytes), kind)
             for r, row in enumerate(finals):
-                builder.store(multiply_add(builder, scale, tile.total(r, v), builder.load(row[v])), row[v])
+                total = tile.total(r, v)
+                number = total if starts is None else builder.sitofp(total, F32X16)
+                builder.store(multiply_add(builder, scale, number, builder.load(row[v])), row[v])
     return finals
 
 

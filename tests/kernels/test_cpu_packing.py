@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from octavo.kernels.dense import cpu as dense
+from octavo.kernels.int4 import cpu as int4
 from octavo.kernels.int4.reference import dequantize, group_of_column
 from octavo.kernels.int8 import cpu as int8
 
@@ -37,3 +38,12 @@ def test_int8_per_channel() -> None:
     packed = int8.pack(codes, scale)
     assert torch.equal(packed.unpack(), codes.float() * scale)
     assert packed.num_bytes == 48 * 96 + 4 * 48
+
+
+@pytest.mark.parametrize("group_size", [32, 96])
+def test_int4_for_int8_inputs(group_size: int) -> None:
+    codes = torch.randint(-8, 8, (37, 96), dtype=torch.int8)
+    scale = torch.rand(37, 96 // group_size)
+    packed = int4.pack(codes, scale)
+    assert torch.equal(packed.unpack(), dequantize(codes, scale, None, group_of_column(96, group_size)))
+    assert packed.num_bytes == 48 * 96 // 2 + 4 * 48 * (96 // group_size)

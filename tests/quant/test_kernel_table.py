@@ -62,6 +62,7 @@ def test_every_choice_has_a_reason(name: str | None, target: Target) -> None:
             "fp8 weights, 16 bits",
             "need compute capability 8.9 (L40S, 4090, H100) and",
         ),
+        ("W4A8", CPU, "int4 x int8 VNNI", "dot products of int4 weights with int8 inputs, rounded per token"),
         ("W4A8", H100, "int4 weights, 16 bits", "inputs stay in bfloat16"),
     ],
 )

@@ -19,7 +19,16 @@ from octavo.quant.fusion import join_parts
 from octavo.quant.input_rounding import input_rounding
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
-from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
+from octavo.quant.scheme import (
+    CHANNEL,
+    PRESETS,
+    TENSOR,
+    ActivationScheme,
+    Granularity,
+    QuantScheme,
+    WeightScheme,
+    group,
+)
 from octavo.quant.target import Target
 
 CPU = torch.device("cpu")
@@ -117,7 +126,29 @@ def test_w8a8(n: int, k: int) -> None:
         assert ((apply(layer, x).float() - truth).abs() <= V * truth.abs() + exact_sum + 1e-30).all()
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "W8A8", "W4A16", "W8A16"])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("per", [group(32), group(64), group(128), CHANNEL], ids=str)
+def test_few_bits_with_int8_inputs(bits: int, per: Granularity) -> None:
+    """A group's sum is exact; then it is one number of G that are scaled, added and scaled again in float32."""
+    torch.manual_seed(0)
+    scheme = QuantScheme(WeightScheme(f"int{bits}", per), PRESETS["W4A8"].activation)  # type: ignore[arg-type]
+    for n, k in ((100, 384), (33, 128)):
+        w = weight(n, k, scheme)
+        layer = make_linear([w], [None], Target.of(CPU, torch.bfloat16), out_dtype=torch.float32)
+        num_groups = w.scale.shape[1]
+        exact = "VNNI" in layer.describe()[1]
+        for m in ROWS:
+            x = torch.randn(m, k).bfloat16()
+            x[0] = 0
+            codes, scale = int8_reference.quantize_per_token(x)
+            grouped = codes.double().view(m, 1, num_groups, -1) * w.codes.double().view(1, n, num_groups, -1)
+            terms = grouped.sum(-1) * w.scale.double() * scale.double()[:, :, None]
+            rounding = (num_groups + 1) * U * terms.abs().sum(-1)
+            limit = rounding if exact else 4 * V * (grouped.abs().sum(-1) * w.scale * scale[:, :, None]).sum(-1)
+            assert ((apply(layer, x).double() - terms.sum(-1)).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "W8A8", "W4A8", "W4A16", "W8A16"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
 def test_output_of_another_type(scheme: str, out_dtype: torch.dtype) -> None:
     """A wider output is what the narrow one was rounded from: rounding it gives the narrow one, bit by bit."""
@@ -125,7 +156,7 @@ def test_output_of_another_type(scheme: str, out_dtype: torch.dtype) -> None:
     n, k = 50, 128
     quantized = replace(PRESETS["W8A16"], weight=WeightScheme(f"int{scheme[1]}", group(32)))
     w = torch.randn(n, k).bfloat16()
-    part = w if scheme == "bf16" else weight(n, k, PRESETS["W8A8"] if scheme == "W8A8" else quantized)
+    part = w if scheme == "bf16" else weight(n, k, PRESETS[scheme] if scheme.endswith("A8") else quantized)
     layers = [
         make_linear([part], [None], Target.of(CPU, torch.bfloat16), out_dtype=out)
         for out in (torch.bfloat16, torch.float32, out_dtype)
@@ -235,7 +266,7 @@ def test_static_scales_that_differ_stay_each_parts_own() -> None:
 
 @pytest.mark.parametrize("name", ["W4A8", "W4AFP8"])
 def test_int4_with_rounded_inputs(name: str) -> None:
-    """No kernel multiplies these yet: the weight is dequantized at load, the input rounded as the scheme says."""
+    """In float32 the weight is dequantized at load, and the input rounded as the scheme says."""
     torch.manual_seed(0)
     w = weight(40, 256, PRESETS[name])
     x = torch.randn(7, 256)
