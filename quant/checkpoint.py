@@ -22,6 +22,7 @@ from octavo.quant.model_layout import NO_LAYOUTS, UNKNOWN, Layouts, ModelLayout
 from octavo.quant.printable import shown, some
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import MAX_TENSORS, SafetensorsError, SafetensorsFile, TensorSpec
+from octavo.quant.split_experts import split_experts
 from octavo.quant.tensor_file import TensorFile
 
 # The files where old GPTQ and AWQ writers, and ModelOpt, keep the quantization config.
@@ -89,10 +90,18 @@ class Checkpoint:
                 self._suffixes.setdefault(module, []).append(suffix)
 
     @classmethod
-    def open(cls, directory: Path, layouts: Layouts = NO_LAYOUTS, gguf_dtype: torch.dtype | None = None) -> Checkpoint:
+    def open(
+        cls,
+        directory: Path,
+        layouts: Layouts = NO_LAYOUTS,
+        gguf_dtype: torch.dtype | None = None,
+        *,
+        splits_experts: bool = False,
+    ) -> Checkpoint:
         """Read the config and all shards' headers, but no tensor. Raises CheckpointError.
 
         layouts: of the model types that are known. Fused experts of other types stay one tensor.
+        splits_experts: of a type that `split_experts` knows, even if layouts doesn't.
         gguf_dtype: of all numbers of a GGUF file; None: as `GGUFFile` has them.
         """
         if not directory.is_dir():
@@ -108,6 +117,8 @@ class Checkpoint:
             files = _open_shards(directory, _find_shards(directory))
         layout = layouts.get(str(config.get("model_type")), UNKNOWN)
         try:
+            if splits_experts or layout.experts is not None:
+                files = split_experts(files, config)
             if layout.experts is not None:
                 divide_experts(list(files.values()), layout.experts)
             checkpoint = cls(directory, config, files, _parse_quantization(config), layout)

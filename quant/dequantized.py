@@ -20,7 +20,6 @@ from octavo.quant.formats.reading import FLOATS
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.quant.safetensors_file import TensorSpec
-from octavo.quant.split_experts import MXFP4_FORMAT, split_experts
 from octavo.quant.tensor_file import TensorFile
 
 GGUF_DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -35,17 +34,10 @@ def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoi
     layers were. Raises CheckpointError.
     """
     own = GGUF_DTYPES.get(str(read_config(directory).get("dtype")), torch.bfloat16)
-    checkpoint = Checkpoint.open(directory, layouts, gguf_dtype=own)
-    dtype = _plain_dtype(checkpoint)
-    plain = _decoded(checkpoint, dtype)
-    files = split_experts(plain.files, plain.config, dtype)
-    return Checkpoint(directory, plain.config, files, None, plain.layout, source=plain.source)
-
-
-def _decoded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
-    """The checkpoint with its quantized linear layers decoded."""
+    checkpoint = Checkpoint.open(directory, layouts, gguf_dtype=own, splits_experts=True)
     if checkpoint.quantization is None:
         return checkpoint
+    dtype = _plain_dtype(checkpoint)
     formats = _formats(checkpoint)
     hidden = {f"{module}.{suffix}" for module in formats for suffix in checkpoint.suffixes(module)}
     hidden |= {name for name in checkpoint.names if name.endswith(KV_ENDINGS)}
@@ -57,16 +49,9 @@ def _decoded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
         layers = {f"{module}.weight": _layer(checkpoint, module, formats[module], dtype) for module in sorted(begun)}
         files[shard] = DerivedFile(file, layers, hidden)
     config = without_quantization(checkpoint.config)
-    return Checkpoint(checkpoint.directory, config, files, None, checkpoint.layout, source=_source(checkpoint, formats))
-
-
-def _source(checkpoint: Checkpoint, formats: Mapping[str, QuantFormat]) -> str:
-    """What quantized layers are, for people; empty where there are none."""
-    assert checkpoint.quantization is not None
-    schemes = list(dict.fromkeys(str(format_.scheme) for format_ in formats.values()))
-    if any(name.endswith("_proj_blocks") for name in checkpoint.names):
-        schemes.append(str(MXFP4_FORMAT.scheme))
-    return f"{checkpoint.quantization.name} ({', '.join(schemes)})" if schemes else ""
+    schemes = dict.fromkeys(str(format_.scheme) for format_ in formats.values())
+    source = f"{checkpoint.quantization.name} ({', '.join(schemes)})" if schemes else ""
+    return Checkpoint(directory, config, files, None, checkpoint.layout, source=source)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

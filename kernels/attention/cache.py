@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -51,6 +51,7 @@ class AttentionShape:
     scale     what q . k is multiplied by
     window    None, or how many of the latest tokens a token sees, itself among them
     soft_cap  None, or c in c * tanh(scores / c), applied after the scale and before the mask
+    sinks     None, or [num_heads] float32: of each head one more score in every softmax, whose value is zero
     """
 
     num_heads: int
@@ -59,3 +60,9 @@ class AttentionShape:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    sinks: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def sinks_address(self) -> int:
+        """For kernels; 0: there are none."""
+        return 0 if self.sinks is None else self.sinks.data_ptr()

@@ -37,23 +37,24 @@ _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # The decode kernel's arguments, in the order of the call in `_run_decode`.
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _TABLE_WIDTH) = range(1, 11)
 (_Q_KIND, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _MOST) = range(11, 21)
-(_THREADS, _SCALE, _SOFT_CAP) = range(21, 24)
+(_THREADS, _SINKS, _SCALE, _SOFT_CAP) = range(21, 25)
 
 _AHEAD = 8192  # bytes between the keys or values that are computed on and those that are prefetched
 
 
 @_inner
-def _softmax(scores, count, soft_cap):  # type: ignore[no-untyped-def]
-    """exp(s - max) in place over a float32 row; returns the sum."""
+def _softmax(scores, count, soft_cap, sink):  # type: ignore[no-untyped-def]
+    """exp(s - max) in place over a float32 row; returns the sum. sink: one more score, or -infinity."""
     if soft_cap > 0:
         for j in range(count):
             scores[j] = np.float32(soft_cap) * np.float32(np.tanh(scores[j] / np.float32(soft_cap)))
-    top = np.float32(-np.inf)
+    top = sink
     for j in range(count):
         top = max(top, scores[j])
     for j in range(count):
         scores[j] = exp(scores[j] - top)
-    return _sum(scores, count)
+    total = _sum(scores, count)
+    return total if sink == -np.inf else total + exp(sink - top)
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"})
@@ -133,11 +134,11 @@ def _mix(a, table, head, begin, length, rows, scores, tile, out, later):  # type
         j += n
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqqqdd")
+@kernel("qqqqqqqqqqqqqqqqqqqqqqdd")
 def _decode(args):  # type: ignore[no-untyped-def]
     """Items: (sequence, KV head, group of query heads). Sequences with more than _MOST new tokens are left out."""
-    a = numba.carray(args, (24,), np.int64)
-    f = numba.carray(args, (24,), np.float64)
+    a = numba.carray(args, (25,), np.int64)
+    f = numba.carray(args, (25,), np.float64)
     seqs = a[_SEQS]
     heads = a[_HEADS]
     kv_heads = a[_KV_HEADS]
@@ -150,6 +151,7 @@ def _decode(args):  # type: ignore[no-untyped-def]
     starts = view(a[_STARTS], (seqs + 1,), np.int32)
     key_scale = view(a[_KEY_SCALE], (kv_heads,), np.float32)
     value_scale = view(a[_VALUE_SCALE], (kv_heads,), np.float32)
+    sinks = view(a[_SINKS], (heads if a[_SINKS] != 0 else 0,), np.float32)
     share = heads // kv_heads
     groups = (share + 3) // 4
     q_row = dim * size_of(a[_Q_KIND])
@@ -184,7 +186,8 @@ def _decode(args):  # type: ignore[no-untyped-def]
             scores = np.empty((rows, length - begin), np.float32)
             _score(a, tables[seq], head, begin, length, rows, q, tile, scores)
             for r in range(rows):
-                sums[r] = _softmax(scores[r], length - begin, soft_cap)
+                sink = sinks[head * share + first + r] if a[_SINKS] != 0 else np.float32(-np.inf)
+                sums[r] = _softmax(scores[r], length - begin, soft_cap, sink)
             _mix(a, tables[seq], head, begin, length, rows, scores, tile, out, later)
             for r in range(rows):
                 for d in range(dim):
@@ -222,6 +225,7 @@ def _run_decode(
         shape.window or 0,
         most,
         threads,
+        shape.sinks_address,
         shape.scale,
         shape.soft_cap or 0.0,
     )
@@ -292,8 +296,8 @@ def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: At
     k = _gather(cache.key, cache.key_scale, table, length, q.dtype)
     v = _gather(cache.value, cache.value_scale, table, length, q.dtype)
     heads = q.transpose(0, 1)
-    if shape.soft_cap is not None:
-        return _capped(heads, k, v, shape).transpose(0, 1)
+    if shape.soft_cap is not None or shape.sinks is not None:
+        return _in_steps(heads, k, v, shape).transpose(0, 1)
     mask = None if n == length and _sees_all(shape, length) else _mask(n, length, shape.window)
     bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     attended = F.scaled_dot_product_attention(
@@ -314,9 +318,8 @@ def _mask(n: int, length: int, window: int | None) -> Tensor:
     return seen if window is None else seen & (key > position - window)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
-    """Attention with a soft cap, which torch's fused kernels lack; 256 queries at a time, to bound its memory."""
-    assert shape.soft_cap is not None
+def _in_steps(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
+    """With a soft cap or sinks, which torch's fused kernels lack; 256 queries at a time, to bound its memory."""
     heads, n, _ = q.shape
     length = k.shape[1]
     seen = _mask(n, length, shape.window)
@@ -326,8 +329,10 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
     for begin in range(0, n, 256):
         rows = slice(begin, begin + 256)
         scores = q[:, rows].float() @ k32.transpose(1, 2) * shape.scale
-        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
-        out[:, rows] = (scores.masked_fill_(~seen[rows], float("-inf")).softmax(-1) @ v32).to(q.dtype)
+        if shape.soft_cap is not None:
+            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+        weights = reference.softmax(scores.masked_fill_(~seen[rows], float("-inf")), shape.sinks)
+        out[:, rows] = (weights @ v32).to(q.dtype)
     return out
 
 

@@ -40,7 +40,7 @@ _inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapp
 # The kernels' arguments, in the order of the call in `attend`.
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _PARTS) = range(1, 11)
 (_TABLE_WIDTH, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW) = range(11, 20)
-(_MOST, _PLACES, _THREADS, _SCALE, _SOFT_CAP) = range(20, 25)
+(_MOST, _PLACES, _THREADS, _SINKS, _SCALE, _SOFT_CAP) = range(20, 26)
 
 
 def _scores_of(kind: int) -> Any:
@@ -144,18 +144,21 @@ def _locate(a, table, store, size, head, first, count, runs):  # type: ignore[no
 
 
 @_inner
-def _finish(a, out, total, place, scale):  # type: ignore[no-untyped-def]
-    """Write a head's output."""
+def _finish(a, head, out, top, total, place, scale):  # type: ignore[no-untyped-def]
+    """Write a query head's output, of weights relative to the largest score `top`; its sink adds to their sum."""
+    if a[_SINKS] != 0:
+        sink = view(a[_SINKS], (a[_HEADS],), np.float32)[head]
+        total += exp(sink - top * np.float32(1 / _LOG2E))
     for d in range(a[_DIM]):
         out[d] *= scale / total
-    store_row(out, np.float32(1), place, BF16, a[_DIM])
+    store_row(out, np.float32(1), a[_OUT] + place, BF16, a[_DIM])
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqqqqdd")
+@kernel("qqqqqqqqqqqqqqqqqqqqqqqdd")
 def _attend(args):  # type: ignore[no-untyped-def]
     """Items: (sequence, chunk, query, KV head); see `_find`."""
-    a = numba.carray(args, (25,), np.int64)
-    f = numba.carray(args, (25,), np.float64)
+    a = numba.carray(args, (26,), np.int64)
+    f = numba.carray(args, (26,), np.float64)
     seqs = a[_SEQS]
     kv_heads = a[_KV_HEADS]
     dim = a[_DIM]
@@ -227,7 +230,8 @@ def _attend(args):  # type: ignore[no-untyped-def]
             _mix(rows, a[_VALUE_KIND], at, dim, values, ahead, block, keys, out.ctypes.data)
             for r in range(rows):
                 if alone:
-                    _finish(a, out[r], total[r], a[_OUT] + place + r * dim * 2, base_scale * value_scale[head])
+                    of = head * share + first_row + r
+                    _finish(a, of, out[r], top[r], total[r], place + r * dim * 2, base_scale * value_scale[head])
                 else:
                     parts[r, :dim] = out[r]
                     parts[r, dim] = top[r]
@@ -246,10 +250,10 @@ def _look_on(item, a, lengths, starts, tables, seq, base, ahead, size, runs):  #
         _locate(a, tables[seq], a[_KEY], size, (item - base) % a[_KV_HEADS], chunk * CHUNK, count, runs)
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqqqqdd")
+@kernel("qqqqqqqqqqqqqqqqqqqqqqqdd")
 def _join(args):  # type: ignore[no-untyped-def]
     """Items: (sequence, query, head), those of one chunk left out."""
-    a = numba.carray(args, (25,), np.int64)
+    a = numba.carray(args, (26,), np.int64)
     seqs = a[_SEQS]
     heads = a[_HEADS]
     share = heads // a[_KV_HEADS]
@@ -284,8 +288,8 @@ def _join(args):  # type: ignore[no-untyped-def]
                 total += factor * parts[c, dim + 1]
                 for d in range(dim):
                     out[d] += factor * parts[c, d]
-        place = a[_OUT] + ((starts[seq] + query) * heads + head) * dim * 2
-        _finish(a, out, total, place, base_scale * value_scale[head // share])
+        place = ((starts[seq] + query) * heads + head) * dim * 2
+        _finish(a, head, out, top, total, place, base_scale * value_scale[head // share])
 
 
 def fits(q: Tensor, cache: LayerCache, shape: AttentionShape) -> bool:
@@ -327,6 +331,7 @@ def attend(q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, shape:
         most,
         places,
         threads,
+        shape.sinks_address,
         shape.scale,
         shape.soft_cap or 0.0,
     )

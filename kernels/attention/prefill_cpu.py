@@ -58,7 +58,7 @@ _inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapp
 # The kernel's arguments, in the order of the call in `attend`.
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _TABLE_WIDTH) = range(1, 11)
 (_KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _STRIPS, _LEAST) = range(11, 21)
-(_SCALE, _SOFT_CAP) = range(21, 23)
+(_SINKS, _SCALE, _SOFT_CAP) = range(21, 24)
 # Where each part of a thread's working memory begins. TOP, TOTAL, LOW and HIGH: a line a strip; PLACES: 8 bytes a row.
 (_KEYS, _ROWS, _VALUES, _SCORES, _QUERIES, _SUMS, _TOP, _TOTAL, _LOW, _HIGH) = range(10)
 (_FACTOR, _PLACES, _FLOATS, _END) = range(10, 14)
@@ -149,6 +149,12 @@ def _begin(a, w, head, start, new, length, first, last):  # type: ignore[no-unty
             w[_QUERIES] + i // VECTORS * a[_DIM] // 2 * LINE + i % VECTORS * 64,
         )
     clear(w[_TOTAL], strips * LINE)
+    if a[_SINKS] != 0:  # as if it were the first key, whose value is zero
+        sinks = view(a[_SINKS], (a[_HEADS],), np.float32)
+        total = view(w[_TOTAL], (strips * STRIP,), np.float32)
+        for i in range(strips * STRIP):
+            top[i] = sinks[head * share + min(first + i, last) % share] * np.float32(_LOG2E)
+            total[i] = np.float32(1)
     clear(w[_SUMS], strips * a[_DIM] * LINE)
 
 
@@ -210,11 +216,11 @@ def _finish(a, w, rows, scale):  # type: ignore[no-untyped-def]
         store_outputs16(out, a[_DIM], w[_TOTAL] + i * 64, w[_PLACES] + i * LANES * 8, a[_OUT] - a[_Q], scale)
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqqdd")
+@kernel("qqqqqqqqqqqqqqqqqqqqqdd")
 def _prefill(args):  # type: ignore[no-untyped-def]
     """Items: (sequence, block of rows, KV head); see `_find`."""
-    a = numba.carray(args, (23,), np.int64)
-    f = numba.carray(args, (23,), np.float64)
+    a = numba.carray(args, (24,), np.int64)
+    f = numba.carray(args, (24,), np.float64)
     dim = a[_DIM]
     seqs = a[_SEQS]
     kv_heads = a[_KV_HEADS]
@@ -291,6 +297,7 @@ def attend(
         shape.window or 0,
         min(MAX_STRIPS, max(1, strips // (8 * threads))),
         least,
+        shape.sinks_address,
         shape.scale,
         shape.soft_cap or 0.0,
     )

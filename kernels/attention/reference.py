@@ -102,9 +102,17 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
         seen = key <= position
         if shape.window is not None:
             seen &= key > position - shape.window
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        weights = softmax(scores.masked_fill(~seen, float("-inf")), shape.sinks)
         out[begin:end] = (weights @ v).transpose(0, 1)
     return out.to(q.dtype).reshape(q.shape[0], -1)
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over the last dimension of scores [..., heads, n, L], in which each head's sink [heads] has a share, too."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sink = sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sink.to(scores.dtype)), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int) -> Tensor:

@@ -72,10 +72,22 @@ def _gelu_tanh(gate, up, count):  # type: ignore[no-untyped-def]
         gate[i] = g / (np.float32(1) + exp(np.float32(-2) * u)) * up[i]
 
 
-@kernel("qqqqqq")
+@numba.njit
+def _clamped_swiglu(gate, up, count, alpha, limit):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        g = min(gate[i], limit)
+        u = min(max(up[i], -limit), limit)
+        gate[i] = g / (np.float32(1) + exp(-alpha * g)) * (u + np.float32(1))
+
+
+@kernel("qqqqqqdd")
 def _gated(args):  # type: ignore[no-untyped-def]
-    """gate_up, out, kind, rows, columns of out, 0 for silu or 1 for gelu_tanh; items are single rows."""
-    a = numba.carray(args, (7,), np.int64)
+    """gate_up, out, kind, rows, columns of out, 0 for silu, 1 for gelu_tanh or 2 for clamped_swiglu; alpha and limit.
+
+    Items are single rows.
+    """
+    a = numba.carray(args, (9,), np.int64)
+    f = numba.carray(args, (9,), np.float64)
     kind = a[3]
     rows = a[4]
     count = a[5]
@@ -90,8 +102,10 @@ def _gated(args):  # type: ignore[no-untyped-def]
         load_row(a[1] + (2 * i + 1) * size, kind, up, count)
         if a[6] == 0:
             _silu(gate, up, count)
-        else:
+        elif a[6] == 1:
             _gelu_tanh(gate, up, count)
+        else:
+            _clamped_swiglu(gate, up, count, np.float32(f[7]), np.float32(f[8]))
         store_row(gate, np.float32(1), a[2] + i * size, kind, count)
 
 
@@ -165,7 +179,13 @@ def gelu_tanh_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = Non
     return _gate(gate_up, 1)
 
 
-def _gate(gate_up: Tensor, function: int) -> Tensor:
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float, input_quant: ActivationQuant | None = None) -> Tensor:
+    """`norm.reference.clamped_swiglu`."""
+    refuse_input_quant(input_quant)
+    return _gate(gate_up, 2, alpha, limit)
+
+
+def _gate(gate_up: Tensor, function: int, alpha: float = 0.0, limit: float = 0.0) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, twice = gate_up.shape
     out = gate_up.new_empty(rows, twice // 2)
@@ -177,6 +197,8 @@ def _gate(gate_up: Tensor, function: int) -> Tensor:
         rows,
         twice // 2,
         function,
+        alpha,
+        limit,
     )
     return out
 

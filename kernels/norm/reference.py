@@ -52,6 +52,15 @@ def silu_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = None) ->
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float, input_quant: ActivationQuant | None = None) -> Tensor:
+    """[T, 2 I] -> [T, I]: g * sigmoid(alpha g) * (u + 1), g the first half up to limit, u the second within +-limit."""
+    refuse_input_quant(input_quant)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    up = up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
+
+
 def gelu_tanh_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Tensor:
     """[T, 2 I] -> [T, I]: tanh-approximated gelu(first half) * second half."""
     refuse_input_quant(input_quant)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.quant.formats import awq, compressed_tensors, fp8, gguf, gptq, microscaling
@@ -15,18 +14,7 @@ from octavo.quant.formats.fp8 import parse_fp8
 from octavo.quant.formats.gguf import parse_gguf
 from octavo.quant.formats.gptq_config import parse_gptq
 from octavo.quant.formats.modelopt import parse_modelopt
-
-
-@dataclass(frozen=True)
-class FusedMxfp4Config:
-    """gpt-oss' own files: experts fused into tensors of MXFP4 blocks, and no linear layer quantized."""
-
-    name: str = "mxfp4"
-    kv_cache: str | None = None
-
-    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> None:
-        """No linear layer has a format."""
-
+from octavo.quant.formats.mxfp4 import parse_mxfp4
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "compressed-tensors": parse_config,
@@ -37,9 +25,9 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "intel/auto-round": parse_auto_round,  # before auto-round 0.5
     "fp8": parse_fp8,
     "modelopt": parse_modelopt,
-    "mxfp4": lambda _: FusedMxfp4Config(),
     "modelopt_fp4": parse_modelopt,  # vLLM's names of what `quant_algo` says
     "modelopt_mxfp8": parse_modelopt,
+    "mxfp4": parse_mxfp4,
 }
 
 # The suffixes of a linear layer's tensors, in any format.

@@ -117,7 +117,7 @@ class BlockRunner:
 
     def differentiable(self, layer: DecoderLayer) -> DifferentiableBlock:
         """The layer's forward over whole sequences with other weights, which have gradients."""
-        return DifferentiableBlock(layer, self.spec.activation)
+        return DifferentiableBlock(layer, self.spec)
 
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded."""
@@ -150,6 +150,8 @@ class BlockRunner:
         if before_mlp is not None:
             group = "experts.gate_up" if sparse else "gate_up"
             folds.append(Fold(group, f"{name}.{before_mlp}", "norm", offset=spec.norm_offset, also=also))
+        if spec.activation == "clamped_swiglu":  # is not linear in what up gives
+            return folds
         return folds + (self._expert_folds(index) if sparse else [Fold("down", up, "rows", rows=up_rows)])
 
     def _expert_folds(self, index: int) -> list[Fold]:

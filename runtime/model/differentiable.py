@@ -16,20 +16,20 @@ from torch import Tensor
 from octavo.kernels.attention import reference as attention
 from octavo.kernels.attention.latent import rotate_part
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.norm.reference import add_rms_norm, rms_norm
+from octavo.kernels.norm.reference import add_rms_norm, clamped_swiglu, rms_norm
 from octavo.quant.linear import Linear
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp, LatentAttention
 from octavo.runtime.model.moe import MoeMlp
-from octavo.runtime.model.spec import Activation
+from octavo.runtime.model.spec import DecoderSpec
 
 
 class DifferentiableBlock:
     """A block whose linear layers multiply by given weights, [N, K] by their names in the layer ('qkv', 'down')."""
 
-    def __init__(self, layer: DecoderLayer, activation: Activation) -> None:
+    def __init__(self, layer: DecoderLayer, spec: DecoderSpec) -> None:
         self._layer = layer
         self._linears = layer.linears()
-        self._activation = activation
+        self._spec = spec
 
     def forward(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """hidden [B, T, H], sequences from their first token on -> [B, T, H]."""
@@ -56,15 +56,16 @@ class DifferentiableBlock:
         repeat = shape.num_heads // shape.num_kv_heads
         k = k.repeat_interleave(repeat, dim=1)
         v = v.repeat_interleave(repeat, dim=1)
-        if shape.soft_cap is None:
+        if shape.soft_cap is None and shape.sinks is None:
             seen = None if shape.window is None else _seen(length, shape.window, x.device)
             out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=shape.scale)
         else:
-            scores = shape.soft_cap * torch.tanh(
-                q.float() @ k.float().transpose(-1, -2) * (shape.scale / shape.soft_cap)
-            )
+            scores = q.float() @ k.float().transpose(-1, -2) * shape.scale
+            if shape.soft_cap is not None:
+                scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
             mask = _seen(length, shape.window or length, x.device)
-            out = (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v.float()).to(x.dtype)
+            weights_of_keys = attention.softmax(scores.masked_fill(~mask, float("-inf")), shape.sinks)
+            out = (weights_of_keys @ v.float()).to(x.dtype)
         return self._linear("o", out.transpose(1, 2).flatten(2), weights)
 
     def _latent_attention(self, part: LatentAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -118,9 +119,13 @@ class DifferentiableBlock:
         return out.view_as(x)
 
     def _gated(self, owner: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        gate, up = self._linear(f"{owner}gate_up", x, weights).chunk(2, dim=-1)
-        activated = F.silu(gate) if self._activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self._linear(f"{owner}down", activated * up, weights)
+        return self._linear(f"{owner}down", self._activate(self._linear(f"{owner}gate_up", x, weights)), weights)
+
+    def _activate(self, gate_up: Tensor) -> Tensor:
+        if self._spec.activation == "clamped_swiglu":
+            return clamped_swiglu(gate_up, self._spec.swiglu_alpha, self._spec.swiglu_limit)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate) if self._spec.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def _linear(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:

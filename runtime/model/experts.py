@@ -21,6 +21,7 @@ class MoeSpec:
     names                     where they are in a checkpoint of this architecture
     intermediate_size         of one expert
     routing                   how a token's experts are chosen and weighted
+    has_bias                  experts and routers have biases
     has_correction            a router has numbers that are added for the choice alone
     shared_intermediate_size  of the expert that every token goes to; None: there is none
     shared_gate               that one is behind a sigmoid gate
@@ -30,6 +31,7 @@ class MoeSpec:
     num_experts: int
     intermediate_size: int
     routing: Routing
+    has_bias: bool = False
     has_correction: bool = False
     shared_intermediate_size: int | None = None
     shared_gate: bool = True
@@ -55,6 +57,7 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
         num_experts,
         inner,
         _read_routing(settings, num_experts, top_k, row),
+        has_bias=row.expert_bias,
         has_correction=row.scores == "corrected_sigmoid",
         shared_intermediate_size=num_shared * inner or settings.get("shared_expert_intermediate_size"),
         shared_gate=not num_shared,

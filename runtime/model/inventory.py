@@ -52,8 +52,12 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
     gates = routers(spec, index, source.prefix, source.has)
     for module, rows in gates.items():
         source.tensor(f"{module}.weight", (rows, spec.hidden_size))
-    if gates and spec.moe is not None and spec.moe.has_correction:
-        source.tensor(f"{next(iter(gates))}.e_score_correction_bias", (spec.moe.num_experts,))
+    if gates and spec.moe is not None:
+        kinds = {"bias": spec.moe.has_bias, "e_score_correction_bias": spec.moe.has_correction}
+        for kind in (kind for kind, is_there in kinds.items() if is_there):
+            source.tensor(f"{next(iter(gates))}.{kind}", (spec.moe.num_experts,))
+    if spec.has_sinks:
+        source.tensor(f"{name}.self_attn.sinks", (spec.num_heads,))
     for norm in NORMS[spec.norms]:
         if norm is not None:
             source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))

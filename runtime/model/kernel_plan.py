@@ -19,20 +19,20 @@ from octavo.runtime.model.sources import CheckpointSource, LoadError
 from octavo.runtime.model.spec import DecoderSpec
 
 
-def check_latents(spec: DecoderSpec, target: Target) -> None:
-    """Raise LoadError for attention over latents where no kernel has it."""
-    if spec.has_latents and (target.device.type != "cpu" or target.capability):
-        raise LoadError(
-            f"{spec.architecture} has attention over latents, which no kernel of {target} has; --device cpu serves it"
-        )
+def check_attention(spec: DecoderSpec, target: Target) -> None:
+    """Raise LoadError for attention over latents, or with sinks, where no kernel has it."""
+    kinds = {"attention over latents": spec.has_latents, "attention with sinks": spec.has_sinks}
+    for kind in (kind for kind, is_there in kinds.items() if is_there):
+        if target.device.type != "cpu" or target.capability:
+            raise LoadError(f"{spec.architecture} has {kind}, which no kernel of {target} has; --device cpu serves it")
 
 
 def plan_kernels(checkpoint: Checkpoint, spec: DecoderSpec, target: Target) -> dict[str, KernelChoice]:
     """The kernel of each linear module of a decoder, by full name.
 
-    Raises FormatError and SchemeError for schemes that octavo doesn't serve, LoadError as `check_latents`.
+    Raises FormatError and SchemeError for schemes that octavo doesn't serve, LoadError as `check_attention`.
     """
-    check_latents(spec, target)
+    check_attention(spec, target)
     source = CheckpointSource(checkpoint)
     plan = _Plan(source, spec, target)
     found: dict[str, KernelChoice] = {}

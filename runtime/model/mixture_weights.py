@@ -74,7 +74,9 @@ class Mixture:
         is_whole = mlps.own is not None and mlps.own.whole_experts
         alone = tuple(mlps.gated(*expert, is_whole=is_whole) for expert in experts)
         first_expert = 0 if mlps.own is None else mlps.own.experts[0]
-        router = Router(gates[0], self._moe.routing, correction=self._correction())
+        bias = self._of_experts("bias") if self._moe.has_bias else None
+        correction = self._of_experts("e_score_correction_bias") if self._moe.has_correction else None
+        router = Router(gates[0], self._moe.routing, bias, correction)
         return MoeMlp(router, alone, first_expert, None if shared is None else mlps.gated(*shared), *gates[1:])
 
     def _experts(self, parts: dict[str, LinearParts]) -> Iterator[tuple[Parts, Parts]]:
@@ -138,13 +140,10 @@ class Mixture:
             raise LoadError(f"{module} is a router whose input is to be rounded, which isn't served")
         return weight.dequantize().to(device)
 
-    def _correction(self) -> Tensor | None:
-        """[num_experts] float32, where routers have it."""
-        if not self._moe.has_correction:
-            return None
-        name = f"{next(iter(self._modules))}.e_score_correction_bias"
-        correction = self._source.tensor(name, (self._moe.num_experts,))
-        return correction.to(self._mlps.device, torch.float32, copy=True)
+    def _of_experts(self, kind: str) -> Tensor:
+        """[num_experts] float32, the router's."""
+        numbers = self._source.tensor(f"{next(iter(self._modules))}.{kind}", (self._moe.num_experts,))
+        return numbers.to(self._mlps.device, torch.float32, copy=True)
 
 
 def _has_bias(mlp: tuple[Parts, Parts]) -> bool:

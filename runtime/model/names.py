@@ -133,8 +133,9 @@ def _experts(moe: MoeSpec, hidden: int, layer: str, names: ExpertNames) -> dict[
     for i in range(moe.num_experts):
         gate_up = dict.fromkeys((names.gate, names.up), moe.intermediate_size)
         expert = f"{layer}.{names.owner}.experts.{i}"
-        parts[f"experts.{i}.gate_up"] = LinearParts(_within(expert, gate_up), hidden)
-        parts[f"experts.{i}.down"] = LinearParts(_within(expert, {names.down: hidden}), moe.intermediate_size)
+        parts[f"experts.{i}.gate_up"] = LinearParts(_within(expert, gate_up), hidden, moe.has_bias)
+        down = _within(expert, {names.down: hidden})
+        parts[f"experts.{i}.down"] = LinearParts(down, moe.intermediate_size, moe.has_bias)
     if (inner := moe.shared_intermediate_size) is not None:
         shared = f"{layer}.{names.owner}.{names.shared}"
         parts["shared.gate_up"] = LinearParts(_within(shared, dict.fromkeys(GATE_UP, inner)), hidden)

@@ -64,6 +64,14 @@ class GatedActivation(Protocol):
     def __call__(self, gate_up: Tensor, input_quant: ActivationQuant | None = None, /) -> Hidden: ...
 
 
+class ClampedSwiglu(Protocol):
+    """gate_up [T, 2 I] -> [T, I]: g * sigmoid(alpha g) * (u + 1), g and u as far as limit goes."""
+
+    def __call__(
+        self, gate_up: Tensor, alpha: float, limit: float, input_quant: ActivationQuant | None = None, /
+    ) -> Hidden: ...
+
+
 class RopeAndCache(Protocol):
     """Split qkv, normalize q and k (when weights are given), rotate both, write k and v into the cache; return q.
 
@@ -131,6 +139,7 @@ class Ops:
     silu_and_mul: GatedActivation
     gelu_tanh_and_mul: GatedActivation
     rope_and_attention: RopeAndAttention
+    clamped_swiglu: ClampedSwiglu = norm_reference.clamped_swiglu
     compiles_kernels: bool = False
     recordable: bool = False
     batch_invariant: bool = False

@@ -36,6 +36,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         silu_and_mul=fused_cpu.silu_and_mul,
         gelu_tanh_and_mul=fused_cpu.gelu_tanh_and_mul,
         rope_and_attention=one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.paged_attention),
+        clamped_swiglu=fused_cpu.clamped_swiglu,
         recordable=True,
         latent=LatentBody(latent_cpu.write_latents, attention_cpu.paged_attention),
     )

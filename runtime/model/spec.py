@@ -19,7 +19,7 @@ from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
 from octavo.runtime.model.rope import RopeError, RopeSpec, yarn_magnitude
 
 _KEY_TYPES = config_struct({key: kind for row in ARCHITECTURES.values() for key, kind in row.reads.items()})
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -95,6 +95,8 @@ class DecoderSpec:
     norm_offset          added to each norm's stored weight (Gemma stores w, applies 1 + w)
     attention_scale      what q . k is multiplied by
     embedding_scale      what embeddings are multiplied by; Gemma rounds it to the model's type first
+    swiglu_alpha, swiglu_limit  of the activation clamped_swiglu
+    has_sinks            each head of attention has one more score in its softmax (AttentionShape.sinks)
     residual_multiplier  what attention's and the MLP's output are multiplied by before they are added
     logits_divisor       what logits are divided by, before final_soft_cap
     fused                qkv_proj and gate_up_proj are one tensor each on disk
@@ -126,6 +128,9 @@ class DecoderSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    swiglu_alpha: float = 0.0
+    swiglu_limit: float = 0.0
+    has_sinks: bool = False
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
     embedding_scale: float = 1.0
@@ -188,6 +193,9 @@ class DecoderSpec:
             qkv_bias=_bias(settings, row.qkv_bias),
             o_bias=_bias(settings, row.o_bias),
             mlp_bias=_bias(settings, row.mlp_bias),
+            swiglu_alpha=settings.get("swiglu_alpha", 0.0),
+            swiglu_limit=settings.get("swiglu_limit", 0.0),
+            has_sinks=row.has_sinks,
             **_multipliers(settings, row, head_dim),
             fused=row.fused,
             text_only=text_only,
@@ -242,7 +250,9 @@ def _activation(settings: Config, row: Architecture) -> Activation:
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UnsupportedModelError(f"{row.activation_key} {name!r} is unknown; known are {known}")
-    return ACTIVATIONS[name]
+    if row.clamps_swiglu and ACTIVATIONS[name] != "silu":
+        raise UnsupportedModelError(f"{row.activation_key} {name!r} isn't silu, which is what is clamped")
+    return "clamped_swiglu" if row.clamps_swiglu else ACTIVATIONS[name]
 
 
 def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str, Any]:

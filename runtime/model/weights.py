@@ -14,8 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import AttentionShape
-from octavo.kernels.attention.latent import LatentShape
 from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
@@ -28,13 +26,14 @@ from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.at_load import quantized_at_load
+from octavo.runtime.model.attention_weights import AttentionReader
 from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_transformers
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encoder_weights import load_encoder
 from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS
-from octavo.runtime.model.kernel_plan import check_latents
+from octavo.runtime.model.kernel_plan import check_attention
 from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import (
     AddNorm,
@@ -51,18 +50,17 @@ from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.names import (
     NORMS,
     LinearParts,
-    attention_norms,
-    expansion,
     head_name,
     layer_linears,
     required_modules,
 )
+from octavo.runtime.model.operators import GatedActivation, Ops
 from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_pooler, with_longest
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
-from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
+from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
 
@@ -182,6 +180,19 @@ def _load_decoder(
     return model
 
 
+def activation_of(ops: Ops, spec: DecoderSpec) -> GatedActivation:
+    """What stands between an MLP's linear layers."""
+    match spec.activation:
+        case "silu":
+            return ops.silu_and_mul
+        case "gelu_tanh":
+            return ops.gelu_tanh_and_mul
+        case "clamped_swiglu":
+            return lambda gate_up, input_quant=None: ops.clamped_swiglu(
+                gate_up, spec.swiglu_alpha, spec.swiglu_limit, input_quant
+            )
+
+
 class DecoderBuilder:
     """Builds one Decoder from a Source."""
 
@@ -210,14 +221,14 @@ class DecoderBuilder:
         self.notes = notes
         self.stacks_experts = stacks_experts
         self.target = make_target(config, device, dtype, rounds_inputs=rounds_inputs)
-        check_latents(spec, self.target)
+        check_attention(spec, self.target)
         self.stage = Stage((0, len(spec.layers))) if rank is None else rank.stage
         self._ranks = () if rank is None else tuple(rank.describe())
         self.rank = rank if rank is not None and rank.group.size > 1 else None  # which has a share of each layer
         self.own = None if self.rank is None else self.rank.own
         ops = choose_ops(config, spec, device, dtype, is_divided=rank is not None)
         self.ops = ops if self.rank is None else over_ranks(ops, self.rank, spec)
-        self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
+        self.act = activation_of(self.ops, spec)
         self.kv_scales: KVScales | None = None
         self.kv_dtype: str | None = None
         if config.max_model_len is not None and config.max_model_len > spec.max_position:
@@ -284,7 +295,7 @@ class DecoderBuilder:
 
     def norm(self, module: str, size: int) -> AddNorm:
         """A norm of vectors of this size, with nothing to add before."""
-        return self._add_norm(self._norm(module, size))
+        return self._add_norm(self.norm_weight(module, size))
 
     def head(self, embedding: Tensor) -> Head | RankHead:
         """The language-model head; embedding [vocab, hidden] is its weight where the two are tied."""
@@ -298,14 +309,15 @@ class DecoderBuilder:
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
         mixer = spec.layers[index].mixer
         attention: Attention | LatentAttention
+        reader = AttentionReader(self, index)
         if isinstance(mixer, LatentSpec):
-            attention = self._latent_attention(index, mixer, parts)
+            attention = reader.latent(mixer, parts)
         else:
             parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)
-            attention = self._attention(index, mixer, parts)
+            attention = reader.plain(mixer, parts)
         mlp = self._mlp(index, parts)
         before_attention, after_attention, before_mlp, after_mlp = (
-            self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]
+            self.norm_weight(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]
         )
         return DecoderLayer(
             enter=self._add_norm(before_attention, input_quant=attention.input_quant),
@@ -320,73 +332,6 @@ class DecoderBuilder:
     ) -> AddNorm:
         return AddNorm(self.ops, self.spec.norm_eps, weight, after, self.spec.residual_multiplier, input_quant)
 
-    def _attention(self, index: int, mixer: AttentionSpec, parts: dict[str, LinearParts]) -> Attention:
-        spec = self.spec
-        q_norm, k_norm = self._qk_norms(f"{self.source.prefix}layers.{index}.self_attn")
-        heads = (0, spec.num_heads) if self.own is None else self.own.query_heads
-        kv_heads = (0, spec.num_kv_heads) if self.own is None else self.own.kv_heads
-        return Attention(
-            ops=self.ops,
-            eps=spec.norm_eps,
-            qkv=self._linear(*self._cut("qkv", self._read(parts["qkv"]))),
-            o=self._linear(*self._cut("o", self._read(parts["o"])), adds="part"),
-            shape=AttentionShape(
-                heads[1] - heads[0],
-                kv_heads[1] - kv_heads[0],
-                spec.head_dim,
-                spec.attention_scale,
-                mixer.window,
-                spec.attention_soft_cap,
-            ),
-            cos_sin=self._table(mixer.rope) if mixer.rope else None,
-            q_norm=q_norm,
-            k_norm=k_norm,
-        )
-
-    def _latent_attention(self, index: int, mixer: LatentSpec, parts: dict[str, LinearParts]) -> LatentAttention:
-        spec = self.spec
-        owner = f"{self.source.prefix}layers.{index}.self_attn"
-        norms = {name: self._norm(f"{owner}.{name}", size) for name, size in attention_norms(spec, index).items()}
-        first, stop = (0, spec.num_heads) if self.own is None else self.own.query_heads
-        to_keys, to_values = self._expansion(index, mixer)
-        assert self.ops.latent is not None  # as `check_latents` has seen to
-        return LatentAttention(
-            body=self.ops.latent,
-            ops=self.ops,
-            eps=LATENT_EPS,
-            qkv_a=self._linear(*self._cut("qkv_a", self._read(parts["qkv_a"]))),
-            q_norm=norms.get("q_a_layernorm"),
-            q_b=self._linear(*self._cut("q_b", self._read(parts["q_b"]))) if "q_b" in parts else None,
-            o=self._linear(*self._cut("o", self._read(parts["o"])), adds="part"),
-            latent=LatentShape(
-                stop - first,
-                mixer.kv_rank,
-                mixer.plain_dim,
-                mixer.rotary_dim,
-                mixer.value_dim,
-                spec.attention_scale,
-                mixer.interleaved,
-            ),
-            cos_sin=self._table(mixer.rope),
-            kv_norm=norms["kv_a_layernorm"],
-            to_keys=to_keys[first:stop].contiguous(),
-            to_values=to_values[first:stop].transpose(1, 2).contiguous(),
-        )
-
-    def _expansion(self, index: int, mixer: LatentSpec) -> tuple[Tensor, Tensor]:
-        """Of each head [plain_dim, rank] and [value_dim, rank], of latents' keys and values, in the computing type."""
-        parts = expansion(self.spec, index, self.source.prefix)
-        assert parts is not None
-        ((module, rows),) = parts.modules.items()
-        weight = self.source.linear(module, rows, parts.in_features)
-        if isinstance(weight, QuantizedWeight):
-            note = f"kv_b_proj ({weight.scheme}) is served in {str(self.dtype).removeprefix('torch.')}, dequantized"
-            if note not in self.notes:
-                self.notes.append(note)
-            weight = weight.dequantize()
-        heads = weight.to(self.device, self.dtype).view(self.spec.num_heads, -1, mixer.kv_rank)
-        return heads[:, : mixer.plain_dim], heads[:, mixer.plain_dim :]
-
     def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
         if self.spec.moe is None or not self.spec.layers[index].sparse:
             return self.gated(*self.read_gated(parts, ""))
@@ -394,15 +339,15 @@ class DecoderBuilder:
 
     def gated(self, gate_up: Parts, down: Parts, *, is_whole: bool = False) -> GatedMlp:
         """is_whole: an expert that no other rank has columns of."""
-        return GatedMlp(self._linear(*gate_up), self._linear(*down, adds="whole" if is_whole else "part"), self.act)
+        return GatedMlp(self.linear(*gate_up), self.linear(*down, adds="whole" if is_whole else "part"), self.act)
 
     def read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
         """gate and up, and down, of '', 'shared.' or 'experts.3.', without act-order between them."""
-        (gate_up, biases), ((down,), after) = (self._read(parts[f"{owner}{kind}"]) for kind in ("gate_up", "down"))
+        (gate_up, biases), ((down,), after) = (self.read(parts[f"{owner}{kind}"]) for kind in ("gate_up", "down"))
         gate_up, biases, down = sort_inner(gate_up, biases, down)
-        return self._cut(f"{owner}gate_up", (gate_up, biases)), self._cut(f"{owner}down", ([down], after))
+        return self.cut(f"{owner}gate_up", (gate_up, biases)), self.cut(f"{owner}down", ([down], after))
 
-    def _cut(self, kind: str, parts: Parts) -> Parts:
+    def cut(self, kind: str, parts: Parts) -> Parts:
         """This rank's share of a linear layer. Act-order and what is rounded at load are of the whole weight."""
         if self.own is None:
             return parts
@@ -413,11 +358,11 @@ class DecoderBuilder:
             [shard.of_bias(bias) for shard, bias in zip(shards, biases, strict=True)],
         )
 
-    def _read(self, parts: LinearParts) -> Parts:
+    def read(self, parts: LinearParts) -> Parts:
         weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in parts.modules.items()]
         return weights, [self.source.bias(m, n, expected=parts.bias) for m, n in parts.modules.items()]
 
-    def _linear(
+    def linear(
         self, weights: list[Weight], biases: list[Tensor | None], *, adds: Literal["part", "whole"] | None = None
     ) -> Linear:
         """One module out of those that share their input, fused along their outputs.
@@ -461,25 +406,12 @@ class DecoderBuilder:
         self.note(*(part.choice for part in head.parts))
         return head
 
-    def _norm(self, module: str, size: int) -> Tensor:
+    def norm_weight(self, module: str, size: int) -> Tensor:
         """A norm's weight in float32, as it is multiplied."""
         weight = self.source.tensor(f"{module}.weight", (size,))
         return weight.to(self.device, torch.float32, copy=True) + self.spec.norm_offset
 
-    def _qk_norms(self, attention: str) -> tuple[Tensor | None, Tensor | None]:
-        spec = self.spec
-        if spec.qk_norm is None:
-            return None, None
-        if spec.qk_norm == "head":
-            return self._norm(f"{attention}.q_norm", spec.head_dim), self._norm(f"{attention}.k_norm", spec.head_dim)
-        q_norm = self._norm(f"{attention}.q_norm", spec.num_heads * spec.head_dim)
-        k_norm = self._norm(f"{attention}.k_norm", spec.num_kv_heads * spec.head_dim)
-        if self.own is None:
-            return q_norm, k_norm
-        query, key, _ = self.own.shards("qkv", spec)  # of a bias's length, and cut as one
-        return query.of_bias(q_norm), key.of_bias(k_norm)
-
-    def _table(self, rope: RopeSpec) -> Tensor:
+    def table(self, rope: RopeSpec) -> Tensor:
         """The rotation's table, shared by its layers.
 
         A length that was asked for is computed now, and so is every length on a GPU, whose graphs read the table.

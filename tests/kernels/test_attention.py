@@ -61,11 +61,17 @@ def bound(q: Tensor, cache: LayerCache, shape: AttentionShape, truth: Tensor, ch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn, torch.int8], ids=["same", "fp8", "int8"])
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (7, None), (None, 20.0), (18, 5.0)])
-def test_attention(dtype: torch.dtype, stored: torch.dtype | None, window: int | None, soft_cap: float | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "has_sinks"),
+    [(None, None, False), (7, None, False), (None, 20.0, False), (18, 5.0, False), (None, None, True), (7, 5.0, True)],
+)
+def test_attention(
+    dtype: torch.dtype, stored: torch.dtype | None, window: int | None, soft_cap: float | None, has_sinks: bool
+) -> None:
     torch.manual_seed(0)
     for heads, kv_heads, dim in HEADS:
-        shape = AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap)
+        sinks = torch.randn(heads) * 3 if has_sinks else None
+        shape = AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap, sinks)
         for (new, lengths), block_size in ((MIXED, 16), (DECODE, 8), (MANY, 32)):
             inputs = make_step(new, lengths, block_size)
             cache = make_cache(kv_heads, block_size, dim, stored or dtype)

@@ -49,6 +49,18 @@ def test_windows_and_soft_caps(window: int, soft_cap: float | None) -> None:
         check_decode(make_batch([min(new, n) for n in lengths], lengths, shape))
 
 
+@pytest.mark.parametrize("stored", [BF16, FP8], ids=str)
+@pytest.mark.parametrize("soft_cap", [None, 20.0])
+def test_sinks_of_one_chunk_and_several(stored: torch.dtype, soft_cap: float | None) -> None:
+    """In chunks that a query sees alone, that are joined, and of which a window shows the second alone."""
+    sinks = torch.tensor([-30.0, -1.0, 0.0, 2.0, 9.0, 60.0])
+    lengths = [1, 7, CHUNK, CHUNK + 50, 2 * CHUNK + 5]
+    for window in (None, CHUNK - 3):
+        shape = shaped(6, 2, 64, window, soft_cap, sinks)
+        for new in (1, 2):
+            check_decode(make_batch([min(new, n) for n in lengths], lengths, shape, stored=stored))
+
+
 @pytest.mark.parametrize("stored", [FP8, INT8], ids=str)
 def test_caches_of_8_bits(stored: torch.dtype) -> None:
     for share, dim, soft_cap in ((1, 64, None), (2, 96, None), (3, 64, None), (4, 256, 30.0)):

@@ -64,6 +64,17 @@ def test_windows_and_soft_caps(window: int, soft_cap: float | None) -> None:
     check(make_batch([40], [400], shaped(1, 1, 64, window, soft_cap)))
 
 
+SINKS = torch.tensor([-30.0, -1.0, 0.0, 2.0, 9.0, 60.0])
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (20, None), (None, 2.0)])
+def test_sinks(window: int | None, soft_cap: float | None) -> None:
+    """From nothing to nearly all of a head's weight, in both bodies; a padded strip's rows have their own head's."""
+    shape = shaped(6, 2, 64, window, soft_cap, SINKS)
+    check(make_batch([5, 70, 1, 300], [300, 333, 200, 300], shape))
+    check(make_batch([1, 33], [1, CHUNK + 40], shape), cpu.invariant_attention)
+
+
 @pytest.mark.parametrize("distance", range(-2, 3))
 def test_a_window_begins_at_the_edge_of_a_chunk(distance: int) -> None:
     prefix = CHUNK + 19 + distance  # the first new token sees CHUNK + distance and what follows

@@ -93,7 +93,11 @@ def truth_and_bound(batch: Batch, rounds_weights: bool = True) -> tuple[Tensor, 
             scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
         position, key = torch.arange(length - q.shape[1], length).unsqueeze(1), torch.arange(length)
         seen = (key <= position) & (key > position - (shape.window or length))
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        weights = scores.softmax(-1)
+        if shape.sinks is not None:  # beside whose scores theirs weigh exp(sink) more
+            total = scores.logsumexp(-1, keepdim=True)
+            weights = weights * torch.sigmoid(total - shape.sinks.double().view(-1, 1, 1))
         result, size = weights @ v, weights @ v.abs()
         off = 2 * ((shape.head_dim + 8) * u + rounded) * mass + 2 * (shape.soft_cap or 0.0) * 2.0**-20
         off = off + unit * rounds_weights + (2 + length / CHUNK) * 2.0**-22
@@ -112,6 +116,11 @@ def check(batch: Batch, attention: PagedAttention = cpu.paged_attention, rounds_
 
 
 def shaped(
-    heads: int = 6, kv_heads: int = 2, dim: int = 64, window: int | None = None, soft_cap: float | None = None
+    heads: int = 6,
+    kv_heads: int = 2,
+    dim: int = 64,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> AttentionShape:
-    return AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap)
+    return AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap, sinks)

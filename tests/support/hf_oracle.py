@@ -139,6 +139,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "v_head_dim": 40}
         | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "rms_norm_eps": 1e-3},
     ),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24, "swiglu_limit": 1.0}
+        | {"rope_scaling": YARN | {"truncate": False}, "rope_theta": 100.0},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24}),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -175,7 +180,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or name.endswith("_bias"):
             value = 0.3 * noise + (1.0 if "norm" in name else 0.0)
         else:
             value = noise * (1.5 * parameter.shape[1] ** -0.5)

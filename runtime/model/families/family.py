@@ -103,6 +103,9 @@ class Architecture:
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
                first_k_dense_replace
+    expert_bias  experts and routers have biases
+    has_sinks  each head of attention has a sink, `self_attn.sinks`
+    clamps_swiglu  an MLP's activation is clamped_swiglu, with the config's swiglu_alpha and swiglu_limit
     scores     what a router makes of logits. corrected_sigmoid: sigmoids, to which a correction is added for the choice
     expert_names  where experts are in a checkpoint
     defaults   what keys mean where they are absent, and no other architecture's default holds
@@ -133,6 +136,9 @@ class Architecture:
     latent: bool = False
     experts: ExpertRule = "none"
     scores: ScoreRule = "softmax"
+    expert_bias: bool = False
+    has_sinks: bool = False
+    clamps_swiglu: bool = False
     expert_names: ExpertNames = MLP_EXPERTS
     reads: Keys = field(default_factory=dict)
     rotating_layers: Callable[[Config, int], list[bool]] = all_rotate

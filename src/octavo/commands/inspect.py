@@ -177,7 +177,9 @@ def _parameters(checkpoint: Checkpoint, module: str, format_: QuantFormat | None
         for packed in ("qweight", "weight_packed"):
             if checkpoint.has(f"{module}.{packed}"):
                 count += checkpoint.spec(f"{module}.{packed}").nbytes * 8 // format_.scheme.weight.bits
-    for suffix in ("weight", "bias", "e_score_correction_bias"):
+    if checkpoint.has(module):  # such as an attention's sinks
+        count += checkpoint.spec(module).numel
+    for suffix in ("weight", "bias"):
         if checkpoint.has(f"{module}.{suffix}"):
             count += checkpoint.spec(f"{module}.{suffix}").numel
     return count

