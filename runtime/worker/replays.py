@@ -1,11 +1,12 @@
 """Decode steps of few tokens on a CPU, by launches that were recorded: what CUDA graphs (graphs.py) are on a GPU.
 
-There is a recording for each number of sequences and of tokens, drafts among them, and each power of two up to which
-sequences are long. It is made once there have been a few such steps, and used once it has given, in the next one, the
-same bits as the model's layers: tokens, positions and lengths differ by then. How the tokens are divided among the
-sequences may differ, too. Ranks of an engine record and compare in the same steps, since both take part in
-their sums, and find the same: all of them have the same bits. Recordings begin behind the embedding: what stands in its
-place in a later stage waits for the stage before, and gets each step once.
+There is a recording for each number of tokens, drafts among them, and each power of two up to which sequences are long.
+It is made once there have been a few such steps, and used once it has given, in the next one, the same bits as the
+model's layers: tokens, positions and lengths differ by then. How the tokens are divided among sequences may differ,
+too, and among how many: a step of drafts is recorded with room for as many as it can have, and those that are missing
+have no tokens. Ranks of an engine record and compare in the same steps, since both take part in their sums, and find
+the same: all of them have the same bits. Recordings begin behind the embedding: what stands in its place in a later
+stage waits for the stage before, and gets each step once.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ MOST_REPLAYS = 256  # of which those are kept that were used last: each takes so
 class Size(NamedTuple):
     """Steps that are alike. query_class: of QUERY_CLASSES, the first that no sequence has more new tokens than."""
 
-    seqs: int
     tokens: int
     bits_of_length: int
     query_class: int
@@ -106,7 +106,7 @@ class StepReplays:
         if inputs.adapters is not None and not self._records_adapters:
             return None
         query_class = QUERY_CLASSES[bisect_left(QUERY_CLASSES, inputs.max_query_len)]
-        return Size(seqs, tokens, inputs.max_seq_len.bit_length(), query_class, inputs.adapters is not None)
+        return Size(tokens, inputs.max_seq_len.bit_length(), query_class, inputs.adapters is not None)
 
     def _record(self, size: Size, inputs: StepInputs, entering: Tensor) -> Tensor:
         longest = min((1 << size.bits_of_length) - 1, self._max_model_len)
@@ -118,7 +118,7 @@ class StepReplays:
             tap = tap_of(again, self.keep)
             replay = _Replay(self._model, self._caches, inputs, held, entering, recording, tap)
         except NotRecordableError as error:
-            log.warning("steps of %d sequences can't be recorded: %s", size.seqs, error)
+            log.warning("steps of %d tokens can't be recorded: %s", size.tokens, error)
             return self._directly(inputs, entering)
         self._replays[size] = replay
         if len(self._replays) > MOST_REPLAYS:
@@ -130,7 +130,7 @@ class StepReplays:
         expected = self._directly(inputs, entering)
         replay.is_proven = torch.equal(replay.hidden(inputs, entering), expected)
         if not replay.is_proven:
-            log.warning("a recorded step of %d sequences differs from the layers' own, and isn't used", size.seqs)
+            log.warning("a recorded step of %d tokens differs from the layers' own, and isn't used", size.tokens)
             del self._replays[size]
         return expected
 
@@ -167,7 +167,11 @@ class _Replay:
 
     def _fill(self, inputs: StepInputs) -> None:
         for held, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
-            held[..., : given.shape[-1]] = given
+            held[tuple(map(slice, given.shape))] = given
+        if inputs.max_query_len > 1:
+            seqs = len(inputs.seq_lens)
+            self._inputs.seq_lens[seqs:] = 0
+            self._inputs.query_starts[seqs + 1 :] = len(inputs.positions)
 
 
 def tap_of(mark: Callable[[], None] | None, keep: Tap | None) -> Tap | None:
@@ -186,15 +190,17 @@ def tap_of(mark: Callable[[], None] | None, keep: Tap | None) -> Tap | None:
 
 def _held(inputs: StepInputs, size: Size, longest: int, width: int) -> StepInputs:
     """Memory for steps of this size whose sequences are so long at most, with tables so wide."""
+    seqs = min(size.tokens, MOST_SEQUENCES) if size.query_class > 1 else size.tokens
 
     def tables(group: StepInputs | GroupTables) -> GroupTables:
-        seqs = group.block_tables.shape[0]
         return GroupTables(group.slot_mapping.clone(), group.block_tables.new_zeros(seqs, width))
 
     return replace(
         inputs,
-        **{name: getattr(inputs, name).clone() for name in ("positions", "query_starts", "logits_index")},
-        seq_lens=inputs.seq_lens.clone(),
+        positions=inputs.positions.clone(),
+        query_starts=torch.arange(seqs + 1, dtype=torch.int32),
+        logits_index=inputs.logits_index.clone(),
+        seq_lens=inputs.seq_lens.new_zeros(seqs),
         **tables(inputs)._asdict(),
         max_seq_len=longest,
         max_query_len=size.query_class,
