@@ -16,7 +16,8 @@ from octavo.runtime.speculation.costs import StepCosts
 MOST_KIND = 4  # kinds beyond are the same: drafts hardly get better
 DOUBT = 1.5  # of a draft of kind k behind right ones, k : k + DOUBT is the first chance, before anything is known
 WEIGHT = 0.2  # of the last guess among a sequence's, in its averages
-WEIGHT_FOR_ALL = 0.05  # the same in those that sequences begin with
+WEIGHT_FOR_ALL = 0.05  # the same in those that sequences begin with, once they are averages of many
+BELIEVED = 2  # guesses, as many as the first chance counts for in these
 
 
 class Text(Protocol):
@@ -55,14 +56,18 @@ Drafter = Callable[[Sequence], Text]
 class Chances:
     """Of each place in guesses of each kind, the average of how often it and those in front of it were right."""
 
-    __slots__ = ("_begin", "_most", "_of", "_weight")
+    __slots__ = ("_begin", "_most", "_num_counted", "_of", "_weight")
 
     def __init__(self, most: int, weight: float, begin: Chances | None = None) -> None:
-        """most: places. weight: of the last guess. begin: whose averages these begin with."""
+        """most: places. weight: of the last guess. begin: whose averages these begin with.
+
+        Where nobody's are, the first guesses have more weight: until there are many, the average is of all of them.
+        """
         self._most = most
         self._weight = weight
         self._begin = begin
         self._of: dict[int, list[float]] = {}
+        self._num_counted = [0] * (MOST_KIND + 1)  # of each kind
 
     def of(self, kind: int) -> list[float]:
         kind = min(kind, MOST_KIND)
@@ -76,9 +81,13 @@ class Chances:
     def count(self, kind: int, length: int, num_right: int) -> None:
         """A guess is decided: what stands behind a wrong token is wrong, however long the guess is."""
         chances = self.of(kind)
+        weight = self._weight
+        if self._begin is None:
+            self._num_counted[min(kind, MOST_KIND)] += 1
+            weight = max(weight, 1 / (BELIEVED + self._num_counted[min(kind, MOST_KIND)]))
         last = length if num_right == length else len(chances)
         for place in range(last):
-            chances[place] += self._weight * ((place < num_right) - chances[place])
+            chances[place] += weight * ((place < num_right) - chances[place])
 
 
 class Followed:
