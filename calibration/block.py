@@ -30,6 +30,7 @@ from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
 from octavo.calibration.tune import BlockWeights, Differentiable, tune
 from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.input_rounding import Round, input_rounding
 from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
@@ -68,7 +69,7 @@ class Runner(Protocol):
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> Any: ...
     def groups(self, index: int, layer: Any) -> list[InputGroup]: ...
     def modules(self, index: int) -> dict[str, tuple[str, ...]]: ...
-    def differentiable(self, layer: Any) -> Differentiable: ...
+    def differentiable(self, layer: Any, rounds: Mapping[str, Round]) -> Differentiable: ...
     def folds(self, index: int) -> list[Fold]: ...
     def head(self, tensor: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]: ...
     def forward(
@@ -216,7 +217,8 @@ class Block:
             return
         self.step("tuning")
         own = BlockWeights(layers, self.tensors, learned, self.runner.dtype, device)
-        block = self.runner.differentiable(self.runner.build(self.index, self.tensors))
+        rounds = _input_rounding(layers, {s.module: s.quantized for s in solved}, device)
+        block = self.runner.differentiable(self.runner.build(self.index, self.tensors), rounds)
         tuned = tune(block, own, hidden, target, seed=self.index)
         for layer in solved:
             quantized = tuned.weights.get(layer.module)
@@ -304,6 +306,20 @@ def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
     for group in groups:
         stages.setdefault(group.name.rpartition(".")[2] if "." in group.name else group.name, []).append(group)
     return list(stages.values())
+
+
+def _input_rounding(
+    layers: Mapping[str, Sequence[str]], solved: Mapping[str, QuantizedWeight], device: torch.device
+) -> dict[str, Round]:
+    """How the inputs of a block's linear layers are rounded, by the layers' names in it; one in part is as a whole."""
+    found = {}
+    for name, modules in layers.items():
+        quantized = next((solved[m] for m in modules if m in solved), None)
+        if quantized is not None:
+            rounds = input_rounding(quantized.scheme.activation, quantized.input_scale, device)
+            if rounds is not None:
+                found[name] = rounds
+    return found
 
 
 def _output_snr(weight: Tensor, rounded: Tensor, stats: InputStats) -> float | None:

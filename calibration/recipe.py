@@ -26,7 +26,6 @@ from octavo.quant.scheme import KV_SHORT_NAMES, PRESETS, KVScheme, QuantScheme, 
 KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
 WHAT = "what to quantize, and how"  # headings of the flags
 HOW = "algorithm"
-TUNED = ("group", "channel")  # granularities whose scales are tuned
 
 
 class RecipeError(ValueError):
@@ -50,7 +49,8 @@ class Recipe(msgspec.Struct, frozen=True):
         Meta(
             description="rtn: round each weight by itself, without data. gptq: correct each column's error in the "
             "columns that follow. awq: scale channels by their inputs first. smoothquant: the same for W8A8. tune: "
-            "begin with awq+gptq, then learn roundings and scales by each block's output. auto: as --effort says",
+            "begin with awq+gptq (W8A8: smoothquant+gptq), then learn roundings and scales by each block's output. "
+            "auto: as --effort says",
             extra={"group": HOW},
         ),
     ] = "auto"
@@ -151,12 +151,12 @@ class Recipe(msgspec.Struct, frozen=True):
     @property
     def scaling(self) -> Literal["awq", "smoothquant"] | None:
         """The algorithm whose scales per input channel are folded into the op before."""
-        first = self.algorithm.partition("+")[0]
-        return "awq" if first == "awq" or self.tunes else "smoothquant" if first == "smoothquant" else None
+        first = _usual(self.default) if self.tunes else self.algorithm.partition("+")[0]
+        return "smoothquant" if first == "smoothquant" else "awq" if first == "awq" or self.tunes else None
 
     @property
     def tunes(self) -> bool:
-        """True if what awq+gptq gives is where tuning by the block's output begins."""
+        """True if what awq+gptq gives (of W8A8 smoothquant+gptq) is where tuning by the block's output begins."""
         return self.algorithm == "tune"
 
     @property
@@ -188,7 +188,7 @@ class Recipe(msgspec.Struct, frozen=True):
         algorithm: Algorithm = "rtn"
         if calibrates and effort != "fast":
             algorithm = _usual(self.default)
-        if algorithm == "awq+gptq" and effort == "best" and all(_can_be_tuned(scheme) for scheme in self.schemes):
+        if algorithm == "awq+gptq" and effort == "best" and all(scheme.activation is None for scheme in self.schemes):
             algorithm = "tune"
         return msgspec.structs.replace(self, algorithm=algorithm)
 
@@ -225,8 +225,7 @@ def _usual(scheme: QuantScheme) -> Algorithm:
 
 
 def _can_be_tuned(scheme: QuantScheme) -> bool:
-    w = scheme.weight
-    return w.dtype.startswith("int") and scheme.activation is None and w.granularity.kind in TUNED
+    return scheme.weight.granularity.kind != "block"
 
 
 def _check_values(recipe: Recipe) -> None:
@@ -264,12 +263,8 @@ def _check_tuning(recipe: Recipe) -> None:
     for scheme in recipe.schemes:
         if not _can_be_tuned(scheme):
             raise RecipeError(
-                f"algorithm tune is for integer weights with inputs as they are, not {scheme}; W4A16 is one"
+                f"algorithm tune doesn't know the scales of blocks, which {scheme} has; FP8_DYNAMIC works"
             )
-    if recipe.act_order == "group":
-        raise RecipeError(
-            "act_order group moves columns to other groups, which algorithm tune doesn't know; static does"
-        )
 
 
 def _check_format(recipe: Recipe) -> None:

@@ -15,63 +15,116 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.calibration.algorithms.group_scales import storable
-from octavo.quant.qparams import QuantizedWeight
+from octavo.calibration.algorithms.group_scales import grid_of, storable
+from octavo.kernels.gptq.reference import to_grid
+from octavo.quant.qparams import QuantizedWeight, code_type, scale_type
+from octavo.quant.scheme import WeightScheme
 
 WITHIN = 0.499  # of a step: how far from its code a weight begins at most
+HALVINGS = 8  # of a weight's way from its code, until it rounds to that
 MEAN_DECAY = 0.9  # of Adam's moving averages
 SQUARE_DECAY = 0.95
 
 
 class LearnedRounding:
-    """One weight [N, K] of integers in groups of columns, on its way from the codes that it begins with.
+    """One weight [N, K] on a grid, on its way from the codes that it begins with; its scales are not those of blocks.
 
-    latent  [N, G, S] float32: what is rounded, in steps of its scale. A weight that begins with its nearest code begins
-            where it is itself; one that was moved beyond a code's edge, as far within the edge
-    factor  [N, G, 1] float32: of the scale that the group began with. It moves no code
+    latent  [R, G, S] float32: what is rounded, over its scale, in G runs of S numbers that share one; R is N, and a
+            run is of a row's columns, but of a tensor with one scale both are 1. A weight that begins with its nearest
+            code begins where it is itself; one that was moved beyond a code's edge, as far within the edge
+    factor  [R, G, 1] float32: of the scale that the group began with. It moves no code. Powers of two have none
     """
 
     def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
-        n, k = weight.shape
         w = start.scheme.weight
-        size = w.granularity.tile(n, k)[1]
+        n, k = weight.shape
+        rows, columns = w.granularity.tile(n, k)
+        shape = (n // rows, k // columns, rows * columns)
         self.start = start
-        self._shape = (n, k // size, size)
-        self._scale = start.scale.float().view(n, -1, 1)
-        self._zero = torch.zeros(()) if start.zero_point is None else start.zero_point.float().view(n, -1, 1)
-        self._least = w.int_range[0] - self._zero
-        self._most = w.int_range[1] - self._zero
-        self._codes = start.codes.float().view(self._shape).sub_(self._zero)
-        beside = (weight.float().view(self._shape) / self._scale).sub_(self._codes)
-        beyond = beside.abs().sub_(0.5)
-        beside = torch.where(beyond > 0, (0.5 - beyond).clamp_(min=0).copysign_(beside), beside)
-        self.latent = beside.clamp_(-WITHIN, WITHIN).add_(self._codes)
+        self._grid = grid_of(w)
+        self._order = None
+        codes = start.codes
+        if start.g_idx is not None:
+            ordered, self._order = start.sorted_by_group()
+            codes = ordered.codes
+            weight = weight[:, self._order]
+        self._scale = start.scale.float().view(*shape[:2], 1)
+        self._zero = None if start.zero_point is None else start.zero_point.float().view(*shape[:2], 1)
+        self._codes = self._less_zero(codes.float().reshape(shape))
+        self.latent = _begin(weight.float().reshape(shape) / self._scale, self._codes, w)
         self.factor = torch.ones_like(self._scale)
         self._rounding = _Adam(self.latent)
-        self._scaling = _Adam(self.factor)
+        self._scaling = None if w.scales == "e8m0" else _Adam(self.factor)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] that is now meant."""
-        codes, scale = self._rounded()
-        self._codes = codes
-        return (codes * scale).to(dtype).view(self.start.shape)
+        codes = self._rounded()
+        self._codes = self._less_zero(codes)
+        return self._unsorted((self._codes * self._stored_scale()).to(dtype))
 
     def step(self, gradient: Tensor, rounding_rate: float, scale_rate: float) -> None:
-        """Move against the gradient [N, K] of the weight that `weight` gave last, by at most about the rates."""
-        g = gradient.reshape(self._shape).float()
-        self._scaling.move(self.factor, (self._codes * g).sum(2, keepdim=True), scale_rate)
-        self._rounding.move(self.latent, g, rounding_rate)
+        """Move against the gradient [N, K] of the weight that `weight` gave last, by at most about the rates.
+
+        Of latents the rate is in steps of the grid, which are wider for large numbers if these are floats.
+        """
+        ordered = gradient if self._order is None else gradient[:, self._order]
+        g = ordered.reshape(self.latent.shape).float() * self._scale.sign()
+        if self._scaling is not None:
+            self._scaling.move(self.factor, (self._codes * g).sum(2, keepdim=True), scale_rate)
+        self._rounding.move(self.latent, g, rounding_rate, _spacing(self._codes, self.start.scheme.weight))
 
     def result(self) -> QuantizedWeight:
         """Codes and scales as they are now."""
-        codes, scale = self._rounded()
-        stored = (codes + self._zero).to(torch.int8).view(self.start.shape)
-        return replace(self.start, codes=stored, scale=scale.view(self.start.scale.shape).to(self.start.scale.dtype))
+        codes = self._unsorted(self._rounded().to(code_type(self.start.scheme.weight)))
+        scale = self._stored_scale().view(self.start.scale.shape).to(self.start.scale.dtype)
+        return replace(self.start, codes=codes, scale=scale)
 
-    def _rounded(self) -> tuple[Tensor, Tensor]:
-        """Codes less their zero point, and the scales as they will be stored."""
-        codes = torch.minimum(torch.maximum(self.latent.round(), self._least), self._most)
-        return codes, storable(self._scale * self.factor, self.start.scale.dtype)
+    def _rounded(self) -> Tensor:
+        """Codes as they will be stored, in float32."""
+        return to_grid(self.latent, torch.ones_like(self._scale), self._zero, self._grid)
+
+    def _less_zero(self, codes: Tensor) -> Tensor:
+        return codes if self._zero is None else codes - self._zero
+
+    def _stored_scale(self) -> Tensor:
+        """The scales as they will be stored, in float32."""
+        w = self.start.scheme.weight
+        if w.scales == "e8m0":
+            return self._scale
+        dtype = scale_type(w, self.start.scale.dtype)
+        whole = self.start.global_scale
+        if whole is None:
+            return storable(self._scale * self.factor, dtype)
+        return storable(self._scale * self.factor * whole, dtype) / whole
+
+    def _unsorted(self, values: Tensor) -> Tensor:
+        """Numbers in the order of the weight's columns, [N, K]."""
+        ordered = values.view(self.start.shape)
+        return ordered if self._order is None else ordered[:, self._order.argsort()]
+
+
+def _begin(exact: Tensor, codes: Tensor, w: WeightScheme) -> Tensor:
+    """Where latents begin, of weights over their scale and codes less their zero point."""
+    beside = exact.sub_(codes)
+    if w.is_float:
+        grid = grid_of(w)
+        for _ in range(HALVINGS):
+            moved = to_grid(codes + beside, torch.ones_like(codes), None, grid) != codes
+            beside = torch.where(moved, beside / 2, beside)
+        moved = to_grid(codes + beside, torch.ones_like(codes), None, grid) != codes
+        return torch.where(moved, codes, codes + beside)
+    beyond = beside.abs().sub_(0.5)
+    beside = torch.where(beyond > 0, (0.5 - beyond).clamp_(min=0).copysign_(beside), beside)
+    return beside.clamp_(-WITHIN, WITHIN).add_(codes)
+
+
+def _spacing(codes: Tensor, w: WeightScheme) -> Tensor | None:
+    """How far a float is from the next one on its grid; None for integers, where it is 1."""
+    if not w.is_float:
+        return None
+    mantissa, least = (1, 0) if w.dtype == "fp4_e2m1" else (3, -6)  # bits of it, and the least normal number's exponent
+    exponent = torch.frexp(codes).exponent - 1
+    return torch.ldexp(torch.ones_like(codes), exponent.clamp_(min=least) - mantissa)
 
 
 class _Adam:
@@ -82,10 +135,11 @@ class _Adam:
         self._square = torch.zeros_like(values)
         self._count = 0
 
-    def move(self, values: Tensor, gradient: Tensor, rate: float) -> None:
-        """Move values against a gradient, in place."""
+    def move(self, values: Tensor, gradient: Tensor, rate: float, unit: Tensor | None = None) -> None:
+        """Move values against a gradient, in place, by about `rate` units."""
         self._count += 1
         self._mean.lerp_(gradient, 1 - MEAN_DECAY)
         self._square.lerp_(gradient.square(), 1 - SQUARE_DECAY)
         size = self._square.div(1 - SQUARE_DECAY**self._count).sqrt_().add_(torch.finfo(torch.float32).tiny)
-        values.addcdiv_(self._mean, size, value=-rate / (1 - MEAN_DECAY**self._count))
+        mean = self._mean if unit is None else self._mean * unit
+        values.addcdiv_(mean, size, value=-rate / (1 - MEAN_DECAY**self._count))

@@ -19,6 +19,7 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
 from octavo.quant.qparams import Weight
 from octavo.runtime.config import EngineConfig
@@ -33,6 +34,7 @@ from octavo.runtime.model.weights import DecoderBuilder
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
 RecordKV = Callable[[Tensor, Tensor], None]  # keys after rope, values, [T, Hkv, D]
+NO_ROUNDING: Mapping[str, Round] = {}
 
 
 class BlockRunner:
@@ -115,9 +117,9 @@ class BlockRunner:
         """The checkpoint's modules of each linear layer of a block that was built, by the layer's name in it."""
         return {name: tuple(parts.modules) for name, parts in self._parts[index].items()}
 
-    def differentiable(self, layer: DecoderLayer) -> DifferentiableBlock:
-        """The layer's forward over whole sequences with other weights, which have gradients."""
-        return DifferentiableBlock(layer, self.spec)
+    def differentiable(self, layer: DecoderLayer, rounds: Mapping[str, Round] = NO_ROUNDING) -> DifferentiableBlock:
+        """The layer's forward over whole sequences with other weights, which have gradients, and inputs rounded so."""
+        return DifferentiableBlock(layer, self.spec, rounds)
 
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded."""

@@ -2,7 +2,8 @@
 
 The block is the `DecoderLayer` that serves, and so are its norms, rotation and router; only its linear layers' weights
 are the caller's, who wants their gradients. The serving operators write into a cache and have no gradients. The type
-is that of the hidden states: in float32 the output is that of `BlockRunner.forward` but for rounding.
+is that of the hidden states: in float32 the output is that of `BlockRunner.forward` but for rounding. Inputs of linear
+layers are rounded as the caller says; gradients pass through that as they come.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from octavo.kernels.attention import reference as attention
 from octavo.kernels.attention.latent import rotate_part
 from octavo.kernels.moe import reference as moe
 from octavo.kernels.norm.reference import add_rms_norm, clamped_swiglu, rms_norm
+from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp, LatentAttention
 from octavo.runtime.model.moe import MoeMlp
@@ -24,12 +26,16 @@ from octavo.runtime.model.spec import DecoderSpec
 
 
 class DifferentiableBlock:
-    """A block whose linear layers multiply by given weights, [N, K] by their names in the layer ('qkv', 'down')."""
+    """A block whose linear layers multiply by given weights, [N, K] by their names in the layer ('qkv', 'down').
 
-    def __init__(self, layer: DecoderLayer, spec: DecoderSpec) -> None:
+    rounds  how the inputs of some of them are rounded, by the same names
+    """
+
+    def __init__(self, layer: DecoderLayer, spec: DecoderSpec, rounds: Mapping[str, Round]) -> None:
         self._layer = layer
         self._linears = layer.linears()
         self._spec = spec
+        self._rounds = rounds
 
     def forward(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """hidden [B, T, H], sequences from their first token on -> [B, T, H]."""
@@ -40,6 +46,11 @@ class DifferentiableBlock:
         return _add_norm(layer.leave, self._mlp(middle, weights), residual)[1]
 
     def _linear(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        rounds = self._rounds.get(name)
+        if rounds is not None:
+            with torch.no_grad():
+                change = rounds(x.flatten(0, -2)).view_as(x) - x
+            x = x + change.to(x.dtype)
         return _linear(self._linears[name], x, weights[name])
 
     def _attention(self, part: Attention | LatentAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from hf_oracle import CASES, make_hf
 from safetensors.torch import load_file
+from served import logits_of
 from torch import Tensor
 
 from octavo.calibration import tune
@@ -25,20 +26,23 @@ from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.workspace import read_manifest
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
-from octavo.quant.scheme import CHANNEL, QuantScheme, WeightScheme, group
+from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.model.blocks import BlockRunner
 from octavo.runtime.model.families.registry import LAYOUTS
 
 pytestmark = pytest.mark.long
 
 GRIDS = [
-    QuantScheme(WeightScheme(dtype, granularity, symmetric))
-    for dtype, granularity, symmetric in [
-        ("int4", group(32), True),
-        ("int4", group(32), False),
-        ("int3", group(64), True),
-        ("int2", CHANNEL, True),
-    ]
+    *(
+        QuantScheme(WeightScheme(dtype, granularity, symmetric))
+        for dtype, granularity, symmetric in [
+            ("int4", group(32), True),
+            ("int4", group(32), False),
+            ("int3", group(64), True),
+            ("int2", CHANNEL, True),
+        ]
+    ),
+    *(PRESETS[name] for name in ("FP8", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "MXFP8A16")),
 ]
 
 
@@ -54,18 +58,36 @@ def weight_of(n: int = 48, k: int = 128) -> Tensor:
     return torch.randn(n, k, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
 
 
+def on_the_grid(found: QuantizedWeight) -> bool:
+    """By the numbers that the scheme's codes can be, and its scales."""
+    w = found.scheme.weight
+    codes = found.codes.float()
+    scale = found.scale.float()
+    if w.scales == "e4m3":
+        assert found.global_scale is not None
+        stored = scale * found.global_scale
+        assert torch.allclose(stored, stored.to(torch.float8_e4m3fn).float(), rtol=1e-6, atol=0)
+    elif w.scales == "e8m0":
+        assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
+    if w.dtype == "fp4_e2m1":
+        return bool(torch.isin(codes.abs(), torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])).all())
+    least, most = (-448, 448) if w.is_float else w.int_range
+    return least <= float(codes.min()) and float(codes.max()) <= most
+
+
 @pytest.mark.parametrize("scheme", GRIDS, ids=str)
 def test_it_begins_with_the_codes_and_stays_on_the_grid(scheme: QuantScheme) -> None:
     """Also from codes that are not the nearest, as GPTQ's aren't; and every step of a gradient goes against it."""
     weight = weight_of()
-    start = quantize_weight(weight, scheme, "mse")
-    least, most = scheme.weight.int_range
-    moved = (start.codes + torch.randint(-1, 2, start.codes.shape, generator=torch.Generator().manual_seed(1))).to(
-        torch.int8
-    )
-    start.codes.copy_(moved.clamp(least, most))
+    generator = torch.Generator().manual_seed(1)
+    if scheme.weight.is_float:
+        start = quantize_weight(weight * (1 + 0.3 * torch.randn(weight.shape, generator=generator)), scheme, "mse")
+    else:
+        start = quantize_weight(weight, scheme, "mse")
+        moved = start.codes + torch.randint(-1, 2, start.codes.shape, generator=generator)
+        start.codes.copy_(moved.clamp(*scheme.weight.int_range))
     learned = LearnedRounding(weight, start)
-    assert torch.equal(learned.result().codes, start.codes)
+    assert torch.equal(learned.result().codes.float(), start.codes.float())
     assert torch.equal(learned.result().scale, start.scale)
     torch.testing.assert_close(learned.weight(torch.float32), start.dequantize(), rtol=0, atol=0)
     wanted = weight.double()
@@ -74,8 +96,7 @@ def test_it_begins_with_the_codes_and_stays_on_the_grid(scheme: QuantScheme) -> 
         gradient = learned.weight(torch.float32).double() - wanted
         learned.step(gradient, 0.05, 0.002)
         result = learned.result()
-        assert result.codes.min() >= least
-        assert result.codes.max() <= most
+        assert on_the_grid(result)
         assert torch.equal(learned.weight(torch.float32), result.dequantize())
         errors.append(float((result.dequantize().double() - wanted).square().sum()))
     assert errors[-1] < 0.7 * errors[0], errors
@@ -125,7 +146,8 @@ def block_error(model: Path, tensors: dict[str, Tensor], token_ids: Tensor) -> f
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [("tiny", "W3A16@32"), ("tiny-qwen2", "W2A16@32"), ("tiny-qwen2", "W3A16@32")]
+    ("name", "scheme"),
+    [("tiny", "W3A16@32"), ("tiny-qwen2", "W2A16@32"), ("tiny-qwen2", "W3A16@32")],
 )
 def test_a_block_s_output_is_nearer_on_text_that_was_not_shown(
     fixtures: Path, tmp_path: Path, name: str, scheme: str
@@ -144,6 +166,27 @@ def test_a_block_s_output_is_nearer_on_text_that_was_not_shown(
             tensors[key] = found.dequantize() if isinstance(found, QuantizedWeight) else checkpoint.tensor(key)
         errors.append(block_error(model, tensors, unseen))
     assert errors[1] < 0.95 * errors[0], errors
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("W3A16@32", {"act_order": "group", "format": "gptq_v2"}),
+        ("NVFP4", {}),
+        ("MXFP4", {}),
+    ],
+    ids=["act-order", "NVFP4", "MXFP4"],
+)
+def test_what_is_served_is_nearer_too(fixtures: Path, tmp_path: Path, scheme: str, options: dict[str, Any]) -> None:
+    """With floats, their inputs rounded, and with groups of act-order: KL from transformers' logits of the original."""
+    expected = load_file(fixtures / "tiny" / "expected.safetensors")
+    truth = expected["logits"].double().log_softmax(-1)
+    kl = []
+    for algorithm in ("awq+gptq", "tune"):
+        quantized(fixtures / "tiny", tmp_path / algorithm, Recipe(scheme, algorithm=algorithm, **options))
+        found = logits_of(tmp_path / algorithm, expected["input_ids"]).double().log_softmax(-1)
+        kl.append(float((truth.exp() * (truth - found)).sum(-1).mean()))
+    assert kl[1] < kl[0], kl
 
 
 def test_it_is_the_same_twice_and_after_a_kill(fixtures: Path, tmp_path: Path) -> None:
@@ -197,11 +240,8 @@ def test_an_expert_that_few_tokens_chose_stays_as_it_was(
 
 
 def test_what_it_is_not_for_is_refused(fixtures: Path, tmp_path: Path) -> None:
-    for scheme in ("W8A8", "FP8_DYNAMIC", "W4A8"):
-        with pytest.raises(RecipeError, match="algorithm tune is for integer weights with inputs as they are"):
-            Recipe(scheme, algorithm="tune")
-    with pytest.raises(RecipeError, match="act_order group moves columns"):
-        Recipe("W4A16", algorithm="tune", act_order="group", format="gptq")
+    with pytest.raises(RecipeError, match="algorithm tune doesn't know the scales of blocks, which fp8_e4m3/128x128"):
+        Recipe("FP8_BLOCK", algorithm="tune")
     ready = calibration(fixtures / "tiny", held_out_tokens(fixtures / "tiny", 1))
     with pytest.raises(QuantizeError, match="needs 2 at least"):
         quantize_model(

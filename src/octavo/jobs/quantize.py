@@ -61,8 +61,8 @@ class Job(msgspec.Struct, frozen=True):
         Meta(
             description="choose the algorithm by the scheme, and how long it may take. fast: rtn. auto: awq+gptq for "
             "integer weights of 4 bits and fewer, smoothquant for int8 weights and inputs, rtn for others, for models "
-            "that octavo has no code of, and for those that can't write text where none is given."
-            " best: tune where auto has awq+gptq and inputs stay as they are",
+            "that octavo has no code of, and for those that can't write text where none is given. "
+            "best: tune where auto has awq+gptq and inputs stay as they are",
             extra={"group": HOW},
         ),
     ] = "auto"

@@ -16,6 +16,12 @@ LENGTH = 24  # beyond the cases' windows, and beyond the 16 positions that their
 EPS = torch.finfo(torch.float32).eps
 
 
+def in_int8(x: torch.Tensor) -> torch.Tensor:
+    """Each token's numbers as multiples of a 127th of the largest."""
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (x / step).round() * step
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_its_output_is_the_serving_block_s(name: str, tmp_path: Path) -> None:
     """Every block of every family, in float32: both round some hundred sums, each by a part of EPS."""
@@ -40,24 +46,31 @@ def test_its_output_is_the_serving_block_s(name: str, tmp_path: Path) -> None:
         hidden = expected
 
 
-def test_its_gradients_are_those_of_transformers(tmp_path: Path) -> None:
-    """Through grouped-query attention, biases and the MLP, of one block whose output is the model's hidden state."""
+@pytest.mark.parametrize("rounded", [False, True], ids=["plain", "rounded"])
+def test_its_gradients_are_those_of_transformers(tmp_path: Path, rounded: bool) -> None:
+    """Through grouped-query attention, biases and the MLP, of one block whose output is the model's hidden state.
+
+    With inputs of linear layers in int8, whose gradients are those of what was rounded.
+    """
     hf = make_hf("Llama", CASES["llama"][1] | {"num_hidden_layers": 1})
     checkpoint = Checkpoint.open(save(hf, tmp_path), LAYOUTS)
     token_ids = torch.randint(3, 90, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     direction = torch.randn(2, LENGTH, 64, generator=torch.Generator().manual_seed(2))
     layer = hf.model.layers[0]
     outputs = []
-    handle = layer.register_forward_hook(lambda *given: outputs.append(given[2]))
+    layer.register_forward_hook(lambda *given: outputs.append(given[2]))
+    for module in layer.modules():
+        if rounded and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, given: (given[0] + (in_int8(given[0]) - given[0]).detach(),))
     hf(token_ids)
-    handle.remove()
     (output,) = outputs
     (output[0] if isinstance(output, tuple) else output).mul(direction).sum().backward()
 
     runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
     hidden = runner.embed(token_ids, checkpoint.tensor(runner.embedding_name)).clone()
     tensors = {n: checkpoint.tensor(n) for n in checkpoint.names if ".layers.0." in n}
-    block = runner.differentiable(runner.build(0, tensors))
+    built = runner.build(0, tensors)
+    block = runner.differentiable(built, dict.fromkeys(built.linears(), in_int8) if rounded else {})
     weights = {
         linear: torch.cat([tensors[f"{module}.weight"] for module in modules]).requires_grad_()
         for linear, modules in runner.modules(0).items()
