@@ -81,10 +81,15 @@ def _candidates(
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal but e4m3."""
+    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal but e4m3.
+
+    Any but those of e4m3 may be below zero.
+    """
     if dtype == torch.float8_e4m3fn:
         return store_e4m3(scale)
-    return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+    stored = scale.to(dtype).float()
+    least = torch.finfo(dtype).tiny
+    return torch.where(stored < 0, stored.clamp(max=-least), stored.clamp(min=least))
 
 
 def round_to_groups(

@@ -45,7 +45,10 @@ def weight_of(n: int = N, seed: int = 6) -> Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_clipping_is_the_best_of_all_candidates(scheme: QuantScheme) -> None:
-    """Every group's scale has the least d^T H d of all fractions of its range, tried one by one in float64."""
+    """Every group's scale has the least d^T H d of all fractions of its range, tried one by one in float64.
+
+    Of four bits and fewer around zero, of both signs: of the codes -2, -1, 0, 1 the -2 may stand for either side.
+    """
     weight, stats, w = weight_of(), collect(inputs()), scheme.weight
     q = awq_clip(weight, stats, scheme)
     got = q.dequantize().double() - weight.double()
@@ -59,7 +62,8 @@ def test_clipping_is_the_best_of_all_candidates(scheme: QuantScheme) -> None:
         x = weight[i, columns].double()
         low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
         errors = []
-        for fraction in FRACTIONS:
+        signs = (1, -1) if w.symmetric and w.bits <= 4 else (1,)
+        for fraction in (sign * fraction for fraction in FRACTIONS for sign in signs):
             if w.symmetric:
                 scale, zero = 2 * max(-low, high) * fraction / (2**w.bits - 1), 0.0
             else:

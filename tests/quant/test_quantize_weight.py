@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.quant.qparams import WeightError, quantize_weight
-from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, Granularity, QuantScheme, WeightScheme, group
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, Granularity, QuantScheme, WeightDtype, WeightScheme, group
 
 GRANULARITIES = [TENSOR, CHANNEL, group(32), group(128), Granularity("block", block=(128, 128))]
 SCHEMES = [
@@ -91,6 +91,21 @@ def test_mse_search_never_loses_to_absmax(scheme: QuantScheme) -> None:
         assert errors[0] < 0.95 * errors[1]
 
 
+@pytest.mark.parametrize("dtype", ["int4", "int3", "int2"])
+def test_a_search_turns_the_grid_to_the_larger_side(dtype: WeightDtype) -> None:
+    """Integers reach one further below zero than above: with a scale below zero, to a group's largest number."""
+    scheme = QuantScheme(WeightScheme(dtype, group(32)))
+    least, _ = scheme.weight.int_range
+    row = torch.arange(32).float() % -least
+    row[5] = -least
+    weight = torch.stack([row, -row])
+    found = quantize_weight(weight, scheme, "mse")
+    assert found.scale.sign().flatten().tolist() == [-1, 1]
+    assert torch.equal(found.scale[0], -found.scale[1])
+    assert torch.equal(found.codes[0], found.codes[1])
+    assert found.codes[0, 5] == least
+
+
 @pytest.mark.parametrize("search", ["absmax", "mse"])
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -101,7 +116,8 @@ def test_zero_groups_and_tiny_weights_stay_finite(name: str, search: str, dtype:
     scheme = PRESETS[name]
     result = quantize_weight(weight, scheme, "mse" if search == "mse" else "absmax")
     assert result.scale.dtype == (dtype if scheme.weight.scales == "float" else torch.float32)  # 2^-127 is in no other
-    assert (result.scale > 0).all()
+    lopsided = search == "mse" and scheme.weight.symmetric and scheme.weight.bits <= 4 and not scheme.weight.is_float
+    assert (result.scale != 0 if lopsided else result.scale > 0).all()
     decoded = result.dequantize()
     assert decoded.isfinite().all()
     assert (decoded[1:, :128] == 0).all()
