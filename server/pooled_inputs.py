@@ -19,11 +19,17 @@ MOST_REPEATED = 1 << 24  # characters of a prompt or query, counted for each tex
 @dataclass(frozen=True, slots=True)
 class Cut:
     """What becomes of texts that are too long. most: tokens that are kept; None: they are refused; -1: what the model
-    takes. side: the one that is cut off.
+    takes. side: the one that is cut off. limit: tokens that a text may have which is refused beyond; None: the model's.
     """
 
     most: int | None = None
     side: Side = "right"
+    limit: int | None = None
+
+    def within(self, most: int) -> Cut:
+        """The same with no text longer than so many tokens, and than the model takes."""
+        own = self.most
+        return Cut(most if own is None or own == -1 else min(most, own), self.side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ def text_prompt(
         frame = model.tokenizer.frame if add_special_tokens else ([], [])
         plain = encode(whole, name, model, add_special_tokens=False, must_fit=False)
         ids = [*frame[0], *_cut(plain, most - len(frame[0]) - len(frame[1]), cut.side), *frame[1]]
+    if cut.limit is not None and len(ids) > cut.limit:
+        raise bad_request(f"{name}: a text has {len(ids)} tokens, and max_tokens {cut.limit} with truncate NONE", name)
     return PooledPrompt(checked(ids, name, model))
 
 

@@ -27,6 +27,11 @@ def reranker_prompt(
         encode(part, name, model, add_special_tokens=False, must_fit=cut.most is None)
         for part in (BEFORE, text, BEHIND)
     )
+    if cut.most is not None and cut.side == "left":
+        raise bad_request(
+            "truncation_side left: the instruction and the query stand in front of a document; right works",
+            "truncation_side",
+        )
     if cut.most is not None:
         ids = ids[: max(0, limit_of(cut, model) - len(before) - len(behind))]
     return PooledPrompt(checked([*before, *ids, *behind], name, model))

@@ -29,7 +29,6 @@ from octavo.runtime.model.sources import CheckpointSource, LoadError
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.parallel.group import Group
 
-QWEN3_RERANKER = "qwen3-reranker"  # in the name of its directory or repository
 NO_AND_YES = ("no", "yes")
 
 
@@ -46,8 +45,10 @@ def check_pooled(config: EngineConfig, hf_config: Mapping[str, Any], device: Dev
     """Raise LoadError for what pooled decoders don't have: attention both ways, and some options."""
     classes = hf_config.get("architectures") or [""]
     is_causal = hf_config.get("is_causal")
-    if is_causal not in (None, True) or "Bidirectional" in str(classes[0]):
+    both_ways = hf_config.get("use_bidirectional_attention")
+    if is_causal not in (None, True) or both_ways or "Bidirectional" in str(classes[0]):
         named = f"architecture {classes[0]!r}" if is_causal in (None, True) else f"is_causal {is_causal!r}"
+        named = f"use_bidirectional_attention {both_ways!r}" if both_ways else named
         raise LoadError(
             f"config.json: {named}: decoders that attend both ways are not served; those whose tokens see only "
             f"the ones before work, and encoders ({', '.join(ENCODERS)})"
@@ -80,6 +81,8 @@ def decoder_pooler(
     words = _words_of_head(config, hf_config, steps)
     if words is not None:
         template: PairTemplate = "qwen3_reranker" if is_qwen3_reranker(config, hf_config) else ""
+        if template:
+            notes.append("scored as Qwen3-Reranker is: asked in its words, by the probability of yes against no")
         return replace(_from_words(config, spec, source, words), template=template)
 
     def read(step: HeadStep, rows: int) -> Projection:
@@ -110,9 +113,12 @@ def _read(step: HeadStep, rows: int, spec: DecoderSpec, source: CheckpointSource
 
 
 def is_qwen3_reranker(config: EngineConfig, hf_config: Mapping[str, Any]) -> bool:
-    """Whether this is a Qwen3-Reranker as its makers have it: a decoder that says yes or no."""
-    named = QWEN3_RERANKER in config.model.lower() or bool(hf_config.get("is_original_qwen3_reranker"))
-    return named and hf_config.get("model_type") == "qwen3"
+    """Whether this is to be a Qwen3-Reranker as its makers have it, a decoder that says yes or no.
+
+    Its config.json is that of any Qwen3: it is one where a classifier is asked for that isn't there.
+    """
+    asked = config.convert == "classify" or bool(hf_config.get("is_original_qwen3_reranker"))
+    return asked and hf_config.get("model_type") == "qwen3"
 
 
 def _words_of_head(config: EngineConfig, hf_config: Mapping[str, Any], steps: list[HeadStep]) -> tuple[str, str] | None:

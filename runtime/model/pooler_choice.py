@@ -98,11 +98,7 @@ def make_pooler(config: EngineConfig, hf_config: Mapping[str, Any], parts: Poole
     if given.kind is not None:
         pooler = replace(pooler, kinds=(_KIND_OF[given.kind],))
     if given.use_activation is not None:
-        pooler = replace(
-            pooler,
-            normalizes=given.use_activation,
-            probabilities=pooler.probabilities if given.use_activation else "none",
-        )
+        pooler = replace(pooler, normalizes=given.use_activation, activates=given.use_activation)
     return pooler
 
 

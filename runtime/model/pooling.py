@@ -65,7 +65,7 @@ class Pooler:
     kinds          the vectors of a text, side by side
     projections    of an embedding, or a classifier's, the last of which has a row for each label
     normalizes     embeddings have length 1
-    probabilities  what a classifier's logits become
+    probabilities  what a classifier's logits become; activates: where a request doesn't say whether they do
     size           numbers of an embedding, or labels
     dimensions     sizes that an embedding may be cut to (Matryoshka); (): none; None: any
     cut            the size where a request doesn't say it; None: all
@@ -78,6 +78,7 @@ class Pooler:
     size: int
     normalizes: bool = True
     probabilities: Probabilities = "none"
+    activates: bool = True
     dimensions: tuple[int, ...] | None = ()
     cut: int | None = None
     template: PairTemplate = ""
@@ -111,7 +112,8 @@ class Pooler:
                 x = x[..., :size]
             normalizes = self.normalizes if params.use_activation is None else params.use_activation
             return functional.normalize(x, dim=-1) if normalizes else x
-        if params.use_activation is False or self.probabilities == "none":
+        activates = self.activates if params.use_activation is None else params.use_activation
+        if not activates or self.probabilities == "none":
             return x
         return torch.sigmoid(x) if self.probabilities == "sigmoid" else torch.softmax(x, dim=-1)
 
@@ -125,7 +127,7 @@ class Pooler:
         does += [f"{len(projection.weight)} x {projection.weight.shape[1]}" for projection in self.projections]
         if "embed" in self.tasks:
             does += ["normalize"] if self.normalizes else []
-        elif self.probabilities != "none":
+        elif self.activates and self.probabilities != "none":
             does.append(self.probabilities)
         return [("pooling: " + ", ".join(does), "float32", "torch")]
 

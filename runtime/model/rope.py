@@ -7,6 +7,8 @@ equal to the last bit. Two rope types depend on a sequence's length there, which
 dynamic   is the plain rope up to max_position_embeddings; longer sequences are not served.
 longrope  has two sets of factors. They are chosen once, by the longest sequence that is served (vLLM's rule): the
           short ones when it fits into original_max_position_embeddings, else the long ones for every sequence.
+
+One isn't in transformers: ntk, of GTE's own code, which stretches every sequence (vLLM's NTKScalingRotaryEmbedding).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ PARAMETERS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "dynamic": frozenset({"factor"}),
+    "ntk": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
         {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
@@ -102,7 +105,7 @@ class RopeSpec:
         common = (rope_type, float(rope.get("rope_theta", theta)), rotary_dim, max_position, original)
         try:
             match rope_type:
-                case "linear" | "dynamic":
+                case "linear" | "dynamic" | "ntk":
                     return cls(*common, factor=float(rope["factor"]))
                 case "llama3":
                     low = float(rope["low_freq_factor"])
@@ -245,6 +248,9 @@ def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
         case "longrope":
             factors = spec.long_factor if length > spec.original_max_position else spec.short_factor
             return 1.0 / (torch.tensor(factors, dtype=torch.float32) * spec.theta**exponents)
+        case "ntk":
+            stretched: float = spec.factor ** (2 / spec.rotary_dim)
+            return 1.0 / ((spec.theta * spec.factor) ** exponents) / stretched
     return plain
 
 

@@ -106,9 +106,11 @@ def name_of(body: PooledRequest, http: Request, kind: str) -> str:
 
 
 def checked_dimensions(dimensions: int | None, pooled: PooledText, name: str = "dimensions") -> int | None:
-    """The size that embeddings are cut to. Raises ApiError where the checkpoint wasn't trained for it."""
+    """The size that embeddings are cut to; None: the server's own. Raises ApiError where the checkpoint wasn't trained
+    for it.
+    """
     if dimensions is None or dimensions == pooled.facts.size:
-        return None
+        return dimensions
     known = pooled.facts.dimensions
     size = pooled.facts.size
     if known == ():
@@ -132,6 +134,10 @@ def prompts_of(body: EmbeddingRequest | ClassifyRequest, pooled: PooledText, mod
         given = [given]
     special = body.add_special_tokens
     lists = [given] if given and isinstance(given[0], int) else given
+    if lists and not isinstance(lists[0], str) and isinstance(body, EmbeddingRequest):
+        for name in ("prompt", "prompt_name"):
+            if getattr(body, name) is not None:
+                raise bad_request(f"{name}: token ids have no text before them; leave it out, or send text", name)
     prompts = (
         text_prompt(each, "input", model, body.cut, before=before, add_special_tokens=special)
         if isinstance(each, str)

@@ -82,7 +82,8 @@ def routes(service: Service) -> APIRouter:
 def _cohere_prompts(body: CohereEmbedRequest, pooled: PooledText, model: ServedModel) -> list[PooledPrompt]:
     names = PROMPTS.get(body.input_type or "", ())
     before = next((pooled.prompts[name] for name in names if name in pooled.prompts), pooled.prompt)
-    return within_total((text_prompt(text, "texts", model, body.cut, before=before) for text in body.texts), "texts")
+    cut = body.cut_within(model.max_model_len)
+    return within_total((text_prompt(text, "texts", model, cut, before=before) for text in body.texts), "texts")
 
 
 def _in_type(name: str, results: list[PooledResult]) -> list[Any]:

@@ -207,11 +207,12 @@ class CohereEmbedRequest(PooledHints, Strict):
     max_tokens: Positive | None = None
     priority: Annotated[Integer, Field(ge=-(2**31), lt=2**31)] | None = None
 
-    @property
-    def cut(self) -> Cut:
+    def cut_within(self, longest: int) -> Cut:
+        """longest: tokens that the model takes; more of them in max_tokens are as many, as Cohere has it."""
+        most = None if self.max_tokens is None else min(self.max_tokens, longest)
         if self.truncate == "NONE":
-            return Cut()
-        return Cut(self.max_tokens or -1, "left" if self.truncate == "START" else "right")
+            return Cut(limit=most)
+        return Cut(most or -1, "left" if self.truncate == "START" else "right")
 
 
 IdsOrLists = Annotated[

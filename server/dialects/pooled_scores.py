@@ -83,7 +83,8 @@ async def scored(
         raise bad_request("use_activation: a cosine of embeddings has no activation; leave it out", "use_activation")
     firsts = list(dict.fromkeys(one))
     distinct = firsts + other
-    cuts = [body.cut] * len(firsts) + [_document_cut(body.cut, of_document)] * len(other)
+    of_documents = body.cut if of_document is None else body.cut.within(min(of_document, model.max_model_len))
+    cuts = [body.cut] * len(firsts) + [of_documents] * len(other)
     results = await answered(
         body,
         PoolingParams("embed", use_activation=True),
@@ -96,10 +97,6 @@ async def scored(
     places = {text: place for place, text in enumerate(firsts)}
     scores = [math.fsum(map(mul, vectors[places[text]], vectors[len(firsts) + i])) for i, text in enumerate(one)]
     return scores, results
-
-
-def _document_cut(cut: Cut, most: int | None) -> Cut:
-    return cut if most is None else Cut(most)
 
 
 def _each(texts: list[str], cuts: list[Cut], pooled: PooledText, model: ServedModel) -> list[PooledPrompt]:

@@ -16,6 +16,7 @@ from octavo.server.dialects.fields import MAX_TOKENS_SENT
 from octavo.server.errors import ApiError
 from octavo.server.pooled_inputs import MOST_REPEATED, Cut, PooledPrompt, Side, pair_prompt, repeated, within_total
 from octavo.server.pooled_text import PooledText
+from octavo.server.reranker_template import asked_pair
 from octavo.server.served_model import ServedModel
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.chat_template import ChatTemplate
@@ -49,6 +50,13 @@ def test_pairs_are_cut_as_longest_first_cuts_them(
             wanted = backend.encode(first, second)
             assert found.token_ids == wanted.ids, (one, other)
             assert found.second == wanted.type_ids.index(1)
+
+
+def test_a_reranker_s_documents_lose_their_end(truth: tuple[tokenizers.Tokenizer, ServedModel]) -> None:
+    facts = PooledModel(("classify",), 1, template="qwen3_reranker")
+    model = replace(truth[1], pooled=PooledText(facts))
+    with pytest.raises(ApiError, match="truncation_side left: the instruction and the query stand in front"):
+        asked_pair("red", "blue", "documents", model, Cut(100, "left"))
 
 
 def test_too_many_tokens_are_refused_before_the_rest_is_made() -> None:

@@ -132,7 +132,7 @@ def test_a_reward_model_has_two_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_reranker_says_yes_or_no(tied: bool, tmp_path: Path) -> None:
-    directory = tmp_path / "Qwen3-Reranker-tiny"
+    directory = tmp_path / "any-name"
     model = made("Qwen3ForCausalLM", directory, tie_word_embeddings=tied)
     write(directory / "tokenizer.json", {"model": {"vocab": {"no": 11, "yes": 12}}})
     running = engine(directory, convert="classify")
@@ -162,6 +162,7 @@ def test_what_can_not_be_is_refused(kind: str, options: dict[str, Any], said: st
     ("keys", "said"),
     [
         ({"is_causal": False}, "is_causal False: decoders that attend both ways are not served"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention True: decoders that attend both ways"),
         ({"architectures": ["Qwen2BidirectionalModel"]}, "'Qwen2BidirectionalModel': decoders that attend both ways"),
     ],
 )

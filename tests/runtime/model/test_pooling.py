@@ -113,6 +113,21 @@ def test_flags_change_the_pooler(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.tanh(model.dense.sum(1))[:10])
 
 
+def test_a_request_s_own_fields_hold_against_the_flags(tmp_path: Path) -> None:
+    model = SentenceModel(tmp_path)
+    config = PoolerConfig(use_activation=False, dimensions=10)
+    loaded = load_model(EngineConfig(model=str(tmp_path), dtype="float32", pooler_config=config))
+    assert isinstance(loaded, Encoder)
+    size = len(model.dense)
+    (found,) = loaded.pooler.pool([torch.ones(2, 64)], [PoolingParams(dimensions=size, use_activation=True)])
+    assert len(found) == size
+    assert float(found.norm()) == pytest.approx(1.0)
+    classifier = Pooler(("classify",), ("last",), (), 1, probabilities="sigmoid", activates=False)
+    asked = [PoolingParams("classify"), PoolingParams("classify", use_activation=True)]
+    logit, probability = classifier.pool([torch.ones(1, 1)] * 2, asked)
+    assert (float(logit[0]), float(probability[0])) == (1.0, float(torch.sigmoid(torch.ones(()))))
+
+
 def test_without_modules_vllms_rule_holds(tmp_path: Path) -> None:
     SentenceModel(tmp_path)
     (tmp_path / "modules.json").unlink()

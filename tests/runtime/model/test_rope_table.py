@@ -36,6 +36,17 @@ def test_a_table_that_grows_has_the_rows_of_the_whole_one(rows_at_once: int, mon
     assert known == 1000
 
 
+def test_ntk_stretches_base_and_frequencies() -> None:
+    """As vLLM's NTKScalingRotaryEmbedding, and GTE's own code, have it, at every length."""
+    spec = RopeSpec.parse({"type": "ntk", "factor": 8.0}, theta=20_000.0, head_dim=64, max_position=8192)
+    table = cos_sin_table(spec, 9).double()
+    frequencies = torch.tensor(
+        [(20_000.0 * 8) ** (-2 * i / 64) / 8 ** (2 / 64) for i in range(32)], dtype=torch.float64
+    )
+    angles = torch.arange(9, dtype=torch.float64)[:, None] * frequencies
+    torch.testing.assert_close(table, torch.cat((angles.cos(), angles.sin()), dim=1), rtol=0, atol=4e-6)
+
+
 def test_a_sequence_beyond_the_first_rows_gets_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def tokens(**settings: int) -> list[int]:
         config = EngineConfig(model=str(TINY), dtype="float32", num_threads=1, num_blocks=32, **settings)

@@ -159,6 +159,11 @@ def test_cohere_and_sglang(client: httpx.Client, sentence: SentenceModel) -> Non
     assert_same(struct.unpack(f"<{SIZE}f", base64.b64decode(answer["embeddings"]["base64"][0])), truth)
     bits = [byte >> (7 - place) & 1 for byte in answer["embeddings"]["ubinary"][0] for place in range(8)]
     assert bits == (truth > 0).int().tolist()
+    long = " ".join(["cat", "red"] * 30)
+    ids = sentence.tokenizer.encode(long).ids
+    for most, kept in ((5, 5), (1000, 32)):  # 32: what the model takes
+        cut = posted(client, "/v2/embed", texts=[long], max_tokens=most)["embeddings"]["float"][0]
+        assert_same(cut, sentence.embedding([*ids[: kept - 1], ids[-1]]))
     one = posted(client, "/encode", text="red")
     assert_same(one["embedding"], sentence.embedding("red"))
     assert one["meta_info"]["prompt_tokens"] == 3
@@ -187,6 +192,16 @@ def test_scores_of_an_embedder_are_cosines(client: httpx.Client, sentence: Sente
     assert [one["score"] for one in answer["data"]] == pytest.approx(truth, abs=1e-4)
     ranked = posted(client, "/rerank", query="red", documents=["blue", "the cat", "red"])
     assert ranked["results"][0] == {"index": 2, "document": {"text": "red"}, "relevance_score": pytest.approx(1.0)}
+    long = " ".join(["cat", "sat", "red", "blue"] * 20)
+    ids = sentence.tokenizer.encode(long).ids
+    for fields, kept in (
+        ({"max_tokens_per_doc": 9, "truncate_prompt_tokens": -1, "truncation_side": "left"}, [ids[0], *ids[-8:]]),
+        ({"max_tokens_per_doc": 9, "truncate_prompt_tokens": 7}, [*ids[:6], ids[-1]]),
+        ({"max_tokens_per_doc": 4096}, [*ids[:31], ids[-1]]),
+    ):
+        (result,) = posted(client, "/rerank", query="red", documents=[long], **fields)["results"]
+        truth = float(sentence.embedding("red") @ sentence.embedding(kept))
+        assert result["relevance_score"] == pytest.approx(truth, abs=1e-4)
 
 
 def test_states_of_tokens(client: httpx.Client, sentence: SentenceModel) -> None:
@@ -204,6 +219,9 @@ def test_states_of_tokens(client: httpx.Client, sentence: SentenceModel) -> None
         ("/v1/embeddings", {"input": [9999]}, "not below the vocabulary size"),
         ("/v1/embeddings", {"input": "a", "dimensions": 20}, "embeddings of 16, 32 numbers work"),
         ("/v1/embeddings", {"input": "a", "prompt_name": "no"}, "none of this model's prompts; query, document"),
+        ("/v1/embeddings", {"input": [2, 13, 3], "prompt_name": "query"}, "token ids have no text before them"),
+        ("/pooling", {"input": [[2, 13, 3]], "prompt": "a"}, "token ids have no text before them"),
+        ("/v2/embed", {"texts": ["cat cat cat"], "truncate": "NONE", "max_tokens": 4}, "5 tokens, and max_tokens 4"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "does not support the value 'hex'"),
         ("/v1/embeddings", {"input": "a", "embed_dtype": "float16"}, "encoding_format base64 has such numbers"),
         ("/v1/embeddings", {"input": "a", "n": 2}, "n: octavo does not support this field"),
