@@ -86,14 +86,14 @@ class GGUFFile:
         if module != name:
             rows = raw.reshape(spec.shape)
             return rows if change is None else change(rows)
-        out = torch.empty(spec.numel, dtype=spec.dtype)
+        out = torch.empty(spec.numel, dtype=spec.dtype if change is None else torch.float32)
         step = max(1, CHUNK // block.columns)
         for begin in range(0, len(raw), step):
             part = block.decode(raw[begin : begin + step]).flatten()
             at = begin * block.columns
             out[at : at + part.numel()] = part
         out = out.view(spec.shape)
-        return out if change is None else change(out.float()).to(spec.dtype).contiguous()
+        return out if change is None else change(out).to(spec.dtype).contiguous()
 
     def read(self, name: str) -> Tensor:
         return self.view(name)

@@ -26,6 +26,7 @@ from octavo.calibration.recipe import parse_scheme
 from octavo.cli import main
 from octavo.demo_models import DEMO_MODELS, _download, _join_pieces
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.dequantized import open_dequantized
 from octavo.quant.gguf.blocks import BLOCK_TYPES
 from octavo.quant.gguf.file import GGUFFile
 from octavo.quant.gguf.header import read_header
@@ -333,6 +334,16 @@ def test_numbers_of_16_bits_are_not_rounded_to_bf16(fixtures: Path, tmp_path: Pa
     found = Checkpoint.open(out).linear(Q)
     assert isinstance(found, QuantizedWeight)
     assert torch.equal(found.dequantize(), expected.dequantize())
+
+
+def test_norms_are_rounded_once_1_is_taken_off(tmp_path: Path) -> None:
+    """Gemma's, which a quantizer takes in bf16: as 1 + w they would lose most of w."""
+    meaning = write_gguf(random_model(tmp_path / "source", "gemma2"), tmp_path / "x.gguf", "gemma2", Kind.Q4_1)
+    source = open_dequantized(resolve_model(str(tmp_path / "x.gguf")))
+    norms = [name for name in source.names if name.endswith("norm.weight")]
+    assert norms
+    for name in norms:
+        assert torch.equal(source.tensor(name), (meaning[name] + 1 - 1).bfloat16()), name
 
 
 def test_a_directory_of_two_models_is_refused(fixtures: Path, tmp_path: Path) -> None:
