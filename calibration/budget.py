@@ -27,7 +27,7 @@ from octavo.calibration.output import make_format, scale_dtype
 from octavo.calibration.plan import Item, Plan
 from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress
-from octavo.calibration.recipe import Recipe, RecipeError, parse_scheme
+from octavo.calibration.recipe import KEEP, Recipe, RecipeError, parse_scheme
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -68,6 +68,11 @@ def candidates(recipe: Recipe, budget: float = 0, flag: str = "--bits-budget") -
         raise RecipeError(
             f"{flag} gives layers different schemes, and format {recipe.format} has one for all; "
             "compressed-tensors and gptq have several"
+        )
+    if named := [pattern for pattern, scheme in recipe.layers.items() if scheme != KEEP]:
+        raise RecipeError(
+            f"{flag} chooses each layer's scheme, and layers has one for {named[0]}: leave it out, or say none there, "
+            "which leaves such layers as they are"
         )
     base, _, group_size = _of(recipe).partition("@")
     if not base.startswith("W4A16"):
@@ -314,7 +319,7 @@ def cheapest_for_kl(
                 "works, or --ignore for what shall stay as it is"
             )
         above = best[0]
-        below = max([below, *(bits for bits, _, kl in found if kl > most and bits < above)])
+        below = max([below, *(bits for bits, _, kl in found if not kl <= most and bits < above)])  # NaN among them
         between = [choose(units, budget) for budget in _between(below, above)] if above - below > APART else []
         choices = [schemes for schemes in between if below < _bits_of(units, schemes) / weights < above]
     assert best is not None

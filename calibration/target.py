@@ -30,10 +30,14 @@ class Target:
 
 
 def one_target(**asked: float | None) -> Target | None:
-    """The target that is asked for, by kind. Raises RecipeError for two."""
+    """The target that is asked for, by kind. Raises RecipeError for two, and for a value that none has."""
     found = [Target(kind, value) for kind, value in asked.items() if value is not None]
     if len(found) > 1:
         raise RecipeError(f"{' and '.join(map(str, found))} are several targets, and one decides: leave the others out")
+    for target in found:
+        least = 1 if target.kind == "speed" else 0
+        if not least < target.value < math.inf:
+            raise RecipeError(f"{target.flag} {target.value}: a number above {least} is needed")
     return found[0] if found else None
 
 

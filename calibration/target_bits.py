@@ -30,8 +30,6 @@ def bits_budget(target: Target, plan: Plan, recipe: Recipe) -> float:
     least = min(layer_bits(items, recipe, scheme) for scheme in schemes)
     match target.kind:
         case "bits":
-            if not 0 < target.value < math.inf:
-                raise RecipeError(f"{target}: bits per weight are a number above 0, such as 4.5")
             most = target.value * weights
             nearest = f"the smallest schemes take {least / weights:.2f} bits per weight, scales included"
         case "size":

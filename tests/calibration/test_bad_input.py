@@ -191,7 +191,7 @@ def test_the_function_takes_what_people_write(model: Path) -> None:
     out = model.parent / "out"
     report = octavo.quantize(model, out, scheme="W4A16@32", algorithm="rtn", ignore="down_proj", evaluate=False)
     assert {layer.kind for layer in report.layers} & {"mlp.down_proj"} == set()
-    with pytest.raises(RecipeError, match="--bits-budget nan: bits per weight are a number above 0"):
+    with pytest.raises(RecipeError, match="--bits-budget nan: a number above 0 is needed"):
         octavo.quantize(model, out, scheme="W4A16@32", bits_budget=float("nan"), overwrite=True)
     with pytest.raises(RecipeError, match="recipe is a dict"):
         octavo.quantize(model, out, recipe={"scheme": "W4A16"})  # type: ignore[arg-type]

@@ -93,6 +93,34 @@ def test_one_target_decides(fixtures: Path, tmp_path: Path, text: Path) -> None:
         quantized(fixtures / "tiny", tmp_path / "out", text, bits_budget=4.5, target_kl=0.1)
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"target_size": float("nan")}, "--target-size nan: a number above 0 is needed"),
+        ({"target_speed": 1.0}, r"--target-speed 1\.0: a number above 1 is needed"),
+        ({"target_kl": float("inf")}, "--target-kl inf: a number above 0 is needed"),
+        ({"bits_budget": 0}, "--bits-budget 0: a number above 0 is needed"),
+    ],
+)
+def test_a_target_is_a_number(
+    fixtures: Path, tmp_path: Path, text: Path, target: dict[str, float], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quantized(fixtures / "tiny", tmp_path / "out", text, **target)
+
+
+def test_a_target_chooses_every_scheme(fixtures: Path, tmp_path: Path, text: Path) -> None:
+    """Schemes that a recipe names would be neither held nor counted; layers that it keeps are both."""
+    model = fixtures / "tiny"
+    with pytest.raises(
+        RecipeError, match=r"--target-size chooses each layer's scheme, and layers has one for \*\.o_proj"
+    ):
+        quantized(model, tmp_path / "out", text, target_size=800_000, layers={"*.o_proj": "W8A16@32"})
+    written = quantized(model, tmp_path / "out", text, target_size=800_000, layers={"*.o_proj": "none"})
+    assert written.stat().st_size <= 800_000
+    assert "model.layers.0.self_attn.o_proj.weight" in load_file(written)
+
+
 @pytest.mark.parametrize(("size", "spelled"), [(3.2e9, "3.2GB"), (123_456_789, "123.5MB"), (999, "0.999KB")])
 def test_a_size_that_is_named_is_no_smaller(size: float, spelled: str) -> None:
     assert in_gb(size) == spelled
