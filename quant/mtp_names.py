@@ -25,10 +25,12 @@ def mtp_patterns(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
 
     As checkpoints spell them and as vLLM does, to which `model.mtp_layers.0` is `model.layers.N` behind the last one.
     """
-    found = {match[1] if (match := MTP.search(name)) else "layers" for name in names if is_mtp(name, config)}
+    heads = [name for name in names if is_mtp(name, config)]
+    found = {match[1] if (match := MTP.search(name)) else "layers" for name in heads}
     patterns = [rf"re:(.*\.)?{owner}\..*" for owner in sorted(found - {"layers"})]
     if found - {"mtp"}:
-        patterns += [rf"re:(.*\.)?layers\.{index}\..*" for index in _further_layers(config)]
+        further = _further_layers(config)[: len(heads)]  # each has a tensor at least, whatever the config counts
+        patterns += [rf"re:(.*\.)?layers\.{index}\..*" for index in further]
     return patterns
 
 

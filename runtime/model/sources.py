@@ -6,6 +6,7 @@ Both answer the same questions by the tensor names that Hugging Face uses, and c
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -123,8 +124,9 @@ class CheckpointSource:
 
     def leave_layers(self, first: int, count: int) -> list[str]:
         """Count the tensors of so many layers as read; the names of those layers of which there are any."""
-        names = [f"{self.prefix}layers.{index}" for index in range(first, first + count)]
-        found = [name for name in names if any(module.startswith(f"{name}.") for module in self._modules)]
+        layer = re.compile(rf"{re.escape(self.prefix)}layers\.(\d{{1,10}})\.")
+        indexes = sorted({int(match[1]) for module in self._modules if (match := layer.match(module))})
+        found = [f"{self.prefix}layers.{index}" for index in indexes if first <= index < first + count]
         self.checkpoint.leave_all(tuple(f"{name}." for name in found))
         return found
 

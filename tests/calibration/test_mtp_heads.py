@@ -17,6 +17,7 @@ from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.mtp_names import mtp_patterns
 
 LAYER = "model.layers.1."
 # Names of a head's layer, tensors of its own, and what vLLM 0.32 calls layers of it.
@@ -83,3 +84,9 @@ def test_layers_that_no_key_counts_are_no_head(fixtures: Path, tmp_path: Path) -
     del config["num_nextn_predict_layers"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert len(quantize_model(prepare(tmp_path / "model", tmp_path / "out", Recipe("W8A8"))).layers) == 14 + 8
+
+
+def test_as_many_heads_are_named_as_there_can_be() -> None:
+    """A count in a config.json costs no memory by itself."""
+    config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1 << 60}
+    assert mtp_patterns(["model.layers.1.a.weight", "model.layers.2.a.weight"], config) == [r"re:(.*\.)?layers\.2\..*"]
