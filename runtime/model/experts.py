@@ -83,7 +83,12 @@ def _read_routing(settings: Mapping[str, Any], num_experts: int, top_k: int, row
         num_groups=num_groups,
         top_groups=top_groups,
     )
-    return row.routing(settings, routing)
+    routing = row.routing(settings, routing)
+    if size == 1 and routing.top_groups < routing.num_groups and routing.group_score == "best_two":
+        raise ModelConfigError(
+            f"config.json: n_group {num_groups} groups of {num_experts} experts have one each, and are scored by two"
+        )
+    return routing
 
 
 def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Architecture) -> list[bool]:

@@ -26,11 +26,12 @@ from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
 from octavo.quant.qparams import quantize_weight
 from octavo.quant.scheme import PRESETS
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.operators import REFERENCE
-from octavo.runtime.model.sources import LoadError
+from octavo.runtime.model.sources import CheckpointSource, LoadError
 from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
@@ -250,6 +251,18 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: 
     config = json.loads((saved / "config.json").read_text())
     with pytest.raises(UnsupportedModelError, match=message):
         DecoderSpec.from_hf(config | changes)
+
+
+def test_groups_that_are_scored_by_two_experts_have_two(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    with pytest.raises(ModelConfigError, match="n_group 8 groups of 8 experts have one each, and are scored by two"):
+        DecoderSpec.from_hf(config | {"n_group": 8, "topk_group": 4})
+
+
+def test_layers_behind_the_last_are_counted_by_what_there_is(saved: Path) -> None:
+    source = CheckpointSource(Checkpoint.open(saved, LAYOUTS))
+    assert source.leave_layers(2, 1 << 31) == ["model.layers.2", "model.layers.3"]
+    assert source.leave_layers(3, 0) == []
 
 
 def test_a_gpu_and_a_deterministic_engine_are_refused_by_name(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
