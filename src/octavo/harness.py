@@ -170,9 +170,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 def _score_of(output: RequestOutput, length: int) -> tuple[float, bool]:
     """Of a prompt's last `length` tokens."""
     assert output.prompt_logprobs is not None
+    first = max(0, len(output.prompt_token_ids) - length)
     told = [
         entry[token_id]
-        for entry, token_id in zip(output.prompt_logprobs[-length:], output.prompt_token_ids[-length:], strict=True)
+        for entry, token_id in zip(output.prompt_logprobs[first:], output.prompt_token_ids[first:], strict=True)
         if entry is not None  # of a first token: nothing stands before a continuation that fills the whole context
     ]
     return sum(token.logprob for token in told), all(token.rank == 1 for token in told)

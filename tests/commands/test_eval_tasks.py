@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from octavo.cli import main
+from octavo.commands.eval_tasks import _as_json as as_json
+from octavo.jobs.task_scores import Score, differences
 from octavo.llm import LLM
+from octavo.outputs import Logprob, RequestOutput
 
 W4 = "tiny--llmc-w4a16-g32"
 TASKS = Path(__file__).parents[2] / "benchmarks/interop/lm_eval_tasks"
@@ -102,3 +105,24 @@ def test_flags_that_do_not_go_together(
 ) -> None:
     assert main(["eval", str(fixtures / "tiny"), "--against", str(fixtures / "tiny"), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_json_has_numbers_alone() -> None:
+    """The interval of a single item has no ends, which JSON has no number for."""
+    alone = Score("t", "acc", "none", 0.5, True, (0.5,), ("0",), True)
+    better = Score("t", "acc", "none", 0.75, True, (0.75,), ("0",), True)
+    (difference,) = differences([better], [alone])
+    row = json.loads(json.dumps(as_json(better, difference), allow_nan=False))
+    assert (row["low"], row["high"], row["difference"]) == (None, None, 0.25)
+    assert row["original"]["value"] == 0.5
+
+
+def test_a_continuation_of_no_tokens_is_certain() -> None:
+    """And not the whole prompt's sum."""
+    from octavo.harness import _score_of as score_of
+
+    told = [None, {5: Logprob(-1.0, 2)}, {6: Logprob(-0.5, 1)}]
+    output = RequestOutput("0", None, [4, 5, 6], told, [], finished=True)
+    assert score_of(output, 0) == (0, True)
+    assert score_of(output, 1) == (-0.5, True)
+    assert score_of(output, 2) == score_of(output, 9) == (-1.5, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +124,12 @@ def _as_json(score: Score, difference: Difference | None) -> dict[str, Any]:
     row = {name: getattr(score, name) for name in OF_SCORE}
     row |= {"filter": score.through, "items": len(score.items) or None}
     if difference is not None:
-        row["original"] = {"value": difference.original.value, "standard_error": difference.original.standard_error}
+        original = difference.original
+        row["original"] = {"value": _number(original.value), "standard_error": original.standard_error}
         row |= {name: getattr(difference, name) for name in OF_DIFFERENCE}
-    return row
+    return {name: _number(value) for name, value in row.items()}
+
+
+def _number(value: Any) -> Any:
+    """None for what JSON has no number for: an interval without an end, of one item, and a perplexity beyond all."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
