@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.quant.decoded_layers import decode_layers
 from octavo.quant.formats.format import FormatError, QuantFormat, QuantizationConfig
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
+from octavo.quant.formats.torchao import read_metadata
 from octavo.quant.fused_experts import divide_experts
 from octavo.quant.gguf.file import GGUF, GGUFFile
 from octavo.quant.model_files import CheckpointError, read_object
@@ -36,7 +38,7 @@ KV_SCALES = (
     ("kv_scale", "kv_scale"),  # AutoFP8: one for both
     ("attn.kv_scale", "attn.kv_scale"),
 )
-MARKS = frozenset(("weight_scale", "weight_scale_inv", "qweight", "blocks"))
+MARKS = frozenset(("weight_scale", "weight_scale_inv", "qweight", "blocks", "SCB", "_weight_qdata"))
 """Of a linear layer's tensors those that only quantized ones have; each format has one of them."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -60,7 +62,8 @@ class Checkpoint:
     names     every tensor's name
     files     the shards, by name
     notes     findings while reading that a person should know
-    source    what all of its numbers were decoded from, such as 'gptq (int4/g32)' (`open_dequantized`); else empty
+    source    what its plain weights were decoded from: a format's name, or all of a quantized checkpoint that
+              `open_dequantized` decodes, 'gptq (int4/g32)'; else empty
     """
 
     def __init__(
@@ -114,14 +117,19 @@ class Checkpoint:
             files = {GGUF: gguf}
             config = config | {"quantization_config": gguf.quantization_config}
         else:
-            files = _open_shards(directory, _find_shards(directory))
+            shards = _open_shards(directory, _find_shards(directory))
+            config = _with_metadata(config, shards)
+            files = shards
         layout = layouts.get(str(config.get("model_type")), UNKNOWN)
         try:
             if splits_experts or layout.experts is not None:
                 files = split_experts(files, config)
             if layout.experts is not None:
                 divide_experts(list(files.values()), layout.experts)
-            checkpoint = cls(directory, config, files, _parse_quantization(config), layout)
+            files, decoded = decode_layers(files)
+            checkpoint = cls(directory, config, files, _parse_quantization(config), layout, source=decoded)
+            if decoded:
+                checkpoint.notes.append(f"layers in {decoded}'s format are decoded while they are loaded")
             checkpoint._check_formats()
         except SafetensorsError as e:
             raise CheckpointError(f"{directory.name}: {e}") from e
@@ -271,6 +279,14 @@ def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:
 def _parse_quantization(config: dict[str, Any]) -> QuantizationConfig | None:
     raw = quantization_dict(config)
     return None if raw is None else parse_quantization(raw)
+
+
+def _with_metadata(config: dict[str, Any], shards: Mapping[str, SafetensorsFile]) -> dict[str, Any]:
+    """The config with what torchao keeps in its files' metadata."""
+    raw = quantization_dict(config)
+    if raw is None or raw.get("quant_method") != "torchao":
+        return config
+    return config | {"quantization_config": read_metadata(raw, shards)}
 
 
 def _find_shards(directory: Path) -> dict[str, list[str] | None]:

@@ -50,7 +50,7 @@ def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoi
         files[shard] = DerivedFile(file, layers, hidden)
     config = without_quantization(checkpoint.config)
     schemes = dict.fromkeys(str(format_.scheme) for format_ in formats.values())
-    source = f"{checkpoint.quantization.name} ({', '.join(schemes)})" if schemes else ""
+    source = f"{checkpoint.quantization.name} ({', '.join(schemes)})" if schemes else checkpoint.source
     return Checkpoint(directory, config, files, None, checkpoint.layout, source=source)
 
 

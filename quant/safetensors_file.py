@@ -68,7 +68,7 @@ class TensorSpec:
 
 
 class SafetensorsFile:
-    """One file: its header is read at once, its tensors on demand."""
+    """One file: its header is read at once, its tensors on demand. metadata: the header's own, texts by name."""
 
     def __init__(self, path: Path) -> None:
         """Read and check the header. Raises SafetensorsError for a truncated or malformed file."""
@@ -78,7 +78,8 @@ class SafetensorsFile:
         self._begin: dict[str, int] = {}
         self._map: Tensor | None = None
         header, data_start = self._read_header()
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
         if len(header) > MAX_TENSORS:
             raise SafetensorsError(
                 f"{path.name}: its header has {len(header):,} tensors; {MAX_TENSORS:,} are the most that a checkpoint "

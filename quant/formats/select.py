@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from octavo.quant.formats import awq, compressed_tensors, fp8, gguf, gptq, microscaling
+from octavo.quant.formats import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, microscaling, torchao
 from octavo.quant.formats.auto_round import parse_auto_round
 from octavo.quant.formats.awq import parse_awq
 from octavo.quant.formats.compressed_tensors_config import parse_config
@@ -13,6 +13,7 @@ from octavo.quant.formats.format import FormatError, QuantizationConfig
 from octavo.quant.formats.fp8 import parse_fp8
 from octavo.quant.formats.gguf import parse_gguf
 from octavo.quant.formats.gptq_config import parse_gptq
+from octavo.quant.formats.hqq import parse_hqq
 from octavo.quant.formats.modelopt import parse_modelopt
 from octavo.quant.formats.mxfp4 import parse_mxfp4
 
@@ -25,6 +26,9 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "intel/auto-round": parse_auto_round,  # before auto-round 0.5
     "fp8": parse_fp8,
     "modelopt": parse_modelopt,
+    "bitsandbytes": bitsandbytes.parse_bitsandbytes,
+    "hqq": parse_hqq,
+    "torchao": torchao.parse_torchao,
     "modelopt_fp4": parse_modelopt,  # vLLM's names of what `quant_algo` says
     "modelopt_mxfp8": parse_modelopt,
     "mxfp4": parse_mxfp4,
@@ -39,6 +43,8 @@ SUFFIXES = tuple(
         + fp8.SUFFIXES
         + microscaling.MODELOPT_SUFFIXES
         + gguf.SUFFIXES
+        + bitsandbytes.SUFFIXES
+        + torchao.SUFFIXES
     )
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 SHARED = ("model.embed_tokens.weight", "lm_head.weight")
@@ -23,5 +24,8 @@ def whole(fixture: Path, into: Path) -> Path:
     out.mkdir()
     for side in fixture.glob("*.json"):
         shutil.copy(side, out)
-    save_file(tensors | {name: tables[name].to(dtype) for name in missing if name in tables}, out / path.name)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()  # torchao's says what tensors are
+    added = {name: tables[name].to(dtype) for name in missing if name in tables}
+    save_file(tensors | added, out / path.name, metadata=metadata)
     return out
