@@ -4,6 +4,8 @@ dense   element i of a row occupies bits [i * b, i * b + b) of the row's little-
         across two words. What compressed-tensors >= 0.18 writes, and GPTQ's 3-bit layout as well.
 padded  32 // b elements in a word, the word's top bits unused. What compressed-tensors <= 0.12 wrote. The same as
         dense when b divides 32.
+planar  each 32 elements are b words: of planes of 4, 2 and 1 bits, the lowest first, each plane's fields in order. What
+        GPTQModel writes for 5, 6 and 7 bits, and in format gptq_p for 3.
 Stored fields are unsigned: a signed integer plus 2^(b - 1).
 """
 
@@ -12,6 +14,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PLANES = {3: ((2, 0), (1, 2)), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4)), 7: ((4, 0), (2, 4), (1, 6))}
+"""Of an element's bits, by their number: each plane's width, and its lowest bit."""
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -82,6 +87,22 @@ def unpack(words: Tensor, bits: int, columns: int, *, padded: bool | None = None
             f"{-(-columns // (32 // bits))} (padded), not {width}"
         )
     return (fields[:, :columns] - (1 << (bits - 1))).view(torch.int8).contiguous()
+
+
+def unpack_planar(words: Tensor, bits: int) -> Tensor:
+    """Planar [rows, blocks x bits] int32 to [rows, 32 x blocks] int8, signed. Raises ValueError for part of a block."""
+    rows, width = words.shape
+    if width % bits:
+        raise ValueError(f"{width} words are no whole blocks of {bits}, as 32 values of {bits} bits in planes take")
+    blocks = words.reshape(rows, -1, bits)
+    fields = torch.zeros(rows, blocks.shape[1], 32, dtype=torch.int32)
+    begin = 0
+    for plane, lowest in PLANES[bits]:
+        shifts = torch.arange(32 // plane, dtype=torch.int32) * plane
+        part = (blocks[:, :, begin : begin + plane, None] >> shifts) & ((1 << plane) - 1)
+        fields |= part.flatten(2) << lowest
+        begin += plane
+    return (fields.view(rows, -1) - (1 << (bits - 1))).to(torch.int8)
 
 
 def _unpack_stream(stream: Tensor, bits: int) -> Tensor:

@@ -69,7 +69,7 @@ class _Config(msgspec.Struct):
     transform_config: dict[str, object] | None = None
 
 
-INT_DTYPES: dict[int, WeightDtype] = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+INT_DTYPES: dict[int, WeightDtype] = {8: "int8", 6: "int6", 5: "int5", 4: "int4", 3: "int3", 2: "int2"}
 MICROSCALING: dict[str, Kind] = {name: kind for kind, name in NAMES.items()}
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 

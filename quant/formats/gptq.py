@@ -27,7 +27,7 @@ from torch import Tensor
 from octavo.quant.formats.compressed_tensors import scheme_targets
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.reading import check_nothing_left, check_shape, exactly, sides, take_scales, take_words
-from octavo.quant.packing import pack, packed_columns, unpack
+from octavo.quant.packing import pack, packed_columns, unpack, unpack_planar
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import QuantScheme
@@ -47,6 +47,7 @@ class GPTQFormat:
     scale_dtype   for writing; what is read keeps the type that it was stored in
     whole_words   version 1's zero points were made by subtracting whole words, as GPTQModel does, where a zero point
                   of 0 borrows from its neighbour: adding whole words gives back what was there
+    planar        words are planes of so many bits, which is read and not written; None: the dense stream
     """
 
     scheme: QuantScheme
@@ -54,10 +55,14 @@ class GPTQFormat:
     desc_act: bool = False
     scale_dtype: torch.dtype = torch.float16
     whole_words: bool = False
+    planar: int | None = None
 
     def __post_init__(self) -> None:
         w = self.scheme.weight
-        if w.dtype not in ("int8", "int4", "int3", "int2") or self.scheme.activation is not None:
+        if (
+            w.dtype not in (*(() if self.planar is None else ("int5", "int6")), "int8", "int4", "int3", "int2")
+            or self.scheme.activation is not None
+        ):
             raise FormatError(
                 f"gptq holds integer weights and doesn't quantize activations; it can't hold {self.scheme}"
             )
@@ -84,11 +89,26 @@ class GPTQFormat:
     def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """[N, K] of the weight that a layer's tensors hold."""
         words, n = sides(tensors, "qweight")
-        return n, words * 32 // self.scheme.weight.bits
+        return n, words * 32 // self._bits
+
+    @property
+    def _bits(self) -> int:
+        """Of a stored field."""
+        return self.planar or self.scheme.weight.bits
+
+    def _unpack(self, words: Tensor, columns: int) -> Tensor:
+        if self.planar is None:
+            return unpack(words, self._bits, columns, padded=False)
+        try:
+            return unpack_planar(words, self.planar)
+        except ValueError as e:
+            raise FormatError(str(e)) from None
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
         n, k = weight.shape
+        if self.planar is not None:
+            raise FormatError(f"gptq's planes of {self.planar} bits are read, not written")
         self.tensors(n, k)
         if weight.scheme != self.scheme:
             raise FormatError(f"a weight of {weight.scheme} can't be written as {self.scheme}")
@@ -107,7 +127,7 @@ class GPTQFormat:
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The canonical weight. Raises FormatError if a tensor is missing, unexpected, or not as the scheme says."""
         left = dict(tensors)
-        bits = self.scheme.weight.bits
+        bits = self._bits
         words = take_words(left, "qweight")
         k = words.shape[0] * 32 // bits
         n = words.shape[1]
@@ -122,7 +142,7 @@ class GPTQFormat:
         zero_point, note = self._read_zeros(qzeros, n)
         g_idx = self._read_g_idx(left, k, groups)
         check_nothing_left(left, "beside qweight")
-        codes = unpack(words.t(), bits, k, padded=False)
+        codes = self._unpack(words.t(), k)
         return QuantizedWeight(self.scheme, codes, scale.t().contiguous(), zero_point, g_idx, note=note)
 
     def _in_order(self, k: int) -> Tensor:
@@ -142,14 +162,14 @@ class GPTQFormat:
 
     def _read_zeros(self, words: Tensor, n: int) -> tuple[Tensor | None, str]:
         """The zero points [N, G] int8, None if symmetric, and a note for the user."""
-        bits = self.scheme.weight.bits
+        bits = self._bits
         if not self.scheme.weight.symmetric:
             if self.version == 1 and self.whole_words and bits in ONES:
                 zeros = unpack(words + ONES[bits], bits, n, padded=False)
             else:
-                zeros = self._wrap(unpack(words, bits, n, padded=False) + (1 if self.version == 1 else 0))
+                zeros = self._wrap(self._unpack(words, n) + (1 if self.version == 1 else 0))
             return zeros.t().contiguous(), ""
-        stored = unpack(words, bits, n, padded=False)
+        stored = self._unpack(words, n)
         low, high = (int(x) for x in stored.aminmax())
         if low == high == (-1 if self.version == 1 else 0):
             return None, ""

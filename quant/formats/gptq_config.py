@@ -21,9 +21,10 @@ from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq import GPTQFormat, Version
 from octavo.quant.formats.patterns import Regexes
-from octavo.quant.scheme import QuantScheme, SchemeError, WeightScheme, group
+from octavo.quant.scheme import QuantScheme, SchemeError, WeightDtype, WeightScheme, group
 
-VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
+VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2, "gptq_p": 2}  # the last: planes of bits, of 3 bits too
+DTYPES: dict[int, WeightDtype] = INT_DTYPES | {7: "int8"}  # 7 bits have no type of their own
 IN_BLOCK = re.compile(r"(^|\.)layers\.\d+\.(?!.*(\.gate|router|shared_expert_gate)$)")
 
 
@@ -66,7 +67,7 @@ class DynamicRule:
 class GPTQConfig:
     """A scheme for each layer.
 
-    base        bits, group_size, desc_act and sym of a layer without an override
+    base        bits, group_size, desc_act and sym of a layer without an override; planar: 3 bits lie in planes
     dynamic     GPTQModel's: which layers, and what differs for them, in their order; None: they are not quantized
     listed      the layers' names in their block, or parts of names, where the config lists them
     """
@@ -104,14 +105,14 @@ def make_format(settings: Mapping[str, Any], version: Version, whole_words: bool
     """The format for these bits, group_size, desc_act and sym. Raises FormatError; its message begins with `where`."""
     bits = settings["bits"]
     size = settings["group_size"]
-    if bits not in INT_DTYPES:
-        planar = ", which GPTQModel stores in a layout of their own (planar)" if bits in (5, 6, 7) else ""
-        raise FormatError(f"{where}gptq with {bits} bits{planar} is not supported; {sorted(INT_DTYPES)} are")
+    if bits not in DTYPES:
+        raise FormatError(f"{where}gptq with {bits} bits is not supported; {sorted(DTYPES)} are")
     try:
-        scheme = QuantScheme(WeightScheme(INT_DTYPES[bits], group(size), settings["sym"]))
+        scheme = QuantScheme(WeightScheme(DTYPES[bits], group(size), settings["sym"]))
     except SchemeError as e:
         raise FormatError(f"{where}{e}") from e
-    return GPTQFormat(scheme, version, settings["desc_act"], whole_words=whole_words)
+    planar = bits in (5, 6, 7) or (bits == 3 and settings.get("planar", False))
+    return GPTQFormat(scheme, version, settings["desc_act"], whole_words=whole_words, planar=bits if planar else None)
 
 
 def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
@@ -120,6 +121,7 @@ def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
     _refuse(raw)
     base = {"bits": config.bits, "group_size": config.group_size, "desc_act": bool(config.desc_act)}
     base["sym"] = True if config.sym is None else config.sym  # AutoGPTQ's default, when it didn't write it yet
+    base["planar"] = stored_format(raw) == "gptq_p"
     version = VERSIONS[stored_format(raw)]
     makers = str((config.meta or {}).get("quantizer"))  # 'gptqmodel:7.6.0', alone or in a list
     parsed = GPTQConfig(
@@ -146,7 +148,7 @@ def _refuse(raw: Mapping[str, Any]) -> None:
     """Refuse keys that change the tensors, or what they mean, in an unsupported way."""
     found = "marlin" if raw.get("is_marlin_format") else stored_format(raw)
     if found not in VERSIONS:
-        raise FormatError(f"checkpoint_format {found!r} is not supported; {' and '.join(VERSIONS)} are")
+        raise FormatError(f"checkpoint_format {found!r} is not supported; {', '.join(VERSIONS)} are")
     if raw.get("format") and raw.get("checkpoint_format") and raw["format"] != raw["checkpoint_format"]:
         raise FormatError(f"format {raw['format']!r} and checkpoint_format {raw['checkpoint_format']!r} contradict")
     if (raw.get("pack_dtype") or "int32") != "int32":

@@ -16,6 +16,7 @@ from trimmed import whole
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq import GPTQFormat, Version
+from octavo.quant.formats.gptq_config import parse_gptq
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import PRESETS, QuantScheme, WeightDtype, WeightScheme, group
 
@@ -231,3 +232,25 @@ def test_what_gptq_cannot_hold_is_refused() -> None:
         GPTQFormat(QuantScheme(WeightScheme("int3", group(32)))).tensors(40, 64)
     with pytest.raises(FormatError, match="can't be written as"):
         GPTQFormat(W4).write(random_weight(W4_ASYM))
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_planes_of_bits_are_read_as_gptqmodel_unpacks_them(fixtures: Path, bits: int, symmetric: bool) -> None:
+    """Words that GPTQModel's own code has packed, and what its code makes of them."""
+    stored = load_file(fixtures / "gptq-planar.safetensors")
+    tensors = {name: stored[f"{bits}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")}
+    expected = stored[f"{bits}.weight"]
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": symmetric, "checkpoint_format": "gptq_p"}
+    format_ = parse_gptq(config).format_of("model.layers.0.mlp.up_proj", tensors)
+    assert format_ is not None
+    assert format_.shape(tensors) == (64, 96)
+    if symmetric:
+        with pytest.raises(FormatError, match="although sym is true"):
+            format_.read(tensors)
+        return
+    weight = format_.read(tensors)
+    assert weight.scheme.weight.dtype == {3: "int3", 5: "int5", 6: "int6", 7: "int8"}[bits]
+    torch.testing.assert_close(weight.dequantize(), expected, atol=0, rtol=0)
+    with pytest.raises(FormatError, match="are read, not written"):
+        format_.write(weight)
