@@ -33,6 +33,8 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import KVScheme, QuantScheme
 
+NO_INTEGERS = "the model has no quantized layer whose integers could be converted: octavo quantize makes them"
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -83,7 +85,7 @@ def convert_model(
     check_output(source, out, overwrite, resume=False)
     checkpoint = Checkpoint.open(source, layouts)
     if checkpoint.quantization is None:
-        raise QuantizeError(f"{source} is not quantized: octavo quantize does that")
+        raise QuantizeError(NO_INTEGERS)
     other = other_files(source)
     found = _look_at_all(checkpoint, target, progress)
     formats = _formats(found, target)
@@ -141,7 +143,7 @@ def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> 
         found[module] = entry
         progress(len(found), 2 * len(modules), module)
     if not found:
-        raise QuantizeError(f"{checkpoint.directory} has a quantization_config, but no quantized layer")
+        raise QuantizeError(NO_INTEGERS)
     return found
 
 

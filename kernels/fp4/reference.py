@@ -87,5 +87,9 @@ def nvfp4_scale(absmax: Tensor, global_scale: Tensor) -> Tensor:
 
 
 def nvfp4_global_scale(absmax: Tensor) -> Tensor:
-    """What divides all scales of a tensor whose largest magnitude is absmax, float32: its group's scale becomes 448."""
-    return torch.where(absmax > 0, absmax.float().reciprocal() * (E4M3_MAX * E2M1_MAX), 1.0)
+    """What divides all scales of a tensor whose largest magnitude is absmax, float32: its group's scale becomes 448.
+
+    Below 8e-36 float32 has no such number, and its largest is taken.
+    """
+    whole = absmax.float().reciprocal() * (E4M3_MAX * E2M1_MAX)
+    return torch.where(absmax > 0, whole.clamp(max=torch.finfo(torch.float32).max), 1.0)

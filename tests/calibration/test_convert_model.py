@@ -94,7 +94,7 @@ def test_there_and_back_again(fixtures: Path, tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
-        ("tiny", "gptq", "is not quantized: octavo quantize does that"),
+        ("tiny", "gptq", "has no quantized layer whose integers could be converted"),
         ("tiny--gptqmodel-w3g32", "awq", "down_proj can't be written as awq: awq holds 4-bit integers in groups"),
         ("tiny--gptqmodel-w8g32", "awq", "awq holds 4-bit integers in groups"),
         ("tiny--gptqmodel-w4g32-act", "awq", r"its groups are not in the order of its columns \(desc_act\)"),

@@ -189,3 +189,14 @@ def test_rows_are_the_rows_of_the_whole(name: str) -> None:
     result = quantize_weight(random_weight(n=300), PRESETS[name])
     parts = [result.rows(i, min(i + 128, 300)).dequantize() for i in range(0, 300, 128)]
     assert torch.equal(torch.cat(parts), result.dequantize())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-35, 1e-37, 1e-39])
+def test_nvfp4_of_tiny_numbers_is_as_near_as_of_others(size: float) -> None:
+    """Below 8e-36 there is no float32 that would make the largest scale 448."""
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * size
+    found = quantize_weight(weight, PRESETS["NVFP4A16"])
+    assert found.global_scale is not None
+    assert found.global_scale.isfinite()
+    error = (found.dequantize().double() - weight.double()).norm() / weight.double().norm()
+    assert error < 0.15
