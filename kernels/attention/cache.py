@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from octavo.kernels.launching.checks import expect, refuse
@@ -45,12 +46,28 @@ class LayerCache:
 
 
 @dataclass(frozen=True)
+class QueryScale:
+    """Queries grow with their positions, beyond the first `period` ones: Llama 4's temperature, and Mistral's.
+
+    A query at position p is multiplied by 1 + slope * log(1 + floor(p / period)) (arXiv 2501.19399).
+    """
+
+    slope: float
+    period: int
+
+    def of(self, positions: Tensor) -> Tensor:
+        """[T] of positions [T], float32."""
+        return 1 + self.slope * torch.log1p((positions // self.period).float())
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """What is constant about one attention layer.
 
     scale     what q . k is multiplied by
     window    None, or how many of the latest tokens a token sees, itself among them
     soft_cap  None, or c in c * tanh(scores / c), applied after the scale and before the mask
+    query_scale  None, or what rotated queries are multiplied by
     sinks     None, or [num_heads] float32: of each head one more score in every softmax, whose value is zero
     """
 
@@ -61,6 +78,7 @@ class AttentionShape:
     window: int | None = None
     soft_cap: float | None = None
     sinks: Tensor | None = field(default=None, compare=False)
+    query_scale: QueryScale | None = None
 
     @property
     def sinks_address(self) -> int:

@@ -79,6 +79,7 @@ class AttentionReader:
                 mixer.window,
                 spec.attention_soft_cap,
                 self._sinks(heads),
+                mixer.query_scale,
             ),
             cos_sin=self._builder.table(mixer.rope) if mixer.rope else None,
             q_norm=q_norm,

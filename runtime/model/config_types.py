@@ -33,6 +33,8 @@ class _Rope(msgspec.Struct):
     attention_factor: Positive | None = None
     beta_fast: Positive | None = None
     beta_slow: Positive | None = None
+    max_position_embeddings: Count | None = None
+    llama_4_scaling_beta: Positive | None = None
     mscale: Positive | None = None
     mscale_all_dim: Positive | None = None
     truncate: bool | None = None

@@ -110,8 +110,9 @@ class Decoder:
 
     @property
     def recordable(self) -> bool:
-        known = all(layer.mlp.capturable and layer.attention.shape.head_dim % 16 == 0 for layer in self._layers)
-        return self.ops.recordable and known
+        shapes = [layer.attention.shape for layer in self._layers]
+        known = all(shape.head_dim % 16 == 0 and shape.query_scale is None for shape in shapes)
+        return self.ops.recordable and known and all(layer.mlp.capturable for layer in self._layers)
 
     @property
     def mixtures(self) -> list[GroupedExperts]:

@@ -64,6 +64,9 @@ class DifferentiableBlock:
         q = _positioned(q, part.q_norm, part, length)
         k = _positioned(k, part.k_norm, part, length)
         v = v.view(batch, length, -1, d).transpose(1, 2)
+        if shape.query_scale is not None:
+            scale = shape.query_scale.of(torch.arange(length, device=x.device))
+            q = q * scale.to(q.dtype).unsqueeze(1)
         repeat = shape.num_heads // shape.num_kv_heads
         k = k.repeat_interleave(repeat, dim=1)
         v = v.repeat_interleave(repeat, dim=1)

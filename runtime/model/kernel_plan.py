@@ -20,8 +20,12 @@ from octavo.runtime.model.spec import DecoderSpec
 
 
 def check_attention(spec: DecoderSpec, target: Target) -> None:
-    """Raise LoadError for attention over latents, or with sinks, where no kernel has it."""
-    kinds = {"attention over latents": spec.has_latents, "attention with sinks": spec.has_sinks}
+    """Raise LoadError for attention over latents, with sinks or with scaled queries, where no kernel has it."""
+    kinds = {
+        "attention over latents": spec.has_latents,
+        "attention with sinks": spec.has_sinks,
+        "attention with queries scaled by their positions": spec.scales_queries,
+    }
     for kind in (kind for kind, is_there in kinds.items() if is_there):
         if target.device.type != "cpu" or target.capability:
             raise LoadError(f"{spec.architecture} has {kind}, which no kernel of {target} has; --device cpu serves it")

@@ -163,6 +163,8 @@ def one_after_the_other(rope_and_cache: RopeAndCache, attention: PagedAttention)
     ) -> Tensor:
         refuse_input_quant(input_quant)
         q = rope_and_cache(qkv, step, cache, shape, cos_sin, q_norm, k_norm, eps)
+        if shape.query_scale is not None:
+            q = q * shape.query_scale.of(step.positions).to(q.dtype).view(-1, 1, 1)
         return attention(q, step, cache, shape)
 
     return rope_and_attention

@@ -10,6 +10,7 @@ from collections import ChainMap
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from octavo.kernels.attention.cache import QueryScale
 from octavo.runtime.model.config_types import ModelConfigError, check_types, config_struct
 from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
 from octavo.runtime.model.families.family import Architecture, Config, LayerKind, has_window
@@ -41,11 +42,13 @@ class AttentionSpec:
     """Attention over a sequence's earlier tokens.
 
     window  how many of the latest tokens are seen; None: all
+    query_scale  what queries are multiplied by, by their positions
     rope    the rotation, if any
     """
 
     window: int | None
     rope: RopeSpec | None
+    query_scale: QueryScale | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,11 @@ class DecoderSpec:
         return any(isinstance(layer.mixer, LatentSpec) for layer in self.layers)
 
     @property
+    def scales_queries(self) -> bool:
+        mixers = [layer.mixer for layer in self.layers]
+        return any(isinstance(mixer, AttentionSpec) and mixer.query_scale is not None for mixer in mixers)
+
+    @property
     def cached_numbers(self) -> int:
         """That the cache has of each token: keys and values, or a latent and its key."""
         copies = sum(1 if isinstance(layer.mixer, LatentSpec) else 2 for layer in self.layers)
@@ -214,7 +222,10 @@ def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any],
     if name in VISION:  # keys outside text_config that concern the text half too
         outer = ("dtype", "torch_dtype", "tie_word_embeddings")
         config = {key: config[key] for key in outer if key in config} | dict(config.get("text_config") or {})
-        name = VISION[name]
+        inner = str(config.get("model_type", VISION[name][0]))
+        if inner not in VISION[name]:
+            raise UnknownArchitectureError(inner)
+        name = inner
     elif name not in ARCHITECTURES:
         raise UnknownArchitectureError(name)
     elif classes and not is_pooled and not str(classes[0]).endswith("ForCausalLM"):
@@ -304,7 +315,8 @@ def _layers(
     mixer: Mixer
     for slides, turns, sparse in zip(sliding, rotates, sparse_layers(settings, moe, row), strict=True):
         rope = ropes["sliding_attention" if slides else "full_attention"]
-        mixer = AttentionSpec(window=window if slides else None, rope=rope if turns else None)
+        scale = row.query_scale(config, settings)
+        mixer = AttentionSpec(window if slides else None, rope if turns else None, scale)
         if row.latent:
             mixer = _latent(settings, rope)
         layers.append(LayerSpec(mixer, sparse))

@@ -64,6 +64,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.2, "truncate": False}, "rope_theta": 100.0},
     ),
     "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 32}),
+    "ministral3": (
+        "Ministral3",
+        {"sliding_window": 20, "head_dim": 24}
+        | {"rope_parameters": YARN | {"rope_theta": 100.0, "llama_4_scaling_beta": 0.7, "max_position_embeddings": 64}},
+    ),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
     "phi3": (

@@ -34,7 +34,7 @@ SHAPE = LayerShape(4096, 4096)
 
 def architectures() -> str:
     """What octavo's decoder serves, by model_type."""
-    outer = {text: name for name, text in VISION.items()}
+    outer = {text: name for name, texts in VISION.items() for text in texts}
     heads = ("`model_type`", "norms", "q and k normalized over", "sliding window", "experts")
     rows = [
         (

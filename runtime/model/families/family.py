@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from octavo.kernels.attention.cache import QueryScale
 from octavo.kernels.moe.reference import Routing
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index, Positive
@@ -72,6 +73,10 @@ def as_it_is(settings: Config, routing: Routing) -> Routing:  # noqa: ARG001
     return routing
 
 
+def unscaled(config: Config, settings: Config) -> QueryScale | None:  # noqa: ARG001
+    return None
+
+
 def has_window(settings: Config) -> bool:
     """Whether a config switches windows on."""
     return settings.get("sliding_window") is not None and bool(settings.get("use_sliding_window", True))
@@ -117,6 +122,7 @@ class Architecture:
     sliding_layers     which layers have a window where the config has no layer_types; given which rotate
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
     routing            how experts are chosen, given what the keys that all have say of it
+    query_scale        what queries are multiplied by, given the config, and it over its defaults
     further_layers     the key that says how many layers lie behind these in a checkpoint, which aren't served
     rope_types         other names of rope types that this architecture's configs have
     ropes_stretch_max_position  max_position_embeddings is the length before a rope stretches it
@@ -145,6 +151,7 @@ class Architecture:
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
     ropes: Callable[[Config, Config, dict[str, Any]], dict[LayerKind, tuple[dict[str, Any], float]]] = one_rope
     routing: Callable[[Config, Routing], Routing] = as_it_is
+    query_scale: Callable[[Config, Config], QueryScale | None] = unscaled
     further_layers: str | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
     ropes_stretch_max_position: bool = True
@@ -155,10 +162,11 @@ class Family:
     """Architectures that are kin.
 
     architectures   by model_type
-    vision          model types of vision checkpoints whose `text_config` is one of the architectures, and which
+    vision          model types of vision checkpoints whose `text_config` is one of the architectures, and which; the
+                    first one where it has no model_type
     encoders        those that read a whole text at once, by model_type
     """
 
     architectures: Mapping[str, Architecture]
-    vision: Mapping[str, str] = field(default_factory=dict)
+    vision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     encoders: Mapping[str, EncoderArchitecture] = field(default_factory=dict)

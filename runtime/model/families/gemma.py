@@ -88,5 +88,5 @@ FAMILY = Family(
             ropes_stretch_max_position=False,
         ),
     },
-    vision={"gemma3": "gemma3_text"},
+    vision={"gemma3": ("gemma3_text",)},
 )

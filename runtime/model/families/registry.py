@@ -28,8 +28,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 ENCODERS: Mapping[str, EncoderArchitecture] = MappingProxyType(
     {model_type: row for family in FAMILIES for model_type, row in family.encoders.items()}
 )
-VISION: Mapping[str, str] = MappingProxyType(
-    {outer: text for family in FAMILIES for outer, text in family.vision.items()}
+VISION: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {outer: texts for family in FAMILIES for outer, texts in family.vision.items()}
 )
 
 
@@ -42,6 +42,6 @@ def _layout(row: Architecture) -> ModelLayout:
 
 LAYOUTS: Layouts = MappingProxyType(
     {model_type: _layout(row) for model_type, row in ARCHITECTURES.items()}
-    | {outer: _layout(ARCHITECTURES[text]) for outer, text in VISION.items()}
+    | {outer: _layout(ARCHITECTURES[texts[0]]) for outer, texts in VISION.items()}
     | dict.fromkeys(ENCODERS, ModelLayout(blocks_alike=True, is_encoder=True))
 )

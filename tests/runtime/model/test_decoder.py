@@ -13,6 +13,7 @@ import torch
 from hf_oracle import CASES, make_hf, save, scattered_logits
 from torch import Tensor
 
+from octavo.kernels.attention.cache import QueryScale
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 from octavo.runtime.model.spec import DecoderSpec, Mixer
@@ -106,6 +107,8 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "scores of groups": ("glm4_moe", routing_changed(group_score="best")),
     "limit of a clamped SwiGLU": ("gpt_oss", changed(swiglu_limit=1.5)),
     "slope of a clamped SwiGLU": ("gpt_oss", changed(swiglu_alpha=1.5)),
+    "slope of queries": ("ministral3", layers_changed(query_scale=QueryScale(0.6, 16))),
+    "period of queries": ("ministral3", layers_changed(query_scale=QueryScale(0.7, 17))),
     "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
 }

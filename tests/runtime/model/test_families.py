@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from calibrated import calibration
-from hf_oracle import CASES, make_hf, scattered_logits
+from hf_oracle import CASES, make_config, make_hf, randomize, scattered_logits
 from safetensors.torch import load_file, save_file
 from toy_model import make_request, run_to_end, tokens_of
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -26,7 +27,7 @@ from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
 
-NAMES = ("olmo3", "glm4_moe", "gpt_oss")
+NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3")
 PROMPTS = [list(range(3, 40)), list(range(40, 49))]
 
 
@@ -124,6 +125,25 @@ def test_mxfp4_experts_of_gpt_oss_are_served_as_they_are(checkpoints: dict[str, 
     quantize_model(prepare(source, tmp_path / "again", Recipe("W8A8"), layouts=LAYOUTS))
     kinds = [row[:2] for row in load_model(EngineConfig(model=str(tmp_path / "again"))).report_layers()]
     assert ("experts.*.gate_up", str(PRESETS["W8A8"])) in kinds
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Ministral3"])
+def test_the_text_part_of_a_mistral_3_is_served(family: str, tmp_path: Path) -> None:
+    """Mistral Small 3's and Ministral 3's, without what sees."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Mistral3Config(
+        text_config=make_config(family, CASES[family.lower()][1]),
+        vision_config=transformers.PixtralVisionConfig(**sizes, image_size=28, patch_size=14),
+        tie_word_embeddings=False,
+    )
+    reference = transformers.Mistral3ForConditionalGeneration(config).float().eval()
+    randomize(reference, 0)
+    reference.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        truth = torch.cat([reference(torch.tensor([ids]), use_cache=False).logits[0] for ids in PROMPTS])
+    model = load_model(EngineConfig(model=str(tmp_path), dtype="float32"))
+    assert "the vision tower is not loaded: text only" in model.notes
+    torch.testing.assert_close(torch.cat(scattered_logits(model, PROMPTS)), truth, rtol=0, atol=1e-4)
 
 
 def test_a_gpu_refuses_sinks_by_name(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
