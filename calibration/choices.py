@@ -7,4 +7,4 @@ from typing import Literal
 Algorithm = Literal["auto", "rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq", "tune"]
 Effort = Literal["fast", "auto", "best"]
 ActOrder = Literal["none", "static", "group"]
-Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8"]
+Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "gguf"]

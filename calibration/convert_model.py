@@ -7,8 +7,10 @@ and not in the middle. Of the source one layer is held at a time; the result is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,30 @@ from torch import Tensor
 
 from octavo.calibration.auxiliary_files import copy_files, other_files, without_paths, write_json
 from octavo.calibration.choices import Format
+from octavo.calibration.gguf_output import FILE_TYPES
 from octavo.calibration.layers import EMBEDDING, FLOATS, QuantizeError
 from octavo.calibration.prepare import SMALL_FILES
 from octavo.calibration.progress import Progress, silent
-from octavo.calibration.workspace import Workspace, check_output, check_space, recover, workspace
+from octavo.calibration.workspace import MakeWriter, Workspace, check_output, check_space, recover, workspace
 from octavo.quant.checkpoint import INDEX, KV_SCALES, SINGLE, Checkpoint
 from octavo.quant.dequantized import without_quantization
 from octavo.quant.formats.awq import AWQFormat, write_awq_config
 from octavo.quant.formats.compressed_tensors import format_for, write_config
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
+from octavo.quant.formats.gguf import GGUFFormat, kind_of
 from octavo.quant.formats.gptq import GPTQFormat, write_gptq_config
+from octavo.quant.gguf.file import GGUF
+from octavo.quant.gguf.layout import make_layout
+from octavo.quant.gguf.writer import GGUFLayout, GGUFWriter
+from octavo.quant.model_files import CheckpointError
 from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.safetensors_file import TensorSpec
+from octavo.quant.safetensors_file import PlacedWriter, SafetensorsWriter, TensorSpec
 from octavo.quant.scheme import KVScheme, QuantScheme
+from octavo.quant.shard import regroup
+
+GGUF_GROUP = 32  # columns that share a scale of Q4_0 and Q8_0
 
 NO_INTEGERS = "the model has no quantized layer whose integers could be converted: octavo quantize makes them"
 
@@ -91,18 +102,26 @@ def convert_model(
     formats = _formats(found, target)
     config = _config(checkpoint, {module: f.scheme for module, f in formats.items()}, found, target)
     shards = _shards(checkpoint, found, formats)
+    layout = None
+    make_writer: MakeWriter = SafetensorsWriter
+    if target == "gguf":
+        shards = {GGUF: [piece for pieces in shards.values() for piece in pieces]}
+        layout = _layout(checkpoint, found, formats)
+        make_writer = partial(_gguf_writer, layout)
     after = sum(spec.nbytes for pieces in shards.values() for piece in pieces for spec in piece.specs.values())
+    if layout is not None:
+        after = sum(spec.nbytes for spec in layout.specs.values())
     specs = {shard: {n: s for piece in pieces for n, s in piece.specs.items()} for shard, pieces in shards.items()}
     parent = out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     check_space({parent: int(after * 1.01) + SMALL_FILES})
     job = {"source": source.name, "format": target}
-    with workspace(out, specs, job, resume=False, overwrite=overwrite, keep=False) as work:
+    with workspace(out, specs, job, resume=False, overwrite=overwrite, keep=False, make_writer=make_writer) as work:
         copy_files(other, work.directory)
         done = len(found)
         for shard, pieces in shards.items():
             for piece in pieces:
-                _write_piece(checkpoint, work, piece)
+                _write_piece(checkpoint, work, piece, target)
                 done += piece.format is not None
                 progress(done, 2 * len(found), piece.name)
             work.finish(shard, {}, {})
@@ -124,13 +143,14 @@ def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> 
         weight = checkpoint.linear(module)
         if not isinstance(weight, QuantizedWeight):
             continue
-        if weight.scheme.weight.minima:
+        if weight.scheme.weight.minima and target != "gguf":
             raise QuantizeError(
                 f"{module} can't be written as {target}: its integers lie over minima that are no zero points; octavo "
                 "quantize rounds its numbers anew"
             )
+        weight = _as_held(weight, target)
         entry = _Found(
-            _widened(weight.scheme),
+            weight.scheme,
             weight.shape,
             weight.scale.dtype,
             in_order=weight.g_idx is None,
@@ -147,11 +167,16 @@ def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> 
     return found
 
 
-def _widened(scheme: QuantScheme) -> QuantScheme:
-    """Integers of 5 and 6 bits, which only GGUF files pack, as those of 8 that they are as well."""
+def _as_held(weight: QuantizedWeight, target: Format) -> QuantizedWeight:
+    """The same numbers as a format has them: in groups of 32 in GGUF files, where alone integers have 5 and 6 bits."""
+    scheme = weight.scheme
+    if target == "gguf":
+        size = scheme.weight.granularity.group_size
+        is_wider = size is not None and size > GGUF_GROUP and size % GGUF_GROUP == 0
+        return regroup(weight, GGUF_GROUP) if is_wider and weight.g_idx is None else weight
     if scheme.weight.dtype not in ("int5", "int6"):
-        return scheme
-    return replace(scheme, weight=replace(scheme.weight, dtype="int8"))
+        return weight
+    return replace(weight, scheme=replace(scheme, weight=replace(scheme.weight, dtype="int8", scales="float")))
 
 
 def _formats(found: Mapping[str, _Found], target: Format) -> dict[str, QuantFormat]:
@@ -180,6 +205,8 @@ def _format(found: _Found, target: Format, desc_act: bool) -> QuantFormat:
             return AWQFormat(scheme)
         case "fp8":
             return Fp8Format(scheme)
+        case "gguf":
+            return GGUFFormat(kind_of(scheme))
 
 
 def _check_exact(weight: QuantizedWeight, format_: QuantFormat) -> None:
@@ -226,12 +253,31 @@ def _shards(
     return {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors": pieces for i, pieces in enumerate(files)}
 
 
-def _write_piece(checkpoint: Checkpoint, work: Workspace, piece: _Piece) -> None:
+def _layout(checkpoint: Checkpoint, found: Mapping[str, _Found], formats: Mapping[str, QuantFormat]) -> GGUFLayout:
+    """Of a GGUF file whose other tensors stay what they are."""
+    kinds = {module: kind_of(format_.scheme) for module, format_ in formats.items()}
+    owned = {f"{module}.{suffix}" for module in found for suffix in checkpoint.suffixes(module)}
+    plain = {name: checkpoint.spec(name) for name in sorted(checkpoint.names) if name not in owned}
+    linears = {module: (kind, found[module].shape) for module, kind in kinds.items()}
+    usual = Counter(kinds.values()).most_common(1)[0][0]
+    config = without_quantization(checkpoint.config)
+    try:
+        return make_layout(checkpoint.directory, config, plain, {}, linears, FILE_TYPES[usual])
+    except CheckpointError as e:
+        raise QuantizeError(f"{checkpoint.directory.name} can't be written as gguf: {e}") from e
+
+
+def _gguf_writer(layout: GGUFLayout, path: Path, specs: Mapping[str, TensorSpec], *, again: bool) -> PlacedWriter:  # noqa: ARG001
+    return GGUFWriter(path, layout, again=again)
+
+
+def _write_piece(checkpoint: Checkpoint, work: Workspace, piece: _Piece, target: Format) -> None:
     if piece.format is None:
         work.copy(piece.name, _bytes(checkpoint, piece.name))
         return
     weight = checkpoint.linear(piece.name)
     assert isinstance(weight, QuantizedWeight)
+    weight = _as_held(weight, target)
     if piece.format.scheme.weight.symmetric:
         weight = replace(weight, zero_point=None)
     for suffix, tensor in piece.format.write(replace(weight, scheme=piece.format.scheme)).items():
@@ -260,6 +306,8 @@ def _config(
                 made = write_awq_config(schemes, ignore)
             case "fp8":
                 made = write_fp8_config(schemes, ignore)
+            case "gguf":
+                return config
     except FormatError as e:
         raise QuantizeError(f"{checkpoint.directory.name} can't be written as {target}: {e}") from e
     return config | {"quantization_config": made}

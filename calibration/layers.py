@@ -182,7 +182,9 @@ def portability_warnings(
     scheme: QuantScheme, selection: Selection, format: str = "compressed-tensors", model_type: str = ""
 ) -> list[str]:
     """Warn of what other engines don't load although it is legal."""
-    warnings = []
+    warnings: list[str] = []
+    if format == "gguf":
+        return warnings
     if model_type == "gpt_oss":
         warnings.append(
             "gpt-oss: each expert is written as linear layers of its own, which transformers 5.24 with "

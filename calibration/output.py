@@ -12,6 +12,7 @@ from octavo.quant.formats.awq import AWQFormat, write_awq_config
 from octavo.quant.formats.compressed_tensors import format_for, write_config
 from octavo.quant.formats.format import QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
+from octavo.quant.formats.gguf import GGUFFormat, kind_of
 from octavo.quant.formats.gptq import GPTQFormat, Version, write_gptq_config
 from octavo.quant.scheme import QuantScheme
 
@@ -27,6 +28,8 @@ def make_format(recipe: Recipe, scheme: QuantScheme, dtype: torch.dtype) -> Quan
             return AWQFormat(scheme, scale_dtype=scale_dtype(recipe, dtype))
         case "fp8":
             return Fp8Format(scheme)
+        case "gguf":
+            return GGUFFormat(kind_of(scheme))
 
 
 def scale_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
@@ -50,6 +53,8 @@ def quantization_config(recipe: Recipe, schemes: Mapping[str, QuantScheme], igno
             return write_awq_config(schemes, ignore)
         case "fp8":
             return write_fp8_config(schemes, ignore)
+        case "gguf":
+            return {}
 
 
 def _version(recipe: Recipe) -> Version:

@@ -10,15 +10,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from octavo.calibration.gguf_output import fitted, layout_of
 from octavo.calibration.layers import BLOCK, LinearLayer, QuantizeError, Selection, check_group_size, select_linears
 from octavo.calibration.output import make_format
 from octavo.calibration.recipe import Recipe, RecipeError, means_layer
 from octavo.quant.checkpoint import SINGLE, Checkpoint
+from octavo.quant.gguf.file import GGUF
+from octavo.quant.gguf.writer import GGUFLayout, GGUFWriter
 from octavo.quant.mtp_names import is_mtp
-from octavo.quant.safetensors_file import TensorSpec
+from octavo.quant.safetensors_file import PlacedWriter, SafetensorsWriter, TensorSpec
 from octavo.quant.scheme import QuantScheme
 from octavo.quant.tensor_file import TensorFile
 
@@ -67,6 +71,13 @@ class Plan:
     shards: Mapping[str, Mapping[str, TensorSpec]]
     selection: Selection
     schemes: Mapping[str, QuantScheme]
+    layout: GGUFLayout | None = None  # of a GGUF file, which is one shard
+
+    def writer(self, path: Path, specs: Mapping[str, TensorSpec], *, again: bool) -> PlacedWriter:
+        """A writer of one of the shards; again: the file exists already."""
+        if self.layout is not None:
+            return GGUFWriter(path, self.layout, again=again)
+        return SafetensorsWriter(path, specs, again=again)
 
     @property
     def bytes_before(self) -> int:
@@ -87,8 +98,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> P
     selection, schemes = _schemes(select_linears(checkpoint, list(recipe.ignore)), recipe)
     for scheme in dict.fromkeys(schemes.values()):
         check_group_size(scheme, {m: x for m, x in selection.linears.items() if schemes[m] == scheme})
-    units = _units(checkpoint, recipe, selection, schemes)
-    return Plan(units, _shards(units, max_shard_bytes), selection, schemes)
+    layout = layout_of(checkpoint, recipe, selection.linears, schemes) if recipe.format == "gguf" else None
+    units = _units(checkpoint, recipe, selection, schemes, {} if layout is None else layout.specs)
+    shards = _shards(units, max_shard_bytes) if layout is None else {GGUF: layout.specs}
+    return Plan(units, shards, selection, schemes, layout)
 
 
 def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str, QuantScheme]]:
@@ -98,6 +111,8 @@ def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str,
     if unused:
         raise QuantizeError(f"recipe: {' '.join(unused)} matches no linear layer that is to be quantized")
     found = {module: recipe.scheme_of(module, linear.kind) for module, linear in every.items()}
+    if recipe.format == "gguf":
+        found = fitted(recipe, every, found)
     schemes = {module: scheme for module, scheme in found.items() if scheme is not None}
     if not schemes:
         raise QuantizeError("nothing is left to quantize: the recipe leaves every linear layer as it is")
@@ -106,9 +121,13 @@ def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str,
 
 
 def _units(
-    checkpoint: Checkpoint, recipe: Recipe, selection: Selection, schemes: Mapping[str, QuantScheme]
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    selection: Selection,
+    schemes: Mapping[str, QuantScheme],
+    changed: Mapping[str, TensorSpec],
 ) -> tuple[Unit, ...]:
-    """All tensors in the source's order, by block."""
+    """All tensors in the source's order, by block; changed: what tensors that aren't quantized become."""
     blocks = {linear.module.partition(f".{linear.index}.")[0]: None for linear in selection.linears.values()}
     members: dict[int | None, list[Item]] = {None: []}
     for file in checkpoint.files.values():
@@ -118,7 +137,7 @@ def _units(
             is_own = inside and not is_mtp(name, checkpoint.config)
             index = int(match["index"]) if match is not None and is_own else None
             linear = selection.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            members.setdefault(index, []).append(_item(name, file, spec, recipe, linear, schemes))
+            members.setdefault(index, []).append(_item(name, file, changed.get(name, spec), recipe, linear, schemes))
     outside = Unit(OUTSIDE, None, tuple(members.pop(None)), {})
     prefix = next(iter(blocks))
     return outside, *(

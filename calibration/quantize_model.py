@@ -20,6 +20,7 @@ from torch import Tensor
 from octavo.calibration.auxiliary_files import copy_files, without_paths, write_json
 from octavo.calibration.block import Block
 from octavo.calibration.experts import rare_experts
+from octavo.calibration.gguf_output import replaced
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.kv import KVCollector, KVError, KVReport, kv_advice
 from octavo.calibration.layers import (
@@ -86,7 +87,12 @@ def quantize_model(prepared: Prepared, progress: Progress = silent) -> Quantized
     if prepared.resume and not prepared.overwrite and (there := finished(out, identity)) is not None:
         return _result(prepared, there)
     keep = prepared.calibration is not None
-    how = {"resume": prepared.resume, "overwrite": prepared.overwrite, "keep": keep}
+    how: dict[str, Any] = {
+        "resume": prepared.resume,
+        "overwrite": prepared.overwrite,
+        "keep": keep,
+        "make_writer": prepared.plan.writer,
+    }
     try:
         with workspace(out, prepared.plan.shards, identity, **how) as work:
             # first, since a broken one is found without waiting
@@ -358,7 +364,8 @@ def _config(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> dict[str, Any
     config: dict[str, Any] = without_paths(checkpoint.config)
     if not any(config.get(key) for key in ("dtype", "torch_dtype")) and "text_config" not in config:
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
-    config["quantization_config"] = quantization_config(recipe, plan.schemes, plan.selection.ignore)
+    if plan.layout is None:  # a GGUF file says itself what its layers are
+        config["quantization_config"] = quantization_config(recipe, plan.schemes, plan.selection.ignore)
     return config
 
 
@@ -373,6 +380,8 @@ def _result(prepared: Prepared, units: Mapping[str, Mapping[str, Any]]) -> Quant
     rare = rare_experts(counts, tunes=recipe.tunes)
     where = plan.selection, recipe.format, str(prepared.checkpoint.config.get("model_type"))
     found = [w for scheme in dict.fromkeys(plan.schemes.values()) for w in portability_warnings(scheme, *where)]
+    if recipe.format == "gguf":
+        found += replaced(recipe, plan.selection.linears, plan.schemes)
     warnings = list(dict.fromkeys([*([advice] if advice else []), *rare, *found]))
     return Quantized(recipe, plan.selection, plan.bytes_before, plan.bytes_after, layers, kv, warnings)
 

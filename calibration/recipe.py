@@ -21,7 +21,17 @@ from msgspec import Meta
 
 from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format
 from octavo.flags import check_bounds
-from octavo.quant.scheme import KV_SHORT_NAMES, PRESETS, KVScheme, QuantScheme, SchemeError, Search, group
+from octavo.quant.scheme import (
+    GGUF,
+    GGUF_MIXES,
+    KV_SHORT_NAMES,
+    PRESETS,
+    KVScheme,
+    QuantScheme,
+    SchemeError,
+    Search,
+    group,
+)
 
 KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
 WHAT = "what to quantize, and how"  # headings of the flags
@@ -58,7 +68,7 @@ class Recipe(msgspec.Struct, frozen=True):
         Format,
         Meta(
             description="compressed-tensors; gptq (v1, what every engine reads) or gptq_v2; awq (GEMM); fp8 "
-            "(DeepSeek's native block format, for FP8_BLOCK and FP8)",
+            "(DeepSeek's native block format, for FP8_BLOCK and FP8); gguf (llama.cpp's, with its schemes)",
             extra={"group": "output"},
         ),
     ] = "compressed-tensors"
@@ -281,6 +291,13 @@ def _check_format(recipe: Recipe) -> None:
             raise RecipeError(f"format awq holds 4-bit weights in groups, not {scheme}; W4A16 and W4A16_ASYM are")
         if name == "fp8" and (w.dtype != "fp8_e4m3" or w.granularity.kind in ("channel", "group")):
             raise RecipeError(f"format fp8 holds FP8_BLOCK and FP8, not {scheme}")
+        is_gguf = w in GGUF.values() and a is None
+        if name == "gguf" and not is_gguf:
+            raise RecipeError(
+                f"format gguf holds {', '.join((*GGUF_MIXES, *GGUF))}, not {scheme}; --scheme Q4_K_M is one"
+            )
+        if name != "gguf" and (w.minima or w.dtype in ("int6", "int5")):
+            raise RecipeError(f"{scheme} is what blocks of GGUF files hold; --format gguf writes it, not {name}")
     if recipe.format in ("awq", "fp8") and len(set(recipe.schemes)) > 1:
         raise RecipeError(f"format {name} has one scheme for all layers; compressed-tensors has several")
     if recipe.kv is not None and name != "compressed-tensors":
@@ -296,8 +313,13 @@ def parse_scheme(spelled: str) -> QuantScheme:
     """'W4A16', 'w4a16@64', 'W8A16@-1'. Raises RecipeError."""
     name, at, size = spelled.partition("@")
     scheme = PRESETS.get(name.upper())
+    blocks = GGUF.get(GGUF_MIXES.get(name.upper(), name.upper()))
+    if blocks is not None and at:
+        raise RecipeError(f"group_size {size}: {name.upper()} has groups of {blocks.granularity.group_size} only")
+    if blocks is not None:
+        return QuantScheme(blocks)
     if scheme is None:
-        raise RecipeError(f"scheme {spelled!r} is unknown; known are {', '.join(PRESETS)}")
+        raise RecipeError(f"scheme {spelled!r} is unknown; known are {', '.join((*PRESETS, *GGUF_MIXES, *GGUF))}")
     if not at:
         return scheme
     if not re.fullmatch(r"-1|[1-9]\d{0,5}", size):

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.calibration.auxiliary_files import write_json
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.layers import QuantizeError
-from octavo.quant.safetensors_file import SafetensorsWriter, TensorSpec
+from octavo.quant.safetensors_file import PlacedWriter, SafetensorsWriter, TensorSpec
 
 MANIFEST = "quantization_manifest.json"
 SPOKEN = {"data": "calibration text", "shards": "shard layout"}  # keys of a job as a person calls them
@@ -40,6 +40,12 @@ def is_interruption(error: BaseException) -> bool:
     return isinstance(error, INTERRUPTIONS) or (isinstance(error, RuntimeError) and NO_MEMORY in str(error))
 
 
+class MakeWriter(Protocol):
+    """A shard's writer; again: the file is there already and holds some of its tensors."""
+
+    def __call__(self, path: Path, specs: Mapping[str, TensorSpec], *, again: bool) -> PlacedWriter: ...
+
+
 class ResumeError(QuantizeError):
     """Work that can't be gone on with as asked; it stays where it is, for another try or to be given up."""
 
@@ -51,12 +57,19 @@ class Workspace:
     units     what is done: by the unit's name its hash, and what its writer wanted to remember
     """
 
-    def __init__(self, directory: Path, shards: Mapping[str, Mapping[str, TensorSpec]], job: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shards: Mapping[str, Mapping[str, TensorSpec]],
+        job: Mapping[str, Any],
+        make_writer: MakeWriter = SafetensorsWriter,
+    ) -> None:
         self.directory = directory
         self.job = dict(job)
         self.units: dict[str, dict[str, Any]] = {}
         self._shards = shards
-        self._writers: dict[str, SafetensorsWriter] = {}
+        self._make_writer = make_writer
+        self._writers: dict[str, PlacedWriter] = {}
         self._of = {name: shard for shard, specs in shards.items() for name in specs}
         self._names: list[str] = []
 
@@ -66,7 +79,7 @@ class Workspace:
             path = self.directory / f"{shard}.part"
             if again and not path.exists() and (self.directory / shard).exists():
                 (self.directory / shard).rename(path)  # killed between the last renames
-            writer = SafetensorsWriter(path, specs, again=again and path.exists())
+            writer = self._make_writer(path, specs, again=again and path.exists())
             self._writers[shard] = stack.enter_context(writer)
         if again:
             self._take_over()
@@ -80,7 +93,7 @@ class Workspace:
 
     def copy(self, name: str, chunks: Iterator[Tensor]) -> None:
         """Store a tensor of the unit in work from pieces of its bytes."""
-        self._writers[self._of[name]].write_bytes(name, chunks)
+        self._writers[self._of[name]].copy(name, chunks)
         self._names.append(name)
 
     def finish(self, unit: str, states: Mapping[str, Hidden], remember: Mapping[str, Any]) -> None:
@@ -184,6 +197,7 @@ def workspace(
     resume: bool,
     overwrite: bool,
     keep: bool,
+    make_writer: MakeWriter = SafetensorsWriter,
 ) -> Iterator[Workspace]:
     """A Workspace that becomes `out` if all goes well, and is gone if anything goes wrong.
 
@@ -196,7 +210,7 @@ def workspace(
         raise QuantizeError(f"{partial} is where {out.name} would be made, and isn't a directory; remove it")
     with _only_one(partial):
         again = _prepare(partial, job, resume=resume, overwrite=overwrite)
-        work = Workspace(partial, shards, job)
+        work = Workspace(partial, shards, job, make_writer)
         try:
             if not again:
                 _empty(partial)

@@ -80,7 +80,7 @@ class Kernel:
     whole_groups: bool = False
     symmetric_only: bool = False
     orders: tuple[Order, ...] = ("sorted",)
-    scales: tuple[Scales, ...] = ("float", "e4m3", "e8m0")
+    scales: tuple[Scales, ...] = ("float", "e4m3", "e8m0", "super")
     takes_nan: bool = True
     max_columns: int | None = None
     capability: int = 0

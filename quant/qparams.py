@@ -11,6 +11,7 @@ from torch import Tensor
 
 from octavo.kernels.fp4 import reference as fp4
 from octavo.quant.scheme import LARGEST, Granularity, QuantScheme, Search, WeightScheme
+from octavo.quant.super_blocks import has_own_grid, search_grid
 
 FP8_MAX = LARGEST["fp8_e4m3"]
 
@@ -163,9 +164,12 @@ def quantize_weight(
     global_scale: what divides e4m3 scales; None: this weight's own. Scales of any number are kept in `scale_dtype`
     (None: the weight's own type). Codes are computed against the scale as stored, in float32, rounded half to even;
     both on the weight's device. Raises WeightError for NaN or infinity, and for a scale too large for its type.
+    Integers over minima, and those of super-blocks, are always searched, as `search_grid` does.
     """
     n, k = weight.shape
     w = scheme.weight
+    if has_own_grid(w):
+        return _quantize_on_grid(weight, scheme)
     stored = scale_type(w, scale_dtype or weight.dtype)
     weight, whole = over_global_scale(weight, w, global_scale)
     codes = weight.new_empty(n, k, dtype=code_type(w))
@@ -185,9 +189,21 @@ def quantize_weight(
     return of_global_scale(QuantizedWeight(scheme, codes, scale, zero_point), whole)
 
 
+def _quantize_on_grid(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    if not bool(weight.isfinite().all()):
+        raise WeightError("it holds NaN or infinity")
+    scale, minima = search_grid(weight, scheme.weight)
+    grid = QuantizedWeight(scheme, torch.empty(weight.shape, dtype=torch.int8, device="meta"), scale, minima)
+    n, k = weight.shape
+    shifted = weight.float() if minima is None else weight.float() + grid._expand(minima, n, k)
+    codes = (shifted / grid._expand(scale, n, k)).round_().clamp_(*scheme.weight.int_range)
+    return replace(grid, codes=codes.to(torch.int8))
+
+
 def scale_type(w: WeightScheme, otherwise: torch.dtype) -> torch.dtype:
     """The type that stores the scales of a weight; `otherwise` where they may be any number."""
-    return {"float": otherwise, "e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}[w.scales]
+    bytes_ = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "super": torch.float32}
+    return bytes_.get(w.scales, otherwise)
 
 
 def kept_type(stored: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -209,36 +209,24 @@ def _short(name: str) -> str:
     return printable(name, 200)
 
 
-class SafetensorsWriter:
+class PlacedWriter:
     """Writes a file whose tensors are known in advance and arrive one by one, in any order; a context manager.
 
-    The header is written first and each tensor at its own place, so nothing is held in memory. Tensors are ordered by
-    falling item size, then by name, as the safetensors package orders them, which keeps each one aligned. With `again`
-    the file exists already and holds some of its tensors; `is_there` says which.
+    The header is written first and each tensor at its own place, so nothing is held in memory. With `again` the file
+    exists already and holds some of its tensors; `is_there` says which.
+    places  of each tensor in the file
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], *, again: bool = False) -> None:
+    def __init__(
+        self, path: Path, specs: Mapping[str, TensorSpec], header: bytes, places: Mapping[str, int], *, again: bool
+    ) -> None:
         self.path = path
-        self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offsets = {}
-        offset = 0
-        for name, spec in self.specs.items():
-            offsets[name] = offset
-            header[name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._start = 8 + len(encoded)
-        self._offsets = offsets
+        self.specs = dict(specs)
+        self._places = places
         self._missing = {name for name, spec in self.specs.items() if spec.nbytes}
-        self.nbytes = self._start + offset
+        self.nbytes = max([len(header), *(places[name] + spec.nbytes for name, spec in self.specs.items())])
         self._fd = os.open(path, os.O_RDWR if again else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._pwrite(memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
+        self._pwrite(memoryview(header), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Store one whole tensor, which must have the announced type and shape."""
@@ -250,7 +238,7 @@ class SafetensorsWriter:
 
     def write_bytes(self, name: str, chunks: Iterator[Tensor]) -> None:
         """Store one whole tensor from pieces of its bytes [n] uint8."""
-        offset = self._start + self._offsets[name]
+        offset = self._places[name]
         end = offset + self.specs[name].nbytes
         for chunk in chunks:
             self._pwrite(chunk.numpy().data, offset)
@@ -259,13 +247,17 @@ class SafetensorsWriter:
             raise ValueError(f"{name}: {end - offset} bytes short of what was announced")
         self._missing.discard(name)
 
+    def copy(self, name: str, chunks: Iterator[Tensor]) -> None:
+        """Store one whole tensor from pieces of the source's bytes [n] uint8."""
+        self.write_bytes(name, chunks)
+
     def is_there(self, name: str) -> None:
         """Mark a tensor that an earlier writer of this file has written."""
         self._missing.discard(name)
 
     def stored(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
         """A tensor's bytes as stored in the file; fewer if the file ends."""
-        begin = self._start + self._offsets[name]
+        begin = self._places[name]
         left = self.specs[name].nbytes
         while left > 0 and (chunk := os.pread(self._fd, min(chunk_bytes, left), begin)):
             yield chunk
@@ -285,7 +277,7 @@ class SafetensorsWriter:
             data = data[count:]
             offset = offset + count
 
-    def __enter__(self) -> SafetensorsWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
@@ -297,3 +289,26 @@ class SafetensorsWriter:
                 os.fsync(self._fd)
         finally:
             os.close(self._fd)
+
+
+class SafetensorsWriter(PlacedWriter):
+    """Tensors are ordered by falling item size, then by name, as the safetensors package has it: each is aligned."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], *, again: bool = False) -> None:
+        specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets = {}
+        offset = 0
+        for name, spec in specs.items():
+            offsets[name] = offset
+            header[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        begin = 8 + len(encoded)
+        places = {name: begin + offset for name, offset in offsets.items()}
+        super().__init__(path, specs, len(encoded).to_bytes(8, "little") + encoded, places, again=again)

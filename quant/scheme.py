@@ -14,7 +14,7 @@ from typing import Literal
 
 WeightDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8", "int6", "int5", "int4", "int3", "int2", "bf16"]
 ActivationDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8"]
-Scales = Literal["float", "e4m3", "e8m0"]  # what a format has for scales: numbers, NVFP4's, powers of two (MX)
+Scales = Literal["float", "e4m3", "e8m0", "super"]  # what a format has for scales; `WeightScheme` tells
 Search = Literal["absmax", "mse"]  # how a scale is chosen: to cover every weight, or for the least squared error
 
 BITS: dict[str, int] = {
@@ -106,7 +106,7 @@ class WeightScheme:
 
     minima  integers from 0 up over a minimum, any number: w = q * scale - minimum (GGUF's Q4_K and its like)
     scales  float: any number. e8m0: a power of two (MXFP4, MXFP8). e4m3: an e4m3 number over one float32 for the whole
-            weight (NVFP4)
+            weight (NVFP4). super: an integer times a float16 of 256 columns, as minima are (GGUF's K blocks)
     """
 
     dtype: WeightDtype
@@ -174,7 +174,9 @@ class ActivationScheme:
 
 def _check_scales(dtype: str, granularity: Granularity, scales: Scales) -> None:
     """Which numbers have scales of 8 bits: NVFP4's e4m3 for fp4_e2m1, MX's e8m0 for both floats, in groups."""
-    floats = {"float": None, "e4m3": ("fp4_e2m1",), "e8m0": ("fp4_e2m1", "fp8_e4m3")}[scales]
+    floats = {"float": None, "super": None, "e4m3": ("fp4_e2m1",), "e8m0": ("fp4_e2m1", "fp8_e4m3")}[scales]
+    if scales == "super" and (not dtype.startswith("int") or granularity.kind != "group"):
+        raise SchemeError(f"super-blocks are of integers in groups, not {dtype} per {granularity}")
     if floats is not None and (dtype not in floats or granularity.kind != "group"):
         raise SchemeError(f"{scales} scales are for {' and '.join(floats)} in groups, not {dtype} per {granularity}")
 
@@ -257,6 +259,19 @@ PRESETS: dict[str, QuantScheme] = {
     "MXFP8A16": QuantScheme(MXFP8),
 }
 
+GGUF: dict[str, WeightScheme] = {
+    "Q4_0": WeightScheme("int4", group(32)),
+    "Q4_1": WeightScheme("int4", group(32), symmetric=False, minima=True),
+    "Q5_0": WeightScheme("int5", group(32)),
+    "Q5_1": WeightScheme("int5", group(32), symmetric=False, minima=True),
+    "Q8_0": WeightScheme("int8", group(32)),
+    "Q4_K": WeightScheme("int4", group(32), symmetric=False, scales="super", minima=True),
+    "Q5_K": WeightScheme("int5", group(32), symmetric=False, scales="super", minima=True),
+    "Q6_K": WeightScheme("int6", group(16), scales="super"),
+}
+"""Of the blocks that are written to GGUF files, by ggml's names."""
+GGUF_MIXES = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
+"""llama.cpp's mixes of blocks by layer: what most layers have."""
 AT_LOAD = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "int4": "W4A16"}
 """The presets that the server applies to a dense checkpoint while it loads one with --dtype fp8, int8 or int4."""
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))

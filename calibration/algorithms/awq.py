@@ -25,6 +25,7 @@ from octavo.quant.qparams import (
     scale_type,
 )
 from octavo.quant.scheme import QuantScheme, Search
+from octavo.quant.super_blocks import has_own_grid
 
 ROUND_ROWS = 1 << 21  # elements of a weight whose scales are searched at a time
 
@@ -87,7 +88,7 @@ def awq_clip(
     """
     w = scheme.weight
     dtype = scale_dtype or weight.dtype
-    if w.granularity.kind in ("tensor", "block") or search == "absmax":
+    if w.granularity.kind in ("tensor", "block") or (search == "absmax" and not has_own_grid(w)):
         return quantize_weight(weight, scheme, search, scale_dtype=dtype, global_scale=global_scale)
     if not bool(weight.isfinite().all()):
         raise WeightError("it holds NaN or infinity")
@@ -107,7 +108,7 @@ def awq_clip(
         rounded = round_to_groups(values, scale, zero, size, w)[0]
         codes.append(rounded.t().to(code_type(w)))
         scales.append(scale.t().to(kept_type(dtype)))
-        zeros.append(torch.empty(0) if zero is None else zero.t().to(torch.int8))
+        zeros.append(torch.empty(0) if zero is None else zero.t() if w.minima else zero.t().to(torch.int8))
     joined = torch.cat([c.contiguous().view(torch.uint8) for c in codes]).view(codes[0].dtype)
     zero_point = None if w.symmetric else torch.cat(zeros).contiguous()
     return of_global_scale(QuantizedWeight(scheme, joined, torch.cat(scales).contiguous(), zero_point), whole)

@@ -27,6 +27,7 @@ from octavo.quant.qparams import (
     scale_type,
 )
 from octavo.quant.scheme import QuantScheme, Search
+from octavo.quant.super_blocks import has_own_grid
 
 ActOrder = Literal["none", "static", "group"]
 
@@ -83,7 +84,7 @@ def gptq_weight(
     run = _Run(weight, stats, scheme, act_order, stored, search)
     inverse, used = _inverse_factor(stats.moments, run.order, dampening)
     run.importance = inverse.diagonal().flip(0).square().reciprocal()
-    if act_order == "static" or w.granularity.kind in ("tensor", "block"):
+    if act_order == "static" or w.granularity.kind in ("tensor", "block") or has_own_grid(w):
         run.set_all_scales(weight)
     for begin, stop in _blocks(k, run.group_size, block_size):
         factor = inverse[k - stop : k - begin].flip(0, 1)  # U's rows begin..stop, and its columns from begin on
@@ -154,7 +155,8 @@ class _Run:
             column = self.order
         self.groups = column // self.group_size  # the group of each row of values
         self.scales = torch.zeros(-(-k // self.group_size), n, device=weight.device)
-        self.zeros = None if w.symmetric else torch.zeros_like(self.scales)
+        self.zeros = None if w.symmetric or w.minima else torch.zeros_like(self.scales)
+        self.minima: Tensor | None = None  # [G, N], which values have been raised by
         self.stored: Tensor | None = None  # the scales of tensors and blocks, which rows share
         self.ready = False
 
@@ -167,6 +169,12 @@ class _Run:
             self.stored = storable(scale, self.dtype)
             rows = w.granularity.tile(n, k)[0]
             self.scales.copy_(self.stored.repeat_interleave(rows, dim=0)[:n].t())
+        elif has_own_grid(w):
+            importance = self.importance if self.order is None else self.importance[self.order.argsort()]
+            found = search_scales(weight.t().float(), importance, self.group_size, w, self.dtype, self.search)
+            self.scales, self.minima = found
+            if self.minima is not None:
+                self.values += self.minima[self.groups]
         elif self.regrouped or self.order is None:
             self._search(0, self.values.shape[0])
         else:
@@ -209,6 +217,8 @@ class _Run:
             scales, zeros = self._spread(here)
             decoded = reference.from_grid(self.values[here], scales, zeros)
             torch.sub(decoded, weight.t()[order[here]].float(), out=change[here])
+            if self.minima is not None:
+                change[here] -= self.minima[self.groups[here]]
         gradient = torch.empty_like(change)
         for here in blocks:
             torch.mm(moments[order[here]][:, order], change, out=gradient[here])
@@ -257,6 +267,8 @@ class _Run:
                 g_idx = self.groups[self.order.argsort()].to(torch.int32)
         scale = self.scales.t() if self.stored is None else self.stored
         zero_point = None if self.zeros is None else self.zeros.t().contiguous().to(torch.int8)
+        if self.minima is not None:
+            zero_point = self.minima.t().contiguous()
         scale = scale.contiguous().to(kept_type(self.dtype))
         return QuantizedWeight(self.scheme, raw.contiguous().view(codes.dtype), scale, zero_point, g_idx)
 

@@ -18,6 +18,7 @@ from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
 from octavo.quant.qparams import FP8_MAX, WeightError, fractions_of, store_e4m3
 from octavo.quant.scheme import LARGEST, ActivationScheme, Search, WeightScheme
+from octavo.quant.super_blocks import has_own_grid, search_grid
 
 # Fractions of a group's range that the search tries, the whole range first so that it wins a tie. Above 1 the largest
 # weight is not clipped to the 7 of -8..7, and there is room for the errors that GPTQ adds to columns; below 0.5 nothing
@@ -46,7 +47,11 @@ def search_scales(
 
     absmax: they cover each group's whole range. mse: of the scales that cover a fraction of it, the one with the
     least sum of importance [K] times squared error. G = ceil(K / group_size); the last group may be short.
+    Of integers over minima these are in the zero points' place, and the scales those of `search_grid`.
     """
+    if has_own_grid(w):
+        scale, minima = search_grid(values.t(), w, importance)
+        return scale.t().contiguous(), None if minima is None else minima.t().contiguous()
     low, high = _ranges(values, group_size)
     fractions = fractions_of(w, FRACTIONS) if search == "mse" else FRACTIONS[:1]
     scales, zeros = _candidates(low, high, w, dtype, torch.tensor(fractions, device=values.device))
@@ -99,6 +104,9 @@ def round_to_groups(
     k = values.shape[0]
     spread = scale.repeat_interleave(group_size, dim=0)[:k]
     zeros = None if zero is None else zero.repeat_interleave(group_size, dim=0)[:k]
+    if w.minima and zeros is not None:
+        codes = reference.to_grid(values + zeros, spread, None, grid_of(w))
+        return codes, reference.from_grid(codes, spread, None) - zeros
     codes = reference.to_grid(values, spread, zeros, grid_of(w))
     return codes, reference.from_grid(codes, spread, zeros)
 
@@ -110,6 +118,8 @@ def search_scales_jointly(
 
     So errors of columns that move together count as they add up, or cancel, in the outputs.
     """
+    if has_own_grid(w):
+        return search_scales(values, moments.diagonal(), group_size, w, dtype, "mse")
     k, n = values.shape
     low, high = _ranges(values, group_size)
     scales, zeros = _candidates(low, high, w, dtype, torch.tensor(fractions_of(w, FRACTIONS), device=values.device))

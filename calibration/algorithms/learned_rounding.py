@@ -19,6 +19,7 @@ from octavo.calibration.algorithms.group_scales import grid_of, storable
 from octavo.kernels.gptq.reference import to_grid
 from octavo.quant.qparams import QuantizedWeight, code_type, scale_type
 from octavo.quant.scheme import WeightScheme
+from octavo.quant.super_blocks import has_own_grid
 
 WITHIN = 0.499  # of a step: how far from its code a weight begins at most
 HALVINGS = 8  # of a weight's way from its code, until it rounds to that
@@ -32,7 +33,8 @@ class LearnedRounding:
     latent  [R, G, S] float32: what is rounded, over its scale, in G runs of S numbers that share one; R is N, and a
             run is of a row's columns, but of a tensor with one scale both are 1. A weight that begins with its nearest
             code begins where it is itself; one that was moved beyond a code's edge, as far within the edge
-    factor  [R, G, 1] float32: of the scale that the group began with. It moves no code. Powers of two have none
+    factor  [R, G, 1] float32: of the scale that the group began with. It moves no code. Powers of two have none, nor
+            have scales of super-blocks and over minima, which others depend on
     """
 
     def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
@@ -49,18 +51,20 @@ class LearnedRounding:
             codes = ordered.codes
             weight = weight[:, self._order]
         self._scale = start.scale.float().view(*shape[:2], 1)
-        self._zero = None if start.zero_point is None else start.zero_point.float().view(*shape[:2], 1)
+        offset = None if start.zero_point is None else start.zero_point.float().view(*shape[:2], 1)
+        self._zero = None if w.minima else offset
+        self._minima = offset if w.minima and offset is not None else torch.zeros(())
         self._codes = self._less_zero(codes.float().reshape(shape))
-        self.latent = _begin(weight.float().reshape(shape) / self._scale, self._codes, w)
+        self.latent = _begin((weight.float().reshape(shape) + self._minima) / self._scale, self._codes, w)
         self.factor = torch.ones_like(self._scale)
         self._rounding = _Adam(self.latent)
-        self._scaling = None if w.scales == "e8m0" else _Adam(self.factor)
+        self._scaling = None if self._has_fixed_scales else _Adam(self.factor)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] that is now meant."""
         codes = self._rounded()
         self._codes = self._less_zero(codes)
-        return self._unsorted((self._codes * self._stored_scale()).to(dtype))
+        return self._unsorted((self._codes * self._stored_scale() - self._minima).to(dtype))
 
     def step(self, gradient: Tensor, rounding_rate: float, scale_rate: float) -> None:
         """Move against the gradient [N, K] of the weight that `weight` gave last, by at most about the rates.
@@ -79,6 +83,11 @@ class LearnedRounding:
         scale = self._stored_scale().view(self.start.scale.shape).to(self.start.scale.dtype)
         return replace(self.start, codes=codes, scale=scale)
 
+    @property
+    def _has_fixed_scales(self) -> bool:
+        w = self.start.scheme.weight
+        return w.scales == "e8m0" or has_own_grid(w)
+
     def _rounded(self) -> Tensor:
         """Codes as they will be stored, in float32."""
         return to_grid(self.latent, torch.ones_like(self._scale), self._zero, self._grid)
@@ -89,7 +98,7 @@ class LearnedRounding:
     def _stored_scale(self) -> Tensor:
         """The scales as they will be stored, in float32."""
         w = self.start.scheme.weight
-        if w.scales == "e8m0":
+        if self._has_fixed_scales:
             return self._scale
         dtype = scale_type(w, self.start.scale.dtype)
         whole = self.start.global_scale

@@ -15,6 +15,7 @@ from torch import Tensor
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.reading import check_nothing_left, sides, take
 from octavo.quant.gguf.blocks import BLOCK_TYPES, BlockType
+from octavo.quant.gguf.encode import ENCODERS
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import QuantScheme
@@ -47,8 +48,24 @@ class GGUFFormat:
         n, nbytes = sides(tensors, BLOCKS)
         return n, nbytes // self._type.nbytes * self._type.columns
 
-    def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:  # noqa: ARG002
-        raise FormatError(f"{self.kind} is not written")
+    def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Blocks of these very numbers. Raises FormatError for a kind that isn't written, and for others' numbers."""
+        if self.kind not in ENCODERS:
+            raise FormatError(f"blocks of {self.kind} are not written; {', '.join(ENCODERS)} are")
+        if weight.g_idx is not None:
+            raise FormatError("blocks have their columns in order, and it has act-order")
+        n, k = weight.shape
+        spec = self.tensors(n, k)[BLOCKS]
+        scheme = self._type.scheme
+        assert scheme is not None
+        low, high = scheme.int_range
+        if int(weight.codes.min()) < low or int(weight.codes.max()) > high:
+            raise FormatError(f"its integers are not from {low} to {high}, as those of {self.kind} are")
+        groups = (-1, self._type.columns // scheme.granularity.tile(n, k)[1])
+        minima = torch.empty(0) if weight.zero_point is None else weight.zero_point.float().reshape(groups)
+        encode = ENCODERS[self.kind]
+        blocks = encode(weight.codes.reshape(-1, self._type.columns), weight.scale.float().reshape(groups), minima)
+        return {BLOCKS: blocks.reshape(spec.shape)}
 
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """Codes, scales and minima in float32, from these very bytes."""
@@ -67,6 +84,14 @@ class GGUFFormat:
         if in_features % self._type.columns:
             raise FormatError(f"{in_features} columns are no whole blocks of {self.kind}, {self._type.columns} each")
         return in_features // self._type.columns * self._type.nbytes
+
+
+def kind_of(scheme: QuantScheme) -> str:
+    """The kind of blocks that hold a scheme's integers. Raises FormatError for one that none holds."""
+    for kind in ENCODERS:
+        if BLOCK_TYPES[kind].scheme == scheme.weight and scheme.activation is None:
+            return kind
+    raise FormatError(f"no GGUF block holds {scheme}; {', '.join(ENCODERS)} are written")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,9 +74,11 @@ _FUSED = {
     "ffn_down": "mlp.down_proj",
 }
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_HF_BLOCK = re.compile(r"model\.layers\.(\d{1,5})\.(.+)")
+_HF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
 # What every architecture here says of itself.
-_SIZES = {
+SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -84,7 +86,7 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
 }
 _READ = {
-    *_SIZES,
+    *SIZES,
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
@@ -95,10 +97,14 @@ _READ = {
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.attn_factor",
+    "expert_gating_func",
     "vocab_size",
 }
-_MOE_KEYS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func"})
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_USED = {"expert_used_count": "num_experts_per_tok"}
+_MOE = {**_USED, "expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
 SOFTMAX = 1  # of expert_gating_func
+LOCAL = "rope_local_base_freq"
 SWA_ROPE = 10_000.0  # of Gemma 3's layers with a window
 
 
@@ -107,6 +113,8 @@ class GGUFArchitecture:
     """model_type and name: config.json's. blocks: names in a block. rotates: q's and k's rows are interleaved.
 
     bias_key  config.json's key that says whether q, k and v have biases; None: they always or never have
+    keys      that it has beside the common ones, with config.json's of the same meaning
+    extra     what its config.json has beside the common keys
     """
 
     model_type: str
@@ -115,7 +123,7 @@ class GGUFArchitecture:
     rotates: bool = False
     adds_one: bool = False  # to the weights of norms
     bias_key: str | None = "attention_bias"
-    keys: frozenset[str] = frozenset()  # that it has beside the common ones
+    keys: Mapping[str, str] = field(default_factory=dict)
     extra: Callable[[Keys, dict[str, Any]], dict[str, Any]] = lambda keys, config: {}  # noqa: ARG005
 
 
@@ -208,7 +216,12 @@ LLAMA_EXPERTS = "llama with experts"
 ARCHITECTURES = {
     "llama": GGUFArchitecture("llama", "LlamaForCausalLM", _PLAIN, rotates=True),
     LLAMA_EXPERTS: GGUFArchitecture(
-        "mixtral", "MixtralForCausalLM", _MIXTRAL, rotates=True, keys=_MOE_KEYS, extra=_mixtral
+        "mixtral",
+        "MixtralForCausalLM",
+        _MIXTRAL,
+        rotates=True,
+        keys=_USED | {"expert_count": "num_local_experts"},
+        extra=_mixtral,
     ),
     "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", _PLAIN, bias_key=None),
     "qwen2moe": GGUFArchitecture(
@@ -216,19 +229,17 @@ ARCHITECTURES = {
         "Qwen2MoeForCausalLM",
         _EXPERTS | _SHARED_EXPERT,
         bias_key="qkv_bias",
-        keys=_MOE_KEYS | {"expert_shared_feed_forward_length"},
+        keys=_MOE | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
         extra=_qwen2moe,
     ),
     "qwen3": GGUFArchitecture("qwen3", "Qwen3ForCausalLM", _PLAIN | _HEADS),
-    "qwen3moe": GGUFArchitecture(
-        "qwen3_moe", "Qwen3MoeForCausalLM", _EXPERTS | _HEADS, keys=_MOE_KEYS, extra=_qwen3moe
-    ),
+    "qwen3moe": GGUFArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _EXPERTS | _HEADS, keys=_MOE, extra=_qwen3moe),
     "gemma2": GGUFArchitecture(
         "gemma2",
         "Gemma2ForCausalLM",
         _SANDWICH,
         adds_one=True,
-        keys=frozenset({"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}),
+        keys=_WINDOW | {key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")},
         extra=_gemma2,
     ),
     "gemma3": GGUFArchitecture(
@@ -236,7 +247,7 @@ ARCHITECTURES = {
         "Gemma3ForCausalLM",
         _SANDWICH | _HEADS,
         adds_one=True,
-        keys=frozenset({"attention.sliding_window", "final_logit_softcapping", "rope.freq_base_swa"}),
+        keys=_WINDOW | {"final_logit_softcapping": "final_logit_softcapping", "rope.freq_base_swa": LOCAL},
         extra=_gemma3,
     ),
     "phi3": GGUFArchitecture(
@@ -244,14 +255,14 @@ ARCHITECTURES = {
         "Phi3ForCausalLM",
         _FUSED,
         bias_key=None,
-        keys=frozenset({"attention.sliding_window"}),
+        keys=_WINDOW,
         extra=_phi3,
     ),
     "olmo2": GGUFArchitecture("olmo2", "Olmo2ForCausalLM", _POST | _HEADS),
-    "olmoe": GGUFArchitecture("olmoe", "OlmoeForCausalLM", _EXPERTS | _HEADS, keys=_MOE_KEYS, extra=_olmoe),
-    "granite": GGUFArchitecture(
-        "granite", "GraniteForCausalLM", _PLAIN, rotates=True, keys=frozenset(GRANITE), extra=_granite
+    "olmoe": GGUFArchitecture(
+        "olmoe", "OlmoeForCausalLM", _EXPERTS | _HEADS, keys=_USED | {"expert_count": "num_experts"}, extra=_olmoe
     ),
+    "granite": GGUFArchitecture("granite", "GraniteForCausalLM", _PLAIN, rotates=True, keys=GRANITE, extra=_granite),
     "smollm3": GGUFArchitecture("smollm3", "SmolLM3ForCausalLM", _PLAIN, rotates=True),
 }
 
@@ -275,13 +286,13 @@ def config_of(header: GGUFHeader) -> dict[str, Any]:
     architecture = architecture_of(metadata)
     prefix = f"{metadata['general.architecture']}."
     keys = Keys(metadata, prefix)
-    if unknown := [key for key in keys.names() if key not in _READ | architecture.keys and keys.get(key)]:
+    if unknown := [key for key in keys.names() if key not in _READ | architecture.keys.keys() and keys.get(key)]:
         raise CheckpointError(f"its metadata has {some([prefix + key for key in unknown])}, which is not known here")
     config: dict[str, Any] = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
         "dtype": _dtype_of(tensors),
-        **{ours: keys.count(theirs) for theirs, ours in _SIZES.items()},
+        **{ours: keys.count(theirs) for theirs, ours in SIZES.items()},
     }
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = keys.count("attention.head_count_kv", heads)
@@ -299,6 +310,25 @@ def config_of(header: GGUFHeader) -> dict[str, Any]:
     if architecture.bias_key is not None:
         config[architecture.bias_key] = "blk.0.attn_q.bias" in tensors
     return config | architecture.extra(keys, config)
+
+
+def stored_name(name: str, blocks: Mapping[str, str]) -> tuple[str, int | None]:
+    """The name in a GGUF file of Hugging Face's tensor, and of which expert it is in a tensor of all of them.
+
+    blocks: of the architecture. Raises CheckpointError for a tensor that such a file has no place for.
+    """
+    module, _, suffix = name.rpartition(".")
+    outside = next((theirs for theirs, ours in _OUTSIDE.items() if ours == module), None)
+    if outside is not None and suffix == "weight":
+        return f"{outside}.weight", None
+    match = _HF_BLOCK.fullmatch(module)
+    if match is not None:
+        expert = _HF_EXPERT.search(match[2])
+        kind = match[2] if expert is None else _HF_EXPERT.sub(f".experts.{EXPERT}.", match[2])
+        for theirs, ours in blocks.items():
+            if ours == kind and suffix in ("weight", "bias"):
+                return f"blk.{match[1]}.{theirs}.{suffix}", None if expert is None else int(expert[1])
+    raise CheckpointError(f"{printable(name, 100)} has no place in a GGUF file of its architecture")
 
 
 def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
@@ -334,6 +364,17 @@ def change_of(name: str, metadata: Mapping[str, Any], config: Mapping[str, Any])
         return None
     heads = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
     return lambda rows: _in_halves(rows, heads)
+
+
+def stored_change(name: str, architecture: GGUFArchitecture, config: Mapping[str, Any]) -> Change | None:
+    """What the conversion to GGUF makes of a tensor, by its name there: `change_of` undoes it."""
+    if architecture.adds_one and name.endswith("norm.weight"):
+        return lambda numbers: numbers + 1
+    match = _BLOCK.fullmatch(name)
+    if not architecture.rotates or match is None or match[2] not in ("attn_q", "attn_k"):
+        return None
+    heads = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
+    return lambda rows: rows[_in_halves(torch.arange(rows.shape[0]), heads).argsort()]
 
 
 def _in_halves(rows: Tensor, heads: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp4.reference import decode_e2m1, e8m0_to_float
-from octavo.quant.scheme import WeightDtype, WeightScheme, group
+from octavo.quant.scheme import GGUF, WeightScheme, group
 
 TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
@@ -163,24 +163,20 @@ def _mxfp4(b: Tensor) -> Tensor:
     return decode_e2m1(_nibbles(b[:, 1:], 16)).float() * e8m0_to_float(b[:, :1])
 
 
-def _over_minima(dtype: WeightDtype, size: int) -> WeightScheme:
-    return WeightScheme(dtype, group(size), symmetric=False, minima=True)
-
-
 BLOCK_TYPES = {
     "F32": BlockType(1, 4, plain=torch.float32),
     "F16": BlockType(1, 2, plain=torch.float16),
     "BF16": BlockType(1, 2, plain=torch.bfloat16),
-    "Q4_0": BlockType(32, 18, integers=_q4_0, scheme=WeightScheme("int4", group(32))),
-    "Q4_1": BlockType(32, 20, integers=_q4_1, scheme=_over_minima("int4", 32)),
-    "Q5_0": BlockType(32, 22, integers=_q5_0, scheme=WeightScheme("int5", group(32))),
-    "Q5_1": BlockType(32, 24, integers=_q5_1, scheme=_over_minima("int5", 32)),
-    "Q8_0": BlockType(32, 34, integers=_q8_0, scheme=WeightScheme("int8", group(32))),
-    "Q2_K": BlockType(256, 84, integers=_q2_k, scheme=_over_minima("int2", 16)),
+    "Q4_0": BlockType(32, 18, integers=_q4_0, scheme=GGUF["Q4_0"]),
+    "Q4_1": BlockType(32, 20, integers=_q4_1, scheme=GGUF["Q4_1"]),
+    "Q5_0": BlockType(32, 22, integers=_q5_0, scheme=GGUF["Q5_0"]),
+    "Q5_1": BlockType(32, 24, integers=_q5_1, scheme=GGUF["Q5_1"]),
+    "Q8_0": BlockType(32, 34, integers=_q8_0, scheme=GGUF["Q8_0"]),
+    "Q2_K": BlockType(256, 84, integers=_q2_k, scheme=WeightScheme("int2", group(16), symmetric=False, minima=True)),
     "Q3_K": BlockType(256, 110, integers=_q3_k, scheme=WeightScheme("int3", group(16))),
-    "Q4_K": BlockType(256, 144, integers=_q4_k, scheme=_over_minima("int4", 32)),
-    "Q5_K": BlockType(256, 176, integers=_q5_k, scheme=_over_minima("int5", 32)),
-    "Q6_K": BlockType(256, 210, integers=_q6_k, scheme=WeightScheme("int6", group(16))),
+    "Q4_K": BlockType(256, 144, integers=_q4_k, scheme=GGUF["Q4_K"]),
+    "Q5_K": BlockType(256, 176, integers=_q5_k, scheme=GGUF["Q5_K"]),
+    "Q6_K": BlockType(256, 210, integers=_q6_k, scheme=GGUF["Q6_K"]),
     "IQ4_NL": BlockType(32, 18, integers=_iq4_nl, scheme=WeightScheme("int8", group(32))),
     "IQ4_XS": BlockType(256, 136, integers=_iq4_xs, scheme=WeightScheme("int8", group(32))),
     "MXFP4": BlockType(32, 17, numbers=_mxfp4),

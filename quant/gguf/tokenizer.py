@@ -85,18 +85,21 @@ def _byte_level(keys: Keys, tokens: list[str]) -> Tokenizer:
         raise CheckpointError(f"tokenizer.ggml.pre is {shown(pre)}; {', '.join(SPLITS)} are read")
     merges: Any = [tuple(merge.split(" ", 1)) for merge in keys.texts("merges")]
     backend = _bpe(tokens, merges, ignore_merges=pre in WHOLE_WORDS)
-    split = SPLITS[pre]
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))
-    if split is None:
-        backend.pre_tokenizer = bytes_
-    elif split == "digits":
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), bytes_])
+    backend.pre_tokenizer = split_by(SPLITS[pre])
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def split_by(split: str | None) -> Any:
+    """What splits text as a value of SPLITS says."""
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))
+    if split is None:
+        return bytes_
+    if split == "digits":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), bytes_])
 
 
 def _sentencepiece(keys: Keys, tokens: list[str], kinds: list[int]) -> Tokenizer:
@@ -104,7 +107,7 @@ def _sentencepiece(keys: Keys, tokens: list[str], kinds: list[int]) -> Tokenizer
     if scores is None:
         raise CheckpointError("it has no tokenizer.ggml.scores")
     unknown = _token(keys, tokens, "unknown")
-    merges = _merges(tokens, scores, kinds)
+    merges = merges_by_score(tokens, scores, kinds)
     backend = _bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in kinds)
     prefixed = keys.flag("add_space_prefix", otherwise=True)
     replace = normalizers.Replace(" ", SPACE)
@@ -114,7 +117,7 @@ def _sentencepiece(keys: Keys, tokens: list[str], kinds: list[int]) -> Tokenizer
     return backend
 
 
-def _merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
+def merges_by_score(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
     """All pairs of pieces whose concatenation is a piece, those of the highest score first."""
     pieces = {token: i for i, token in enumerate(tokens) if kinds[i] in (NORMAL, USER, UNUSED)}
     found = []

@@ -1,6 +1,6 @@
 """Write a quantized checkpoint in another format: the same integers and scales, exactly, or a refusal that says why.
 
-Between compressed-tensors, GPTQ, AWQ and native FP8, where both can carry what the checkpoint holds.
+Between compressed-tensors, GPTQ, AWQ, native FP8 and GGUF, where both can carry what the checkpoint holds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ConvertOptions(msgspec.Struct, frozen=True):
         Format,
         Meta(
             description="compressed-tensors: any scheme. gptq, gptq_v2: weights of 2, 3, 4 or 8 bits, also with "
-            "desc_act; v2 holds every zero point. awq: weights of 4 bits. fp8: fp8 in blocks or per tensor"
+            "desc_act; v2 holds every zero point. awq: weights of 4 bits. fp8: fp8 in blocks or per tensor. "
+            "gguf: symmetric weights of 4 or 8 bits in groups of 32 or a multiple, as Q4_0 and Q8_0"
         ),
     ]
     revision: Annotated[

@@ -16,7 +16,7 @@ from octavo.calibration.recipe import WHAT, Recipe, RecipeError, read_recipe
 from octavo.flags import add_flags, flags_of, given, read
 from octavo.jobs.calibration_data import DataOptions
 from octavo.jobs.quantize import Job, Listener
-from octavo.quant.scheme import GROUP_SIZES, PRESETS
+from octavo.quant.scheme import GGUF, GGUF_MIXES, GROUP_SIZES, PRESETS
 
 DEFAULT_SCHEME = "W4A16"
 TARGETS = ("bits_budget", "target_size", "target_speed", "target_kl")
@@ -31,11 +31,12 @@ class SchemeFlags(msgspec.Struct, frozen=True):
             description="W4A16, W4A16_ASYM, W3A16, W2A16, W8A16: integer weights in groups, input as it is. W8A8 "
             "(INT8), W4A8: the input rounded to int8 per token as well. FP8_DYNAMIC, FP8_BLOCK: weights and input in "
             "fp8, weights per channel or in 128x128 blocks. FP8: one scale each, that of the input from calibration. "
-            "W4AFP8: 4-bit weights, fp8 input",
+            "W4AFP8: 4-bit weights, fp8 input. With --format gguf: Q4_K_M, Q4_K_S, Q5_K_M, Q5_K_S, llama.cpp's mixes, "
+            "and Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, the same for all layers",
             extra={
                 "group": WHAT,
                 "parse": str.upper,
-                "choices": PRESETS,
+                "choices": (*PRESETS, *GGUF_MIXES, *GGUF),
                 "default": "none: required, except with --recipe, --bits-budget or a --target",
             },
         ),

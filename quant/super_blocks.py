@@ -1,0 +1,145 @@
+"""Scales and minima of integers over minima, and of super-blocks, whose scales are integers (GGUF's K blocks).
+
+Two kinds of grids: w = q * s - m with q from 0 up (Q4_1, Q5_1, Q4_K, Q5_K), and w = q * s with q on both sides of 0
+(Q6_K). In a super-block of 256 columns s and m are integers times a float16: of 6 bits, of 8 with a sign for Q6_K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.quant.scheme import WeightScheme
+
+SUPER = 256  # columns of a super-block
+MOST_SCALE = 63  # of 6 bits
+MOST_SIGNED = 127
+SHRINK = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, the whole first so that it wins a tie
+TINY = torch.finfo(torch.float16).tiny
+CHUNK = 1 << 20  # elements worked on at a time
+
+
+def has_own_grid(w: WeightScheme) -> bool:
+    """Whether scales and minima are found here."""
+    return w.minima or w.scales == "super"
+
+
+def search_grid(weight: Tensor, w: WeightScheme, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Scales [N, G] and minima [N, G] or None, float32 as they will be stored, never a scale of 0, of a weight [N, K].
+
+    Of ranges in SHRINK, each fitted again to its codes by least squares, the one with the least sum of importance [K]
+    times squared error; then the scales of a super-block are rounded to its integers. Raises ValueError for columns
+    that are no whole groups.
+    """
+    size = w.granularity.tile(*weight.shape)[1]
+    k = weight.shape[1]
+    whole = SUPER if w.scales == "super" else size
+    if k % whole:
+        raise ValueError(f"{k} columns are no whole blocks of {whole}")
+    weights = torch.ones(k, device=weight.device) if importance is None else importance.float()
+    weights = weights.reshape(1, k // size, size)
+    scales = []
+    minima = []
+    for rows in torch.split(weight, max(1, CHUNK // k)):
+        tiles = rows.float().reshape(len(rows), k // size, size)
+        if w.minima:
+            s, m = _over_minima(tiles, weights, w.int_range[1])
+            scale, minimum = (
+                (_in_super_blocks(s, size), _in_super_blocks(m, size, least=0))
+                if whole == SUPER
+                else (
+                    s.half().float().clamp(min=TINY),
+                    m.half().float(),
+                )
+            )
+            minima.append(minimum)
+        else:
+            scale = _in_signed_super_blocks(_around_zero(tiles, weights, w.int_range), size)
+        scales.append(scale)
+    return torch.cat(scales), torch.cat(minima) if minima else None
+
+
+def _over_minima(tiles: Tensor, weights: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Scales and minima [R, G], any numbers, minima not below 0."""
+    low = tiles.amin(2).clamp(max=0)
+    high = tiles.amax(2).clamp(min=0)
+    best_scale = best_minimum = least = torch.empty(0)
+    for shrink in SHRINK:
+        scale = ((high - low) * (shrink / most)).clamp(min=1e-20)
+        scale, minimum = _fit_over_minima(tiles, weights, most, scale, -low * shrink)
+        error = _error(tiles, weights, scale, minimum, (0, most))
+        if shrink == SHRINK[0]:
+            best_scale = scale
+            best_minimum = minimum
+            least = error
+            continue
+        better = error < least
+        best_scale = torch.where(better, scale, best_scale)
+        best_minimum = torch.where(better, minimum, best_minimum)
+        least = torch.minimum(error, least)
+    return best_scale, best_minimum
+
+
+def _fit_over_minima(
+    tiles: Tensor, weights: Tensor, most: int, scale: Tensor, minimum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scale and minimum with the least error for the codes that these give."""
+    codes = ((tiles + minimum[..., None]) / scale[..., None]).round_().clamp_(0, most)
+    total = weights.sum(2)
+    weighted = codes * weights
+    q = weighted.sum(2)
+    qq = (weighted * codes).sum(2)
+    t = (tiles * weights).sum(2)
+    qt = (weighted * tiles).sum(2)
+    determinant = total * qq - q * q
+    fitted = (total * qt - q * t) / determinant
+    offset = (q * fitted - t) / total
+    alone = qt / qq  # without a minimum
+    negative = offset < 0
+    fitted = torch.where(negative, alone, fitted)
+    usable = (determinant > 0) & fitted.isfinite() & (fitted > 1e-20)
+    return torch.where(usable, fitted, scale), torch.where(usable, offset.clamp(min=0), minimum)
+
+
+def _around_zero(tiles: Tensor, weights: Tensor, int_range: tuple[int, int]) -> Tensor:
+    """Scales [R, G], any numbers: negative where the largest value is positive, so that it is the lowest code."""
+    peak = tiles.gather(2, tiles.abs().argmax(2, keepdim=True))[..., 0]
+    best = least = torch.empty(0)
+    for shrink in SHRINK:
+        scale = peak * (shrink / int_range[0])
+        scale = torch.where(scale.abs() < 1e-20, torch.full_like(scale, 1e-20), scale)
+        codes = (tiles / scale[..., None]).round_().clamp_(*int_range)
+        weighted = codes * weights
+        fitted = (weighted * tiles).sum(2) / (weighted * codes).sum(2)
+        scale = torch.where(fitted.isfinite() & (fitted.abs() > 1e-20), fitted, scale)
+        error = _error(tiles, weights, scale, None, int_range)
+        if shrink == SHRINK[0]:
+            best = scale
+            least = error
+            continue
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _error(tiles: Tensor, weights: Tensor, scale: Tensor, minimum: Tensor | None, int_range: tuple[int, int]) -> Tensor:
+    shifted = tiles if minimum is None else tiles + minimum[..., None]
+    codes = (shifted / scale[..., None]).round_().clamp_(*int_range)
+    return ((codes * scale[..., None] - shifted).square_() * weights).sum(2)
+
+
+def _in_super_blocks(values: Tensor, size: int, least: int = 1) -> Tensor:
+    """Values [R, G] not below 0, as integers least..63 times a float16 for each super-block."""
+    blocks = values.reshape(len(values), -1, SUPER // size)
+    unit = (blocks.amax(2, keepdim=True) / MOST_SCALE).half().float()
+    unit = unit.clamp(min=TINY) if least else unit
+    whole = (blocks / unit.clamp(min=TINY)).round_().clamp_(least, MOST_SCALE)
+    return (whole * unit).reshape(values.shape)
+
+
+def _in_signed_super_blocks(values: Tensor, size: int) -> Tensor:
+    """Values [R, G] as integers -127..127, but 0, times a float16 for each super-block."""
+    blocks = values.reshape(len(values), -1, SUPER // size)
+    unit = (blocks.abs().amax(2, keepdim=True) / MOST_SIGNED).half().float().clamp(min=TINY)
+    whole = (blocks / unit).round_().clamp_(-MOST_SIGNED, MOST_SIGNED)
+    return (torch.where(whole == 0, 1.0, whole) * unit).reshape(values.shape)
