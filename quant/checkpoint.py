@@ -38,7 +38,7 @@ KV_SCALES = (
     ("kv_scale", "kv_scale"),  # AutoFP8: one for both
     ("attn.kv_scale", "attn.kv_scale"),
 )
-MARKS = frozenset(("weight_scale", "weight_scale_inv", "qweight", "blocks", "SCB", "_weight_qdata"))
+MARKS = frozenset(("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "blocks", "SCB", "_weight_qdata"))
 """Of a linear layer's tensors those that only quantized ones have; each format has one of them."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -200,6 +200,8 @@ class CompressedTensorsFormat:
             return None
         stored = take(left, "weight_zero_point")
         if packed is not None and stored.dtype == torch.int32:
+            if stored.ndim != 2:
+                raise FormatError(f"weight_zero_point is {list(stored.shape)}; a matrix is expected")
             bits = self.scheme.weight.bits
             padded = is_padded(packed, bits, k)  # as the weight is: its words tell more surely than these few
             try:

@@ -129,12 +129,26 @@ def test_quality_is_against_the_numbers_and_the_report_says_so(
     assert not torch.equal(logits_of(source, ids), logits_of(plain, ids))
 
 
-def test_a_layer_that_lacks_a_tensor_is_named(fixtures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["weight_shape", "weight_scale"])
+def test_a_layer_that_lacks_a_tensor_is_named(fixtures: Path, tmp_path: Path, suffix: str) -> None:
     source = whole(fixtures / "tiny--llmc-w4a16-g32", tmp_path / "nothing")
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copy(source / "config.json", broken)
-    name = "model.layers.0.mlp.up_proj.weight_shape"
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
     save_file({key: t for key, t in tensors_of(source).items() if key != name}, broken / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj: weight_shape is missing"):
-        open_dequantized(broken)
+    with pytest.raises(CheckpointError, match=rf"layers\.0\.mlp\.up_proj: {suffix} is missing"):
+        quantize_model(prepare(broken, tmp_path / "out", Recipe("W8A8")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_zero_points_are_a_matrix(fixtures: Path, tmp_path: Path) -> None:
+    source = whole(fixtures / "tiny--llmc-w4a16-asym-g32", tmp_path / "nothing")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(source / "config.json", broken)
+    name = "model.layers.0.mlp.up_proj.weight_zero_point"
+    tensors = tensors_of(source)
+    save_file(tensors | {name: tensors[name].unsqueeze(0)}, broken / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up_proj: weight_zero_point is \[1, \d+, \d+\]; a matrix is expected"):
+        open_dequantized(broken).tensor("model.layers.0.mlp.up_proj.weight")
