@@ -116,21 +116,29 @@ class FourBitDecoder:
         """The weight [N, K] in the type that it was quantized from. Raises FormatError."""
         state = _state(tensors)
         left = {name: tensor for name, tensor in tensors.items() if name not in STATES}
-        packed = take(left, "weight").contiguous().view(torch.uint8).flatten()
+        packed = take(left, "weight").flatten().view(torch.uint8)
         table = _table(take(left, "weight.quant_map"), 16, "weight.quant_map")
-        largest = take(left, "weight.absmax")
+        largest = take(left, "weight.absmax").flatten()
         if "weight.nested_absmax" in left:
             nested = _table(take(left, "weight.nested_quant_map"), 256, "weight.nested_quant_map")
-            scale = take(left, "weight.nested_absmax").repeat_interleave(state["nested_blocksize"])[: len(largest)]
-            largest = nested[largest.int()] * scale + state["nested_offset"]
+            scale = take(left, "weight.nested_absmax").flatten()
+            width = min(state["nested_blocksize"], max(len(largest), 1))
+            if len(scale) != -(-len(largest) // width) or largest.dtype != torch.uint8:
+                raise FormatError(
+                    f"weight.nested_absmax has {len(scale)} numbers, and weight.absmax {len(largest)} of "
+                    f"{largest.dtype}; a number for each {width} of uint8 is expected"
+                )
+            largest = nested[largest.int()] * scale.repeat_interleave(width)[: len(largest)] + state["nested_offset"]
         check_nothing_left(left, "beside bitsandbytes' 4-bit weight")
         count = math.prod(state["shape"])
-        size = state["blocksize"]
+        size = min(state["blocksize"], count)
         if packed.numel() != -(-count // 2) or len(largest) != -(-count // size):
             raise FormatError(
                 f"weight has {packed.numel()} bytes and weight.absmax {len(largest)} numbers; {state['shape']} in "
                 f"blocks of {size} takes {-(-count // 2)} and {-(-count // size)}"
             )
+        if not bool(largest.isfinite().all()):
+            raise FormatError("weight.absmax holds NaN or infinity")
         numbers = table[torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:count].int()]
         numbers *= largest.repeat_interleave(size)[:count]
         return numbers.to(DTYPES[state["dtype"]]).reshape(state["shape"])
@@ -144,7 +152,7 @@ def _state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         state = json.loads(bytes(tensors[name].tolist()))
         sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
-        offset = float(state.get("nested_offset", 0.0))
+        offset = state["nested_offset"] = float(state.get("nested_offset", 0.0))
         sound = len(state["shape"]) == 2 and state["dtype"] in DTYPES and math.isfinite(offset)
         sound &= all(type(size) is int and size > 0 for size in sizes)
     except (ValueError, TypeError, KeyError) as e:

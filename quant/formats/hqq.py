@@ -84,6 +84,8 @@ class HQQDecoder:
         check_shape("W_q", words, (-(-rows // fields), columns), f"of {rows} rows in {packing}")
         for name, tensor in (("scale", scale), ("zero", zero)):
             check_shape(name, tensor, (groups, 1) if axis == 1 else (1, groups), "one for each group")
+        if words.is_floating_point() or words.is_complex() or words.dtype == torch.bool:
+            raise FormatError(f"W_q is {words.dtype}; integers are expected")
         mask = (1 << bits) - 1
         codes = torch.cat([(words >> (bits * field)) & mask for field in reversed(range(fields))])[:rows]
         return ((codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)).reshape(shape)
@@ -91,7 +93,7 @@ class HQQDecoder:
 
 def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     shape = take(dict(tensors), "shape").tolist()
-    if not isinstance(shape, list) or len(shape) != 2 or min(shape) < 1:
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
         raise FormatError(f"shape is {shape}; two sizes are expected")
     return shape[0], shape[1]
 

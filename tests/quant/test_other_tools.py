@@ -58,6 +58,11 @@ def edited(source: Path, into: Path, tensors: dict[str, Tensor | None], **metada
     return into
 
 
+def state(**changes: Any) -> Tensor:
+    content = {"shape": [128, 128], "blocksize": 64, "dtype": "bfloat16", **changes}
+    return torch.tensor(list(json.dumps(content).encode())).byte()
+
+
 STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
 DAMAGE: dict[str, tuple[str, dict[str, Tensor | None], str]] = {
     "no state": ("tiny--bnb-nf4-double", {STATE: None}, "quant_state.bitsandbytes__nf4 .*is missing"),
@@ -76,6 +81,20 @@ DAMAGE: dict[str, tuple[str, dict[str, Tensor | None], str]] = {
         {f"{Q}.weight": torch.zeros(8, 1, dtype=torch.uint8)},
         r"weight has 8 bytes and weight.absmax 256 numbers; \[128, 128\] in blocks of 64 takes 8192 and 256",
     ),
+    "one number for all": ("tiny--bnb-fp4", {f"{Q}.weight.absmax": torch.tensor(1.0)}, "weight.absmax 1 numbers"),
+    "NaN": ("tiny--bnb-fp4", {f"{Q}.weight.absmax": torch.full((256,), torch.nan)}, "weight.absmax holds NaN"),
+    "no second scales": (
+        "tiny--bnb-nf4-double",
+        {f"{Q}.weight.nested_absmax": torch.zeros(0)},
+        "weight.nested_absmax has 0 numbers",
+    ),
+    "endless blocks": (
+        "tiny--bnb-fp4",
+        {STATE.replace("nf4", "fp4"): state(blocksize=10**15), f"{Q}.weight.absmax": torch.zeros(2)},
+        "weight.absmax 2 numbers",
+    ),
+    "sizes that are none": ("tiny--hqq-4", {f"{Q}.shape": torch.tensor([128.0, 128.0])}, "two sizes are expected"),
+    "floats for words": ("tiny--hqq-4", {f"{Q}.W_q": torch.zeros(256, 32)}, "W_q is torch.float32"),
     "a GPU's order": ("tiny--bnb-int8", {f"{Q}.weight_format": torch.tensor(1).byte()}, "rows in a GPU's order"),
     "quantized scales": ("tiny--hqq-4", {f"{Q}.quant_scale": torch.tensor(1).byte()}, "quant_scale is set: HQQ with"),
     "another packing": ("tiny--hqq-4", {f"{Q}.packing": torch.tensor(list(b"5bit")).byte()}, "packing '5bit'"),
