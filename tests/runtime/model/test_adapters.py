@@ -62,6 +62,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"target_modules": "all-linear"},
     "mixtral": {"target_modules": list(ATTENTION)},
     "qwen2_moe": {"target_modules": r".*(self_attn\.[qkvo]_proj|shared_expert\.(gate|up|down)_proj)"},
+    "deepseek_v2": {"target_modules": ["q_proj", "kv_a_proj_with_mqa", "o_proj"]},
+    "deepseek_v3": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"], "use_dora": True},
+    "gpt_oss": {"target_modules": list(ATTENTION)},
 }
 
 # Experts, which transformers keep in one tensor for all: parameters to PEFT, and no linear layers.
