@@ -129,6 +129,8 @@ def _integers(name: str) -> WeightDtype:
 def _granularity(tile: list[int]) -> Granularity:
     """Of a tile [rows, columns]; -1 stands for a whole side, as `metadata_of` puts it."""
     rows, columns = tile
+    if type(rows) is not int or type(columns) is not int:
+        raise SchemeError(f"torchao's block_size {tile} is not two whole numbers")
     if (rows, columns) == (-1, -1):
         return TENSOR
     if rows == 1:

@@ -129,6 +129,7 @@ def torchao(kind: str, **data: Any) -> dict[str, Any]:
         (torchao("IntxUnpackedToInt8Tensor", target_dtype={"_data": "int1"}), "target_dtype int1 is not supported"),
         (torchao("Float8Tensor", act_quant_kwargs={"_type": "?", "_data": {"granularity": {"_type": "?"}}}), "act_q"),
         (torchao("Int8Tensor", block_size="?"), "metadata"),
+        (torchao("Int8Tensor", block_size=[1, 1.5]), r"block_size \[1, 1.5\] is not two whole numbers"),
         ({"metadata": {}}, "doesn't say what its _weight_qdata is"),
     ],
 )  # fmt: skip
