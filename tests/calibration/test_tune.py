@@ -52,6 +52,7 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "STEPS", 32)
     monkeypatch.setattr(tune, "ROUNDING_RATE", 0.005)
     monkeypatch.setattr(tune, "SCALE_RATE", 0.003)
+    monkeypatch.setattr(tune, "TWO_BIT_SCALE_RATE", 0.003)
 
 
 def weight_of(n: int = 48, k: int = 128) -> Tensor:
