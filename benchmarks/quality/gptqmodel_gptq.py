@@ -1,6 +1,6 @@
-"""GPTQModel 7.6 on given samples, in its own environment: `python gptqmodel_gptq.py MODEL SAMPLES.pt OUT`.
+"""GPTQModel 7.6 on given samples, in its own environment: `python gptqmodel_gptq.py MODEL SAMPLES.pt OUT BITS GROUP`.
 
-GPTQ, 4 bits, groups of 64, symmetric, the library's defaults otherwise. On two cores GPTQMODEL_CPU_WORKERS=2 is needed.
+GPTQ, symmetric, the library's defaults otherwise. On two cores GPTQMODEL_CPU_WORKERS=2 is needed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from gptqmodel import GPTQModel, QuantizeConfig
 def main() -> None:
     """Quantize, and say how long it took."""
     model_path, samples, out = sys.argv[1:4]
+    bits, group_size = map(int, sys.argv[4:6])
     token_ids = torch.load(samples)
     data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in token_ids]
-    model = GPTQModel.load(model_path, QuantizeConfig(bits=4, group_size=64))
+    model = GPTQModel.load(model_path, QuantizeConfig(bits=bits, group_size=group_size))
     begin = time.perf_counter()
     model.quantize(data, batch_size=1)
     print(f"gptqmodel: {time.perf_counter() - begin:.1f} s", flush=True)
