@@ -21,7 +21,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 Policy = Literal["fcfs", "priority", "lpm"]
 Count = Annotated[int, Meta(ge=1)]
 PoolingType = Literal["CLS", "MEAN", "LAST", "MAX"]
-KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
+KVCacheDtype = Literal[
+    "auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int8_per_token_head", "int4_per_token_head"
+]
 
 
 class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.token_rows import CacheType
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import PooledModel, Ready, StartupReport
@@ -372,5 +373,5 @@ class Phases:
         self._last = now
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: CacheType) -> str:
     return str(dtype).removeprefix("torch.")

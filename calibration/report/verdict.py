@@ -30,6 +30,7 @@ MOST_OF_INPUTS = 0.04  # W8A8: 0.032, 0.014; FP8_DYNAMIC: 0.026, 0.012; FP8_BLOC
 MOST_OF_FP4_INPUTS = 0.4
 MOST_OF_STATIC_INPUTS = 0.06  # FP8: 0.032, 0.013
 MOST_OF_KV_CACHE = 0.05  # fp8: 0.007, 0.026; int8: 0.007, 0.075 (Qwen2's keys have outliers: it is meant to fail)
+MOST_OF_INT4_KV_CACHE = 0.2  # int4_per_token_head: 0.049, 1.91 (the same keys)
 MOST = 1.0  # at 1.2, SmolLM2's perplexity has tripled: that is another model
 EXACT = 1e-3  # for models that nothing was rounded in: other kernels and types of number
 
@@ -113,7 +114,7 @@ def default_max_kl(scheme: QuantScheme | None, kv_cache: str | None = None) -> f
         if scheme.activation is not None:
             limit += _most_of_inputs(scheme.activation)
     if kv_cache is not None:
-        limit += MOST_OF_KV_CACHE
+        limit += MOST_OF_INT4_KV_CACHE if kv_cache.startswith("int4") else MOST_OF_KV_CACHE
     return min(limit, MOST) or EXACT
 
 
@@ -143,6 +144,8 @@ def _remedies(
     if kv_cache is not None:
         remedies.append("octavo eval --kv-cache-dtype bfloat16 shows whether the KV cache is to blame")
         remedies.append("--kv-cache-scheme k=bf16,v=fp8 is for keys with outliers, as Qwen2's have")
+        if kv_cache != "int8_per_token_head":
+            remedies.append("--kv-cache-dtype int8_per_token_head has a scale for each token")
     return remedies
 
 

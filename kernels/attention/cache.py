@@ -15,9 +15,11 @@ class LayerCache:
     """Keys and values of one attention layer, in blocks of `block_size` tokens.
 
     key, value  [num_blocks, num_kv_heads, block_size, head_dim], each float32, bfloat16, float16, float8_e4m3fn or
-                int8 (key and value may differ). Slot s is block s // block_size, offset s % block_size.
+                int8 (key and value may differ); or [..., row_bytes] uint8, both of one `token_rows` type, with scales
+                in the rows. Slot s is block s // block_size, offset s % block_size.
                 Of latent attention (attention/latent.py) both are the same tensor, with a single KV head.
-    key_scale, value_scale  [num_kv_heads] float32: what a stored number is multiplied by. 1 for float caches.
+    key_scale, value_scale  [num_kv_heads] float32: what a stored number is multiplied by. 1 for float caches and for
+                rows with scales of their own.
     group       which of a step's groups of layers it belongs to: layers of several groups may share the same memory,
                 each in blocks of its own
     """

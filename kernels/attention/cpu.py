@@ -3,7 +3,7 @@
 Decode: `decode_cpu` in bf16 on machines with AVX-512 BF16. Else one item of work is a group of at most 4 query heads
 that share a KV head, for one sequence. The scores of the whole context are one float32 row per head (for 32k tokens 128
 KB, which fit the L2 cache), so the softmax is computed at once, without rescaling. Float16 and 8-bit caches are decoded
-block by block into a float32 tile.
+block by block into a float32 tile, and so are rows with scales of their own.
 Prefill: `prefill_cpu` in bf16 on machines with AVX-512 BF16; else keys and values are gathered out of their blocks once
 and torch's flash attention runs on them.
 Reference: `attention.reference`.
@@ -23,6 +23,7 @@ from octavo.kernels.attention import decode_cpu, prefill_cpu, reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.decode_vectors import add_weighted_rows, dot_rows, fetch
 from octavo.kernels.attention.step import QUERY_CLASSES, StepInputs
+from octavo.kernels.attention.token_rows_cpu import kind_of, load_rows, row_bytes
 from octavo.kernels.native.dtypes import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
@@ -66,14 +67,14 @@ def _sum(row, count):  # type: ignore[no-untyped-def]
 
 
 @_inner
-def _floats(address, kind, tile, count):  # type: ignore[no-untyped-def]
+def _floats(address, kind, tile, rows, dim):  # type: ignore[no-untyped-def]
     """The address where the inner loops read a run of cached rows, and whether it is bf16.
 
     That is the cache itself, or the float32 tile that the run was decoded into.
     """
     if kind in (BF16, FLOAT32):
         return address, kind == BF16
-    load_row(address, kind, tile, count)
+    load_rows(address, kind, tile, rows, dim)
     return tile.ctypes.data, False
 
 
@@ -90,7 +91,7 @@ def _fetch(a, table, head, j, length, store, kind):  # type: ignore[no-untyped-d
     """Prefetch the run of cached rows that begins at key j, if there is one."""
     if j < length:
         n, row = _run(a, table, head, j, length)
-        size = a[_DIM] * size_of(kind)
+        size = row_bytes(kind, a[_DIM])
         fetch(store + row * size, n * size)
 
 
@@ -99,7 +100,7 @@ def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignor
     """scores[r] = q[r] . keys begin .. length."""
     dim = a[_DIM]
     kind = a[_KEY_KIND]
-    ahead = _AHEAD // (dim * size_of(kind))
+    ahead = _AHEAD // row_bytes(kind, dim)
     j = begin
     while j < length:
         n, row = _run(a, table, head, j, length)
@@ -107,7 +108,7 @@ def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignor
             _fetch(a, table, head, j + ahead, length, a[_KEY], kind)
         else:
             _fetch(a, table, head, begin + j + ahead - length, length, a[_VALUE], a[_VALUE_KIND])
-        at, is_bf16 = _floats(a[_KEY] + row * dim * size_of(kind), kind, tile, n * dim)
+        at, is_bf16 = _floats(a[_KEY] + row * row_bytes(kind, dim), kind, tile, n, dim)
         target = scores.ctypes.data + 4 * (j - begin)
         dot_rows(rows, q.ctypes.data, dim, at, is_bf16, n, target, length - begin)
         j += n
@@ -118,7 +119,7 @@ def _mix(a, table, head, begin, length, rows, scores, tile, out, later):  # type
     """out[r] += scores[r] . values begin .. length; at their end, prefetch the keys of item `later`."""
     dim = a[_DIM]
     kind = a[_VALUE_KIND]
-    ahead = _AHEAD // (dim * size_of(kind))
+    ahead = _AHEAD // row_bytes(kind, dim)
     later_table, later_head, later_begin, later_length = later
     j = begin
     while j < length:
@@ -128,7 +129,7 @@ def _mix(a, table, head, begin, length, rows, scores, tile, out, later):  # type
         else:
             place = later_begin + j + ahead - length
             _fetch(a, later_table, later_head, place, later_length, a[_KEY], a[_KEY_KIND])
-        at, is_bf16 = _floats(a[_VALUE] + row * dim * size_of(kind), kind, tile, n * dim)
+        at, is_bf16 = _floats(a[_VALUE] + row * row_bytes(kind, dim), kind, tile, n, dim)
         weights = scores.ctypes.data + 4 * (j - begin)
         add_weighted_rows(rows, out.ctypes.data, dim, at, is_bf16, n, weights, length - begin)
         j += n
@@ -215,8 +216,8 @@ def _run_decode(
         cache.value_scale.data_ptr(),
         blocks,
         KINDS[q.dtype],
-        KINDS[cache.key.dtype],
-        KINDS[cache.value.dtype],
+        kind_of(cache.key, shape.head_dim),
+        kind_of(cache.value, shape.head_dim),
         seqs,
         shape.num_heads,
         shape.num_kv_heads,
@@ -293,8 +294,8 @@ def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: At
         first = max(0, length - n - shape.window + 1) // cache.block_size  # no query sees the blocks before it
     table = table[first : -(-length // cache.block_size)].long()
     length -= first * cache.block_size
-    k = _gather(cache.key, cache.key_scale, table, length, q.dtype)
-    v = _gather(cache.value, cache.value_scale, table, length, q.dtype)
+    k = reference.gather(cache.key, cache.key_scale, table, length, shape.head_dim, q.dtype)
+    v = reference.gather(cache.value, cache.value_scale, table, length, shape.head_dim, q.dtype)
     heads = q.transpose(0, 1)
     if shape.soft_cap is not None or shape.sinks is not None:
         return _in_steps(heads, k, v, shape).transpose(0, 1)
@@ -334,14 +335,6 @@ def _in_steps(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
         weights = reference.softmax(scores.masked_fill_(~seen[rows], float("-inf")), shape.sinks)
         out[:, rows] = (weights @ v32).to(q.dtype)
     return out
-
-
-def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """One sequence's keys or values out of its blocks, dequantized: [Hkv, length, D] in `dtype`."""
-    heads = store[table].transpose(0, 1).flatten(1, 2)[:, :length]
-    if store.dtype in (torch.int8, torch.float8_e4m3fn):
-        return (heads.float() * scale.reshape(-1, 1, 1)).to(dtype)
-    return heads.to(dtype)
 
 
 KERNELS = (_decode,)

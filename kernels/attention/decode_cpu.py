@@ -295,7 +295,7 @@ def _join(args):  # type: ignore[no-untyped-def]
 def fits(q: Tensor, cache: LayerCache, shape: AttentionShape) -> bool:
     """Whether `attend` can take these queries over this cache."""
     takes = q.dtype == torch.bfloat16 and shape.head_dim % 32 == 0 and cache.block_size % 4 == 0
-    kinds = {KINDS[cache.key.dtype], KINDS[cache.value.dtype]}
+    kinds = {KINDS.get(cache.key.dtype), KINDS.get(cache.value.dtype)}
     return takes and CHUNK % cache.block_size == 0 and kinds <= {BF16, FP8, INT8} and cpu_features.has_dot_products()
 
 

@@ -3,7 +3,8 @@
 One item of work is a block of query rows of one sequence and one KV head; a row is a (token, query head of the group)
 pair. An item goes over the keys in chunks of CHUNK. A chunk is copied out of its cache blocks once, as bf16 rows, and
 serves all strips of 48 rows of the item. The softmax is updated from chunk to chunk in float32 (arXiv 2205.14135). bf16
-holds the codes of 8-bit caches exactly; their scales are multiplied into the scores and into the output.
+holds the codes of 8-bit caches exactly; their scales are multiplied into the scores and into the output. Rows with
+scales of their own are rounded to bf16.
 Chunks begin at multiples of CHUNK and every lane of a vector computes the same sums, so that a row's output is the same
 to the bit whatever else is in the batch and however a prompt is split. Reference: `attention.reference`.
 """
@@ -33,8 +34,9 @@ from octavo.kernels.attention.prefill_vectors import (
     to_bf16,
 )
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.token_rows_cpu import kind_of, load_rows, row_bytes
 from octavo.kernels.native import cpu_features
-from octavo.kernels.native.dtypes import BF16, KINDS, load_row, size_of
+from octavo.kernels.native.dtypes import BF16
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 CHUNK = 128
@@ -110,7 +112,7 @@ def _load_chunk(store, kind, a, table, head, begin, end, floats, rows):  # type:
     """Keys or values begin .. end (not included) as bf16 rows, and rows of zeros up to a multiple of 16."""
     dim = a[_DIM]
     block_size = a[_BLOCK]
-    size = dim * size_of(kind)
+    size = row_bytes(kind, dim)
     j = begin
     while j < end:
         offset = j % block_size
@@ -119,7 +121,7 @@ def _load_chunk(store, kind, a, table, head, begin, end, floats, rows):  # type:
         if kind == BF16:
             copy(at, n * size, rows)
         else:
-            load_row(at, kind, floats, n * dim)
+            load_rows(at, kind, floats, n, dim)
             to_bf16(floats.ctypes.data, n * dim, rows)
         rows += n * dim * 2
         j += n
@@ -287,8 +289,8 @@ def attend(
         cache.key_scale.data_ptr(),
         cache.value_scale.data_ptr(),
         inputs.block_tables.shape[1],
-        KINDS[cache.key.dtype],
-        KINDS[cache.value.dtype],
+        kind_of(cache.key, shape.head_dim),
+        kind_of(cache.value, shape.head_dim),
         inputs.block_tables.shape[0],
         shape.num_heads,
         shape.num_kv_heads,

@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.packed import PackedShape
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.token_rows import decode_rows, encode_rows, hadamard, type_of
 from octavo.kernels.norm.reference import rms_norm
 
 
@@ -34,6 +35,10 @@ def rope_and_cache(
         rows = cos_sin[inputs.positions]  # [T, rotary_dim]
         q = rotate(q, rows)
         k = rotate(k, rows)
+    own = type_of(cache.key, d)
+    if own is not None and own.rotates_keys:
+        q = hadamard(q).to(q.dtype)
+        k = hadamard(k)
     write_cache(k, v.reshape(-1, hkv, d), inputs.slot_mapping, cache)
     return q
 
@@ -56,7 +61,10 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def write_cache(k: Tensor, v: Tensor, slot_mapping: Tensor, cache: LayerCache) -> None:
-    """Store k and v [T, Hkv, D] at their slots, divided by the scales, rounded to the nearest, saturated."""
+    """Store k and v [T, Hkv, D] at their slots, divided by the scales, rounded to the nearest, saturated.
+
+    Rows with scales of their own saturate nothing.
+    """
     kept = slot_mapping >= 0
     k = k[kept]
     v = v[kept]
@@ -64,7 +72,10 @@ def write_cache(k: Tensor, v: Tensor, slot_mapping: Tensor, cache: LayerCache) -
     block = slot_mapping // cache.block_size
     offset = slot_mapping % cache.block_size
     for x, store, scale in ((k, cache.key, cache.key_scale), (v, cache.value, cache.value_scale)):
-        store[block, :, offset] = encode(x, scale.reshape(-1, 1), store.dtype)
+        rows = type_of(store, x.shape[-1])
+        store[block, :, offset] = (
+            encode(x, scale.reshape(-1, 1), store.dtype) if rows is None else encode_rows(x, rows.bits)
+        )
 
 
 def encode(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,8 +100,8 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
         begin = starts[s]
         end = starts[s + 1]
         table = inputs.block_tables[s, : -(-length // cache.block_size)].long()
-        k = _gather(cache.key, cache.key_scale, table, length)  # [Hkv, L, D]
-        v = _gather(cache.value, cache.value_scale, table, length)
+        k = gather(cache.key, cache.key_scale, table, length, shape.head_dim)  # [Hkv, L, D]
+        v = gather(cache.value, cache.value_scale, table, length, shape.head_dim)
         repeat = shape.num_heads // shape.num_kv_heads
         k = k.repeat_interleave(repeat, dim=0)
         v = v.repeat_interleave(repeat, dim=0)
@@ -115,10 +126,16 @@ def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.cat((scores, sink.to(scores.dtype)), dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int) -> Tensor:
-    """One sequence's keys or values out of its blocks, dequantized: [Hkv, length, D] float32."""
-    heads = store[table].float().transpose(0, 1)  # [Hkv, blocks, block_size, D]
-    return heads.flatten(1, 2)[:, :length] * scale.reshape(-1, 1, 1)
+def gather(
+    store: Tensor, scale: Tensor, table: Tensor, length: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """One sequence's keys or values out of its blocks, as numbers: [Hkv, length, D]."""
+    rows = store[table].transpose(0, 1).flatten(1, 2)[:, :length]  # of [Hkv, blocks, block_size, row]
+    if type_of(store, head_dim) is not None:
+        return decode_rows(rows, head_dim).to(dtype)
+    if store.dtype in (torch.int8, torch.float8_e4m3fn):
+        return (rows.float() * scale.reshape(-1, 1, 1)).to(dtype)
+    return rows.to(dtype)
 
 
 def packed_attention(qkv: Tensor, lengths: Sequence[int], shape: PackedShape, bias: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.token_rows_cpu import ROWS4, kind_of, rotate, row_bytes, store_head
 from octavo.kernels.native.dtypes import KINDS, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.norm.cpu import normalize
@@ -49,8 +50,8 @@ def _rope(args):  # type: ignore[no-untyped-def]
     k_norm = view(a[11], (k_norm_size,), np.float32)
     row_size = (heads + 2 * kv_heads) * dim * size_of(kind)
     q_size = heads * dim * size_of(kind)
-    key_size = dim * size_of(key_kind)
-    value_size = dim * size_of(value_kind)
+    key_size = row_bytes(key_kind, dim)
+    value_size = row_bytes(value_kind, dim)
     row = np.empty((heads + 2 * kv_heads) * dim, np.float32)
     while True:
         t = next_item(args)
@@ -67,6 +68,9 @@ def _rope(args):  # type: ignore[no-untyped-def]
             cos_sin = view(a[2] + positions[t] * rotary * 4, (rotary,), np.float32)
             for h in range(heads + kv_heads):
                 _rotate(row[h * dim : h * dim + rotary], cos_sin, rotary // 2)
+        if key_kind == ROWS4:
+            for h in range(heads + kv_heads):
+                rotate(row[h * dim : h * dim + dim], dim)
         store_row(row, np.float32(1), a[5] + t * q_size, kind, heads * dim)
         block = slots[t] // block_size
         offset = slots[t] % block_size
@@ -74,8 +78,8 @@ def _rope(args):  # type: ignore[no-untyped-def]
             slot = (block * kv_heads + h) * block_size + offset
             k = (heads + h) * dim
             v = (heads + kv_heads + h) * dim
-            store_row(row[k : k + dim], key_scale[h], a[6] + slot * key_size, key_kind, dim)
-            store_row(row[v : v + dim], value_scale[h], a[7] + slot * value_size, value_kind, dim)
+            store_head(row[k : k + dim], key_scale[h], a[6] + slot * key_size, key_kind, dim)
+            store_head(row[v : v + dim], value_scale[h], a[7] + slot * value_size, value_kind, dim)
 
 
 def rope_and_cache(
@@ -112,8 +116,8 @@ def rope_and_cache(
         cache.block_size,
         0 if cos_sin is None else cos_sin.shape[1],
         KINDS[qkv.dtype],
-        KINDS[cache.key.dtype],
-        KINDS[cache.value.dtype],
+        kind_of(cache.key, shape.head_dim),
+        kind_of(cache.value, shape.head_dim),
         0 if q_norm is None else q_norm.numel(),
         0 if k_norm is None else k_norm.numel(),
         eps,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.token_rows import CacheType, row_bytes
 from octavo.kernels.sampling.best import Best
 from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
@@ -33,9 +34,10 @@ class KVShape(NamedTuple):
     head_dim: int
     is_latent: bool = False
 
-    def num_bytes(self, key: torch.dtype, value: torch.dtype) -> int:
+    def num_bytes(self, key: CacheType, value: CacheType) -> int:
         """Of one token, keys and values stored in these types."""
-        return self.num_heads * self.head_dim * (key.itemsize + (0 if self.is_latent else value.itemsize))
+        of_values = 0 if self.is_latent else row_bytes(value, self.head_dim)
+        return self.num_heads * (row_bytes(key, self.head_dim) + of_values)
 
 
 class Model(Protocol):

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.kernels.attention import token_rows
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.token_rows import CacheType, TokenRows
 from octavo.kernels.native.huge_memory import huge_tensor
 from octavo.quant import scheme
 from octavo.runtime.config import EngineConfig
@@ -23,14 +25,16 @@ from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
 from octavo.runtime.worker.device import free_memory, give_back_unused, peak_memory, total_memory
 from octavo.runtime.worker.kv_layout import KVLayout, choose_layout, one_group
 
-DTYPES = {
+DTYPES: dict[str, CacheType] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "fp8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
-}
-LARGEST = {DTYPES[name]: largest for name, largest in scheme.LARGEST.items()}  # of types that need scales
+} | {str(rows): rows for rows in token_rows.TYPES}
+LARGEST: dict[CacheType, float] = {
+    DTYPES[name]: largest for name, largest in scheme.LARGEST.items()
+}  # of types that need scales from elsewhere
 
 CPU_BUDGET = 4 << 30  # vLLM's default for CPUs (VLLM_CPU_KVCACHE_SPACE), so that a comparison is one of equals
 CPU_SHARE = 0.5  # of the memory that is free once the weights are there
@@ -38,7 +42,7 @@ CPU_SHARE = 0.5  # of the memory that is free once the weights are there
 # Measured scales: how many tokens are looked at, and what the largest value seen is multiplied by. fp8 is floating:
 # a wide margin costs no precision. An int8 cache pays log2(margin) bits for what the measurement didn't see.
 MEASURED_TOKENS = 256
-MARGIN = {torch.float8_e4m3fn: 2.0, torch.int8: 1.5}
+MARGIN: dict[CacheType, float] = {torch.float8_e4m3fn: 2.0, torch.int8: 1.5}
 
 
 LISTED_BYTES = 4 + 4 + 4  # of a logit whose row's log-probabilities are wanted: itself, a copy, its own
@@ -56,7 +60,7 @@ class CachePlan:
     A block is one group's: with G groups of layers, a sequence has G tables of blocks.
     """
 
-    dtype: torch.dtype
+    dtype: CacheType
     num_blocks: int
     block_size: int
     num_bytes: int
@@ -102,7 +106,7 @@ def plan_cache(
     return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, layout, wide)
 
 
-def _layout_for(model: Model, config: EngineConfig, dtype: torch.dtype, group: Group) -> KVLayout:
+def _layout_for(model: Model, config: EngineConfig, dtype: CacheType, group: Group) -> KVLayout:
     """Groups of layers share memory, so all layers must have equal blocks; otherwise all of them hold all tokens."""
     num_layers = len(model.kv_shapes)
     kinds = {(shape, key_dtype(model, layer, dtype)) for layer, shape in enumerate(model.kv_shapes)}
@@ -138,9 +142,14 @@ def _most(free_bytes: int) -> int:
     return int(0.9 * free_bytes)
 
 
-def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:
-    """`auto` is the type that the checkpoint was calibrated for; without one, the type that the model computes in."""
+def choose_dtype(model: Model, name: str, notes: list[str]) -> CacheType:
+    """`auto` is the type that the checkpoint was calibrated for; without one, the type that the model computes in.
+
+    Raises CacheError for a type that the device's attention doesn't read.
+    """
     if name != "auto":
+        if isinstance(DTYPES[name], TokenRows):
+            _check_rows(model, name)
         return DTYPES[name]
     if model.kv_dtype is None:
         return model.dtype
@@ -148,13 +157,20 @@ def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:
     return DTYPES[model.kv_dtype]
 
 
-def key_dtype(model: Model, layer: int, dtype: torch.dtype) -> torch.dtype:
+def _check_rows(model: Model, name: str) -> None:
+    if model.device.type != "cpu":
+        raise CacheError(f"--kv-cache-dtype {name}: only a CPU's attention reads such rows; fp8 and int8 work here")
+    if any(shape.is_latent for shape in model.kv_shapes):
+        raise CacheError(f"--kv-cache-dtype {name}: latent attention doesn't read such rows; fp8 and int8 work here")
+
+
+def key_dtype(model: Model, layer: int, dtype: CacheType) -> CacheType:
     """The type of a layer's keys in a cache of `dtype`: another where the checkpoint has scales for values alone."""
     wide = dtype in LARGEST and model.kv_scales is not None and model.kv_scales[layer][0] is None
     return model.dtype if wide else dtype
 
 
-def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype, layout: KVLayout) -> int:
+def bytes_per_block(model: Model, block_size: int, dtype: CacheType, layout: KVLayout) -> int:
     """Bytes of one block in all layers of the largest group, keys and values."""
     of_layers = [
         shape.num_bytes(key_dtype(model, layer, dtype), dtype) * block_size
@@ -203,7 +219,7 @@ def allocate(
     model: Model,
     num_blocks: int,
     block_size: int,
-    dtype: torch.dtype,
+    dtype: CacheType,
     scales: KVScales | None = None,
     layout: KVLayout | None = None,
 ) -> list[LayerCache]:
@@ -218,16 +234,23 @@ def allocate(
     caches = []
     for layer, (heads, head_dim, is_latent) in enumerate(model.kv_shapes):
         group, place = layout.place_of[layer]
-        shape = (num_blocks, heads, block_size, head_dim)
+        shape = (num_blocks, heads, block_size)
         one = torch.ones(heads, device=model.device)
         key_scale, value_scale = scales[layer] if scales is not None else (one, one)
         if place not in tensors:
-            key = zeros(shape, model.dtype if key_scale is None else dtype, model.device)
-            tensors[place] = key, key if is_latent else zeros(shape, dtype, model.device)
+            key = rows(shape, model.dtype if key_scale is None else dtype, head_dim, model.device)
+            tensors[place] = key, key if is_latent else rows(shape, dtype, head_dim, model.device)
         key_scale = one if key_scale is None else key_scale.to(model.device)
         value_scale = key_scale if is_latent else value_scale.to(model.device)
         caches.append(LayerCache(*tensors[place], key_scale, value_scale, group))
     return caches
+
+
+def rows(shape: tuple[int, ...], dtype: CacheType, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Empty rows of heads: shape + [the row's length in the tensor's type]."""
+    if isinstance(dtype, TokenRows):
+        return zeros((*shape, dtype.row_bytes(head_dim)), torch.uint8, device)
+    return zeros((*shape, head_dim), dtype, device)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -237,7 +260,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return huge_tensor(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
-def choose_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales | None:
+def choose_scales(model: Model, dtype: CacheType, notes: list[str]) -> KVScales | None:
     """Scales for a cache of that type: the checkpoint's, else measured; None where stored numbers need none."""
     if dtype not in LARGEST:
         return None
@@ -255,7 +278,7 @@ def choose_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScale
     return [(None if key is None else key * ratio, value * ratio) for key, value in model.kv_scales]
 
 
-def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales:
+def measure_scales(model: Model, dtype: CacheType, notes: list[str]) -> KVScales:
     """Scales per head from a forward pass over fixed tokens into a cache of the computing type.
 
     The runtime knows no text, so the tokens are drawn (always the same ones), low ids more often than high ones as
@@ -279,5 +302,5 @@ def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScal
     return [(scale(cache.key), scale(cache.value)) for cache in caches]
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: CacheType) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)

@@ -16,6 +16,7 @@ import torch
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.token_rows import CacheType
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, PoolingParams, SamplingParams
 from octavo.runtime.model.model import Model
@@ -73,7 +74,7 @@ def _run_pooled(engine: Engine, model: Model) -> str | None:
     return problem
 
 
-def compile_steps(model: Model, limits: SchedulerConfig, cache_dtype: torch.dtype) -> None:
+def compile_steps(model: Model, limits: SchedulerConfig, cache_dtype: CacheType) -> None:
     """Have the kernels of `run_steps` compiled, on all cores at once, before there is a cache but of one block."""
     from octavo.kernels.launching.launch import compiled_together
 

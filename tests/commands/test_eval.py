@@ -152,6 +152,10 @@ def test_nan_is_told_of_the_model_that_has_it(
     [
         (("--dtype", "int4"), "the default for int4/g128"),
         (("--kv-cache-dtype", "fp8"), "the default for unquantized weights with a KV cache in fp8"),
+        (
+            ("--kv-cache-dtype", "int4_per_token_head"),
+            "the default for unquantized weights with a KV cache in int4_per_token_head",
+        ),
         (("--lm-head-dtype", "int8"), "the default for int8/channel"),
     ],
 )

@@ -47,6 +47,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A8 in float32": ("tiny--llmc-w8a8", {"dtype": "float32"}),
     "FP8 with its cache": ("tiny--llmc-fp8-kv", {"kv_cache_dtype": "fp8_e4m3"}),
     "bf16 with an int8 cache and head": ("tiny", {"kv_cache_dtype": "int8", "lm_head_dtype": "int8"}),
+    "bf16 with int4 rows": ("tiny", {"kv_cache_dtype": "int4_per_token_head"}),
     "act-order": ("tiny--gptqmodel-w4g32-act", {}),
     "biases": ("tiny-qwen2", {}),
     "blocks of FP8": ("tiny-qwen2--llmc-fp8-block", {}),

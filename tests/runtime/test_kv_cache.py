@@ -18,6 +18,7 @@ from toy_model import ToyModel
 from octavo.flags import parse_size
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.token_rows import decode_rows, hadamard
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
@@ -168,6 +169,41 @@ def test_a_calibrated_fp8_cache_gives_its_writers_logits(fixtures: Path) -> None
     assert float(difference.mean()) < 0.02
     wide, _ = run(fixtures / "tiny--llmc-fp8-kv", expected["input_ids"], "float32")
     assert not ((wide - expected["logits"]).abs().amax(-1) < 1e-4).any()
+
+
+def test_rows_with_scales_of_their_own_are_counted_with_them() -> None:
+    """A block of 16 tokens of the toy model, one head of one element: a byte and four of its scale, keys and values."""
+    settings = config(num_blocks=5, kv_cache_dtype="int8_per_token_head")
+    plan = plan_cache(ToyModel(), settings, 1 << 20, [])
+    assert (plan.num_blocks, plan.num_bytes) == (5, 5 * 2 * 16 * (1 + 4))
+    (cache,) = kv_cache.allocate(ToyModel(), 5, 16, plan.dtype)
+    assert cache.key.nbytes + cache.value.nbytes == plan.num_bytes
+    elsewhere = ToyModel()
+    elsewhere.device = torch.device("cuda")
+    with pytest.raises(
+        CacheError, match="--kv-cache-dtype int8_per_token_head: only a CPU's attention reads such rows"
+    ):
+        choose_dtype(elsewhere, "int8_per_token_head", [])
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8_per_token_head", 1e-3), ("int4_per_token_head", 1e-1)])
+def test_rows_with_scales_of_their_own_cost_little(fixtures: Path, name: str, most: float) -> None:
+    """In the first layer, whose keys and values are those of the wide cache, a row's largest stays within half a step.
+
+    KL is second order in the logits' error: most is ten times what was seen to be lost here.
+    """
+    token_ids = load_file(fixtures / "tiny" / "expected.safetensors")["input_ids"]
+    wide, exact = run(fixtures / "tiny", token_ids, "auto")
+    narrow, stored = run(fixtures / "tiny", token_ids, name)
+    steps = 127 if name.startswith("int8") else 15 / 2
+    for part in ("key", "value"):
+        truth = getattr(exact.caches[0], part)
+        truth = hadamard(truth) if part == "key" and name.startswith("int4") else truth
+        got = decode_rows(getattr(stored.caches[0], part), truth.shape[-1])
+        extent = truth.abs().amax(-1, keepdim=True)
+        assert ((got - truth).abs() <= extent / steps).all()
+    p, q = wide.double().log_softmax(-1), narrow.double().log_softmax(-1)
+    assert 0 < float((p.exp() * (p - q)).sum(-1).mean()) < most
 
 
 @pytest.mark.parametrize(("name", "step"), [("int8", 0.5), ("fp8_e4m3", 2.0**-4)])

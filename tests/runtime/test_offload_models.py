@@ -26,6 +26,7 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("tiny", {}),
     "bf16, deterministic": ("tiny", {"deterministic": True}),
     "int8 cache": ("tiny", {"kv_cache_dtype": "int8"}),
+    "int4 rows": ("tiny", {"kv_cache_dtype": "int4_per_token_head"}),
     "fp8 cache with the checkpoint's scales": ("tiny--llmc-fp8-kv", {}),
     "groups of layers": (WINDOWED, {"dtype": "float32"}),
 }

@@ -225,11 +225,11 @@ def _schemes(options: EvalOptions, stored: tuple[QuantScheme, ...]) -> tuple[Qua
 
 
 def _kv_cache(options: EvalOptions, stored: str | None) -> str | None:
-    """The type of MODEL's KV cache where it is an 8-bit one."""
+    """The type of MODEL's KV cache where it is one of 8 bits or fewer."""
     if options.kv_cache_dtype == "auto":
         return stored
     kind: str = options.kv_cache_dtype
-    return kind if kind in ("fp8", "fp8_e4m3", "int8") else None
+    return None if kind in ("float32", "bfloat16", "float16") else kind
 
 
 def _write(options: EvalOptions, report: Report) -> None:

@@ -83,7 +83,17 @@ class EvalOptions(msgspec.Struct, frozen=True):
         ),
     ] = "auto"
     kv_cache_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8"],
+        Literal[
+            "auto",
+            "float32",
+            "bfloat16",
+            "float16",
+            "fp8",
+            "fp8_e4m3",
+            "int8",
+            "int8_per_token_head",
+            "int4_per_token_head",
+        ],
         Meta(description="type of MODEL's KV cache"),
     ] = "auto"
     lm_head_dtype: Annotated[Literal["auto", "int8"], Meta(description="type of MODEL's output head")] = "auto"
