@@ -54,6 +54,11 @@ def permuted_integers() -> Body:
     return Body(pack, run)
 
 
+def integers_rounding() -> Body:
+    """As `integers`, with inputs rounded as the scheme says, by torch."""
+    return rounding(integers())
+
+
 def fp4() -> Body:
     """e2m1 numbers decoded to bf16 in registers."""
     from octavo.kernels.dense import cpu

@@ -193,12 +193,18 @@ CPU = (
         for row in _CPU_INTEGERS
     ),
     _CPU_FP4,
-    replace(
-        _CPU_FP4,
-        name=f"{_CPU_FP4.name}, inputs rounded before",
-        how=f"{_CPU_FP4.how}, inputs rounded as the scheme says",
-        load=bodies_cpu.fp4_rounding,
-        rounds_inputs=True,
+    *(
+        replace(
+            row,
+            name=f"{row.name}, inputs rounded before",
+            how=f"{row.how}, inputs rounded as the scheme says",
+            load=load,
+            rounds_inputs=True,
+        )
+        for row, load in (
+            *((row, bodies_cpu.integers_rounding) for row in _CPU_INTEGERS),
+            (_CPU_FP4, bodies_cpu.fp4_rounding),
+        )
     ),
     _CPU_BF16,
 )

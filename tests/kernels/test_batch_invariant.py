@@ -67,6 +67,9 @@ def weights_for(row: Kernel, num_rows: int) -> list[Weight]:
         names = ("NVFP4", "MXFP4") if row.rounds_inputs else ("NVFP4A16", "MXFP4A16")
         made = [quantize_weight(values, PRESETS[name]) for name in names]
         return [replace(weight, input_scale=torch.tensor(500.0)) for weight in made]
+    if row.rounds_inputs and not row.dequantizes:
+        scheme = QuantScheme(WeightScheme(storage, group(32), symmetric=False), PRESETS["W4AFP8"].activation)  # type: ignore[arg-type]
+        return [quantize_weight(values, scheme)]
     if row.rounds_inputs:
         return [quantize_weight(values, PRESETS[name]) for name in ("FP8_DYNAMIC", "FP8_BLOCK")]
     permuted = "permuted" in row.orders and not row.dequantizes

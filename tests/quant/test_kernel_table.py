@@ -63,6 +63,12 @@ def test_every_choice_has_a_reason(name: str | None, target: Target) -> None:
             "need compute capability 8.9 (L40S, 4090, H100) and",
         ),
         ("W4A8", CPU, "int4 x int8 VNNI", "dot products of int4 weights with int8 inputs, rounded per token"),
+        (
+            "W4AFP8",
+            CPU,
+            "int4 weights x bf16, inputs rounded before",
+            "in registers, inputs rounded as the scheme says",
+        ),
         ("W4A8", H100, "int4 weights, 16 bits", "inputs stay in bfloat16"),
     ],
 )

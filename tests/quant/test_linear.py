@@ -310,6 +310,22 @@ def test_fp4_with_rounded_inputs(name: str) -> None:
     check(apply(layer, x), rounded, w.dequantize(), w.dequantize().abs())
 
 
+@pytest.mark.parametrize(
+    "scheme", [PRESETS["W4AFP8"], replace(PRESETS["W4A8"], weight=WEIGHT_ONLY["int4-g64-asym"])], ids=str
+)
+def test_integers_with_inputs_that_torch_rounds(scheme: QuantScheme) -> None:
+    """FP8 inputs, and int8 inputs of a weight with zero points: rounded as the scheme says, then to bf16."""
+    torch.manual_seed(0)
+    w = weight(40, 256, scheme)
+    layer = run([w])
+    assert layer.describe()[1] == "int4 weights x bf16, inputs rounded before"
+    rounds = input_rounding(scheme.activation, None, torch.device("cpu"))
+    assert rounds is not None
+    for m in (1, 3, 9):
+        x = torch.randn(m, 256).bfloat16()
+        check(apply(layer, x), rounds(x).bfloat16(), w.dequantize(), w._expand(w.scale.float(), 40, 256) * 144)
+
+
 def test_fp4_with_scales_of_any_number_is_dequantized() -> None:
     """The CPU's kernel has scales in bf16, which holds e4m3's and powers of two."""
     codes = torch.tensor([0.5, -6.0, 3.0, 1.5]).repeat(40, 24).to(torch.float8_e4m3fn)
