@@ -113,6 +113,7 @@ class AttentionReader:
             kv_norm=norms["kv_a_layernorm"],
             to_keys=to_keys[first:stop].contiguous(),
             to_values=to_values[first:stop].transpose(1, 2).contiguous(),
+            query_scale=mixer.query_scale,
         )
 
     def _expansion(self, mixer: LatentSpec) -> tuple[Tensor, Tensor]:

@@ -110,9 +110,8 @@ class Decoder:
 
     @property
     def recordable(self) -> bool:
-        shapes = [layer.attention.shape for layer in self._layers]
-        known = all(shape.head_dim % 16 == 0 and shape.query_scale is None for shape in shapes)
-        return self.ops.recordable and known and all(layer.mlp.capturable for layer in self._layers)
+        known = all(layer.mlp.capturable and layer.attention.shape.head_dim % 16 == 0 for layer in self._layers)
+        return self.ops.recordable and known and not self.spec.scales_queries
 
     @property
     def mixtures(self) -> list[GroupedExperts]:

@@ -91,6 +91,9 @@ class DifferentiableBlock:
         queries = both[:, :-width]
         if part.q_norm is not None:
             queries = self._linear("q_b", rms_norm(queries, part.q_norm, part.eps), weights)
+        if part.query_scale is not None:
+            scale = part.query_scale.of(torch.arange(length, device=x.device))
+            queries = queries * scale.to(queries.dtype).repeat(batch).unsqueeze(1)
         heads = queries.view(batch * length, shape.num_heads, shape.query_dim)
         latents = rms_norm(both[:, -width : -shape.rotary_dim], part.kv_norm, part.eps)
         rows = part.cos_sin[:length].repeat(batch, 1)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.cache import AttentionShape, LayerCache, QueryScale
 from octavo.kernels.attention.latent import LatentBody, LatentShape
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
@@ -158,6 +158,7 @@ class LatentAttention:
     kv_norm: Tensor
     to_keys: Tensor
     to_values: Tensor
+    query_scale: QueryScale | None = None
 
     @property
     def shape(self) -> AttentionShape:
@@ -181,6 +182,8 @@ class LatentAttention:
         if self.q_b is not None:
             assert self.q_norm is not None
             queries = self.q_b.forward(self.ops.rms_norm(queries.contiguous(), self.q_norm, self.eps), step)
+        if self.query_scale is not None:
+            queries = queries * self.query_scale.of(step.positions).to(queries.dtype).unsqueeze(1)
         hidden = self.body.attention(
             queries,
             latents,

@@ -68,6 +68,7 @@ class LatentSpec:
     rotary_dim: int
     value_dim: int
     interleaved: bool
+    query_scale: QueryScale | None = None
     window: None = None
 
     @property
@@ -155,8 +156,7 @@ class DecoderSpec:
 
     @property
     def scales_queries(self) -> bool:
-        mixers = [layer.mixer for layer in self.layers]
-        return any(isinstance(mixer, AttentionSpec) and mixer.query_scale is not None for mixer in mixers)
+        return any(layer.mixer.query_scale is not None for layer in self.layers)
 
     @property
     def cached_numbers(self) -> int:
@@ -318,12 +318,12 @@ def _layers(
         scale = row.query_scale(config, settings)
         mixer = AttentionSpec(window if slides else None, rope if turns else None, scale)
         if row.latent:
-            mixer = _latent(settings, rope)
+            mixer = _latent(settings, rope, scale)
         layers.append(LayerSpec(mixer, sparse))
     return tuple(layers)
 
 
-def _latent(settings: Config, rope: RopeSpec) -> LatentSpec:
+def _latent(settings: Config, rope: RopeSpec, scale: QueryScale | None) -> LatentSpec:
     return LatentSpec(
         rope,
         q_rank=settings["q_lora_rank"],
@@ -332,6 +332,7 @@ def _latent(settings: Config, rope: RopeSpec) -> LatentSpec:
         rotary_dim=settings["qk_rope_head_dim"],
         value_dim=settings["v_head_dim"],
         interleaved=settings["rope_interleave"],
+        query_scale=scale,
     )
 
 

@@ -69,6 +69,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 20, "head_dim": 24}
         | {"rope_parameters": YARN | {"rope_theta": 100.0, "llama_4_scaling_beta": 0.7, "max_position_embeddings": 64}},
     ),
+    "mistral4": (
+        "Mistral4",
+        LATENT
+        | {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "n_shared_experts": 1}
+        | {"moe_intermediate_size": 40, "first_k_dense_replace": 1, "rms_norm_eps": 1e-3}
+        | {
+            "rope_parameters": YARN
+            | {"rope_theta": 100.0, "mscale": 0.7, "mscale_all_dim": 0.7}
+            | {"llama_4_scaling_beta": 0.7, "max_position_embeddings": 64}
+        },
+    ),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
     "phi3": (

@@ -27,7 +27,7 @@ from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
 
-NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3")
+NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3", "mistral4")
 PROMPTS = [list(range(3, 40)), list(range(40, 49))]
 
 
