@@ -100,7 +100,8 @@ def _scored(
     for merge in merges:
         ranks.setdefault("".join(merge), len(ranks))
     scores = [float(-ranks[token]) if token in ranks else LOWEST for token in tokens]
-    if merges_by_score(tokens, scores, kinds) != merges:
+    # Of pairs that make the same piece the first in a text comes first by scores; by merges, the first in their list.
+    if ["".join(pair) for pair in merges_by_score(tokens, scores, kinds)] != ["".join(pair) for pair in merges]:
         raise CheckpointError("tokenizer.json joins pieces in an order that no scores of theirs give")
     prefixed = "Prepend" in json.dumps(state.get("normalizer"))
     return {

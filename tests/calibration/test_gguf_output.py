@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import interleaved, name_of
 from hf_oracle import make_hf
 from served import logits_of
+from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from octavo.calibration.algorithms.awq import awq_clip
@@ -31,6 +32,7 @@ from octavo.calibration.recipe import Recipe, RecipeError, parse_scheme
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gguf import GGUFFormat
+from octavo.quant.gguf.tokenizer import tokenizer_of
 from octavo.quant.gguf.vocabulary import vocabulary_of
 from octavo.quant.hub import resolve_model
 from octavo.quant.model_files import CheckpointError
@@ -301,6 +303,32 @@ def test_integers_are_converted_one_by_one(fixtures: Path, tmp_path: Path) -> No
     assert torch.equal(logits_of(tmp_path / "q4_k", IDS), logits_of(tmp_path / "again", IDS))
     with pytest.raises(QuantizeError, match="its integers lie over minima that are no zero points"):
         convert_model(tmp_path / "q4_k", tmp_path / "ct", "compressed-tensors", layouts=LAYOUTS)
+
+
+def test_merges_over_spaces_become_scores(tmp_path: Path) -> None:
+    """As SentencePiece's; the file's tokenizer makes the same tokens of a text."""
+    pieces = ["<unk>", "<0x0A>", *"\u2581abc", "ab", "\u2581ab", "bc", "abc", "\u2581abc"]
+    merges = [["a", "b"], ["\u2581", "ab"], ["b", "c"], ["ab", "c"], ["a", "bc"], ["\u2581ab", "c"], ["\u2581", "abc"]]
+    state = {
+        "added_tokens": [{"content": "<unk>", "id": 0, "special": True}],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": {"type": "Split"},
+        "post_processor": None,
+        "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}
+        | {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
+    metadata = vocabulary_of(tmp_path, {"eos_token_id": 3}, len(pieces))
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    assert metadata["tokenizer.ggml.token_type"] == [2, 6, *[1] * 9]
+    backend = Backend.from_str(tokenizer_of(metadata)[0])
+    for text, expected in ((" abc ab", ["\u2581abc", "\u2581ab"]), ("cbc", ["c", "bc"])):
+        assert backend.encode(text, add_special_tokens=False).tokens == expected
+    state["model"]["merges"] = [["a", "b"], *merges[2:], ["\u2581", "ab"], ["b", "c"]]  # type: ignore[index]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="joins pieces in an order that no scores of theirs give"):
+        vocabulary_of(tmp_path, {"eos_token_id": 3}, len(pieces))
 
 
 def test_a_tokenizer_of_another_kind_is_refused(fixtures: Path, tmp_path: Path) -> None:
