@@ -26,6 +26,8 @@ GGUF = "model.gguf"  # its name, or that of a link to it, in a model's directory
 CHUNK = 1 << 22  # numbers decoded at a time
 LINEAR = ("_proj.weight", "lm_head.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 BLOCKS = ".blocks"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 class GGUFFile:
@@ -56,6 +58,15 @@ class GGUFFile:
         self._kinds: dict[str, str] = {}  # of linear layers' blocks, by module
         for name, (_, tensor) in self._stored.items():
             self._announce(name, tensor)
+        embedding = self._stored.get(EMBEDDING)
+        if dtype is None and embedding is not None and HEAD not in self._stored:
+            self._tie(embedding)
+
+    def _tie(self, embedding: tuple[str, StoredTensor]) -> None:
+        """Have the head multiply by the codes of an embedding in blocks of integers."""
+        if BLOCK_TYPES[embedding[1].kind].integers is not None:
+            self._stored[HEAD] = embedding
+            self._announce(HEAD, embedding[1])
 
     def _announce(self, name: str, tensor: StoredTensor) -> None:
         block = BLOCK_TYPES[tensor.kind]

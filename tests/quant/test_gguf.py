@@ -237,6 +237,19 @@ def test_factors_that_are_no_llama_3_s_are_longrope_s(fixtures: Path, tmp_path: 
             resolve_model(str(tmp_path / "w.gguf"))
 
 
+def test_a_tied_head_is_served_in_the_embedding_s_blocks(tmp_path: Path) -> None:
+    """The rows that are looked up and the head's are the same numbers, and the head's stay integers."""
+    source = tmp_path / "source"
+    make_hf("Llama", {"tie_word_embeddings": True}).bfloat16().save_pretrained(source)
+    write_gguf(source, tmp_path / "t.gguf", "llama", Kind.Q8_0, embedding=Kind.Q8_0)
+    directory = resolve_model(str(tmp_path / "t.gguf"))
+    assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"]
+    head = Checkpoint.open(directory).linear("lm_head")
+    assert isinstance(head, QuantizedWeight)
+    assert torch.equal(head.dequantize(), Checkpoint.open(directory).tensor("model.embed_tokens.weight"))
+    assert logits_of(directory, torch.tensor([[3, 5, 8]])).isfinite().all()
+
+
 def test_tokenizer_and_chat_template_come_out_of_the_file(fixtures: Path, tmp_path: Path) -> None:
     write_gguf(fixtures / "tiny", tmp_path / "tiny.gguf", "llama", Kind.Q8_0)
     directory = resolve_model(str(tmp_path / "tiny.gguf"))

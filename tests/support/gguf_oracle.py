@@ -44,6 +44,7 @@ def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -
     changes: of the metadata, by key; None leaves the key out.
     """
     factors = changes.pop("factors", {})
+    embedding = changes.pop("embedding", Kind.F16)
     config = json.loads((source / "config.json").read_text())
     meaning = {}
     writer = gguf.GGUFWriter(out, arch)
@@ -62,7 +63,7 @@ def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -
     for name, tensor in load_file(source / "model.safetensors").items():
         numbers = tensor.float().numpy()
         is_linear = re.search(r"(_proj|lm_head|\.w[123])\.weight$", name)
-        own = kind if is_linear else Kind.F16 if "embed" in name else Kind.F32
+        own = kind if is_linear else embedding if "embed" in name else Kind.F32
         meaning[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(numbers, own), own).copy())
         if arch in ROTATED and ("q_proj" in name or "k_proj" in name):
             numbers = interleaved(numbers, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
