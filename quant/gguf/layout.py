@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from octavo.quant.gguf.description import architecture_for, describe
 from octavo.quant.gguf.header import StoredTensor
 from octavo.quant.gguf.vocabulary import vocabulary_of
 from octavo.quant.gguf.writer import GGUFLayout, Piece
+from octavo.quant.model_files import CheckpointError
 from octavo.quant.qparams import quantize_weight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import GGUF, QuantScheme
@@ -44,6 +45,7 @@ def make_layout(
         blocks = GGUFFormat(kind).tensors(*shape)[BLOCKS]
         piece = _piece(f"{module}.weight", TensorSpec(torch.uint8, blocks.shape), kind, architecture, config, shape[1])
         pieces[f"{module}.{BLOCKS}"] = piece
+    _check_experts(pieces.values())
     counts: dict[str, int] = {}
     for piece in pieces.values():
         counts[piece.name] = counts.get(piece.name, 0) + 1
@@ -57,6 +59,18 @@ def make_layout(
     }
     num_tokens = metadata[f"{name}.vocab_size"]
     return GGUFLayout(metadata | vocabulary_of(directory, config, num_tokens), layout, factors)
+
+
+def _check_experts(pieces: Iterable[Piece]) -> None:
+    """Raise CheckpointError for experts that one tensor can't hold."""
+    first: dict[str, Piece] = {}
+    for piece in pieces:
+        other = first.setdefault(piece.name, piece)
+        if piece.expert is not None and (piece.kind, piece.spec) != (other.kind, other.spec):
+            raise CheckpointError(
+                f"a layer's experts are one tensor in a GGUF file, {piece.name}, which can't be partly {other.kind} "
+                f"and partly {piece.kind}: give all of them one scheme"
+            )
 
 
 def _piece(

@@ -275,6 +275,18 @@ def test_what_a_file_can_not_say_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "recipe", [{"layers": {"re:.*experts\\.0\\.down_proj": "Q8_0"}}, {"ignore": ("re:.*experts\\.1\\.gate_proj",)}]
+)
+def test_experts_of_several_kinds_are_refused(fixtures: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """One tensor holds them, whose parts would lie over each other."""
+    with pytest.raises(
+        QuantizeError, match=r"experts are one tensor in a GGUF file, blk\.0\.ffn_\w+_exps\.weight, which"
+    ):
+        quantized(fixtures / "tiny-moe", tmp_path / "out", "Q4_0", **recipe)
+    assert not (tmp_path / "out").exists()
+
+
 def test_schemes_go_with_the_format() -> None:
     with pytest.raises(RecipeError, match=r"format gguf holds Q4_K_S, .*not int4/g128; --scheme Q4_K_M is one"):
         Recipe("W4A16", "rtn", "gguf")
