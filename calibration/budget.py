@@ -64,6 +64,11 @@ def candidates(recipe: Recipe, budget: float = 0, flag: str = "--bits-budget") -
 
     Raises RecipeError for a recipe that leaves no choice, in the words of the flag that asked for one.
     """
+    if recipe.format == "gguf":
+        raise RecipeError(
+            f"{flag} chooses among W3A16 to W8A16, and format gguf has schemes of its own; of those, Q4_K_M and its "
+            "like are mixes"
+        )
     if recipe.format in ("awq", "fp8"):
         raise RecipeError(
             f"{flag} gives layers different schemes, and format {recipe.format} has one for all; "

@@ -88,6 +88,12 @@ def test_a_kl_is_held_with_fewer_bits_than_any_single_scheme(fixtures: Path, tmp
         cheapest_for_kl(planned, ready, units, single[2] / 2, silent)
 
 
+def test_blocks_of_gguf_files_are_not_chosen(fixtures: Path, tmp_path: Path, text: Path) -> None:
+    """They have no 3 bits and no 8 in groups of 64, and their files' sizes are others."""
+    with pytest.raises(RecipeError, match="--target-size chooses among W3A16 to W8A16, and format gguf has schemes of"):
+        quantized(fixtures / "tiny", tmp_path / "out", text, target_size=800_000, format="gguf")
+
+
 def test_one_target_decides(fixtures: Path, tmp_path: Path, text: Path) -> None:
     with pytest.raises(RecipeError, match=r"--bits-budget 4\.5 and --target-kl 0\.1 are several targets"):
         quantized(fixtures / "tiny", tmp_path / "out", text, bits_budget=4.5, target_kl=0.1)
