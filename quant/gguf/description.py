@@ -131,6 +131,12 @@ def _compare(config: Mapping[str, Any], read: Mapping[str, Any], architecture: G
             continue
         if not isinstance(value, float) or abs(float(ours or 0) - value) > 1e-6 * abs(value):
             raise CheckpointError(f"config.json has {key} {shown(ours)}, and a GGUF file of it means {shown(value)}")
+    off = {"sliding_window"} if config.get("use_sliding_window") is False else set()  # as in Qwen 2.5's configs
     for key, neutral in UNSAID.items():
-        if key not in read and config.get(key) not in neutral and key not in architecture.keys.values():
+        if (
+            key not in off
+            and key not in read
+            and config.get(key) not in neutral
+            and key not in architecture.keys.values()
+        ):
             raise CheckpointError(f"config.json has {key} {shown(config[key])}, which a GGUF file can't say")

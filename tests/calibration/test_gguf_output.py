@@ -275,6 +275,22 @@ def test_what_a_file_can_not_say_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_window_that_is_off_is_no_matter(fixtures: Path, tmp_path: Path, used: bool) -> None:
+    """As in the configs of Qwen 2.5."""
+    source = shutil.copytree(fixtures / "tiny-qwen2", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"sliding_window": 32768, "use_sliding_window": used}
+    (source / "config.json").write_text(json.dumps(config))
+    if used:
+        with pytest.raises(
+            QuantizeError, match=r"config\.json has use_sliding_window True, which a GGUF file can't say"
+        ):
+            quantized(source, tmp_path / "out", "Q8_0")
+    else:
+        quantized(source, tmp_path / "out", "Q8_0")
+        assert (tmp_path / "out" / "model.gguf").is_file()
+
+
 @pytest.mark.parametrize(
     "recipe", [{"layers": {"re:.*experts\\.0\\.down_proj": "Q8_0"}}, {"ignore": ("re:.*experts\\.1\\.gate_proj",)}]
 )
