@@ -16,6 +16,7 @@ from octavo.quant.formats.gptq_config import parse_gptq
 from octavo.quant.formats.hqq import parse_hqq
 from octavo.quant.formats.modelopt import parse_modelopt
 from octavo.quant.formats.mxfp4 import parse_mxfp4
+from octavo.quant.formats.quark import parse_quark
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "compressed-tensors": parse_config,
@@ -28,6 +29,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "modelopt": parse_modelopt,
     "bitsandbytes": bitsandbytes.parse_bitsandbytes,
     "hqq": parse_hqq,
+    "quark": parse_quark,
     "torchao": torchao.parse_torchao,
     "modelopt_fp4": parse_modelopt,  # vLLM's names of what `quant_algo` says
     "modelopt_mxfp8": parse_modelopt,

@@ -1,4 +1,4 @@
-"""Checkpoints of bitsandbytes, HQQ and torchao: what they stand for, as their own tools say, and what is refused."""
+"""Checkpoints of bitsandbytes, HQQ, Quark and torchao: the numbers of their own tools, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from trimmed import whole
 
 from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint, CheckpointError
+from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.select import parse_quantization
 from octavo.quant.formats.torchao import parse_torchao
 from octavo.quant.qparams import QuantizedWeight
 
@@ -28,6 +30,9 @@ SCHEMES = {
     "tiny--bnb-int8": "int8/channel",
     "tiny--hqq-4": None,
     "tiny--hqq-3-rows": None,
+    "tiny--quark-fp8": "fp8_e4m3/tensor x fp8_e4m3/static tensor",
+    "tiny--quark-fp8-ptpc": "fp8_e4m3/channel x fp8_e4m3/token",
+    "tiny--quark-int8": "int8/channel",
     "tiny--torchao-int8-dynamic": "int8/channel x int8/token",
     "tiny--torchao-int4": "int4/g32/asym",
     "tiny--torchao-fp8": "fp8_e4m3/channel",
@@ -41,7 +46,9 @@ def test_logits_are_those_of_the_tool_s_own_weights(fixtures: Path, tmp_path: Pa
     assert (str(weight.scheme) if isinstance(weight, QuantizedWeight) else None) == SCHEMES[name]
     expected = load_file(fixtures / name / "expected.safetensors")
     found = logits_of(source, expected["input_ids"])
-    if "torchao" in name:  # whose numbers are rounded to bf16 before they are multiplied, and inputs as they are
+    if (
+        "torchao" in name or "quark" in name
+    ):  # whose numbers are rounded to bf16 before they are multiplied, and inputs as they are
         assert (found.argmax(-1) == expected["logits"].argmax(-1)).float().mean() > 0.9
     else:
         torch.testing.assert_close(found, expected["logits"], atol=2e-5, rtol=1e-4)
@@ -136,6 +143,19 @@ def torchao(kind: str, **data: Any) -> dict[str, Any]:
 def test_other_tensors_of_torchao_are_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_torchao(config).format_of(Q, ("_weight_qdata", "_weight_scale"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ({"dtype": "mx", "qscheme": "per_group"}, "Quark's mx weights, per_group along None"),
+        ({"dtype": "uint4", "qscheme": "per_group", "ch_axis": -1}, "Quark's uint4 weights"),
+        ({"dtype": "int8", "qscheme": "per_channel", "ch_axis": 0, "symmetric": False}, "symmetric False, are not"),
+    ],
+)
+def test_other_weights_of_quark_are_refused_by_name(weight: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_quantization({"quant_method": "quark", "global_quant_config": {"weight": weight}})
 
 
 def test_a_decoded_checkpoint_says_so(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
