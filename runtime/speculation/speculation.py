@@ -17,6 +17,8 @@ MOST_KIND = 4  # kinds beyond are the same: drafts hardly get better
 DOUBT = 1.5  # of a draft of kind k behind right ones, k : k + DOUBT is the first chance, before anything is known
 WEIGHT = 0.2  # of the last guess among a sequence's, in its averages
 WEIGHT_FOR_ALL = 0.05  # the same in those that sequences begin with, once they are averages of many
+IDLE = 64  # steps in a row without a draft, after which drafts are looked for behind one step of LOOKS alone
+LOOKS = 4
 BELIEVED = 2  # guesses, as many as the first chance counts for in these
 
 
@@ -151,6 +153,7 @@ class Speculation:
         self._most_of = most_of
         self._costs = costs
         self._chances = Chances(most, WEIGHT_FOR_ALL)
+        self._num_idle = 0  # steps in a row without a draft
 
     def after(self, plan: StepPlan, seconds: float | None) -> None:
         """As `Speculates.after`."""
@@ -159,9 +162,13 @@ class Speculation:
         guessing: list[Sequence] = []
         chances: list[list[float]] = []
         num_running = 0
+        looks = self._costs is None or self._num_idle < IDLE or self._num_idle % LOOKS == 0
+        self._num_idle += 1
         for it in plan.scheduled:
             sequence = it.sequence
             if sequence.has_ended and sequence.drafting is None:  # a step behind its last one
+                continue
+            if not looks and not sequence.has_ended:  # what is new is read with the next look
                 continue
             followed = self._read(sequence, len(sequence.token_ids) if it.wants == "token" else it.end)
             if sequence.has_ended:
@@ -187,6 +194,8 @@ class Speculation:
             counts = self._costs.choose(chances, num_running)
             for sequence, count in zip(guessing, counts, strict=True):
                 sequence.drafts = sequence.drafts[:count]
+        if any(sequence.drafts for sequence in guessing):
+            self._num_idle = 0
 
     def _read(self, sequence: Sequence, end: int) -> FollowedText:
         """Have it followed up to a position, and learn what that says of its guess."""
