@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny_encoders import SentenceModel
 
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.recipe import parse_scheme
+from octavo.jobs import encoder_layers
 from octavo.jobs.embedding_quality import measure_embeddings
 from octavo.jobs.quantize import quantize
 from octavo.kernels.attention.step import StepInputs
@@ -27,7 +29,7 @@ def sentence(tmp_path_factory: pytest.TempPathFactory) -> SentenceModel:
 
 @pytest.mark.parametrize(("scheme", "least"), [("W8A8", 0.98), ("W8A16@32", 0.995)])
 def test_an_encoder_is_quantized_and_served(scheme: str, least: float, sentence: SentenceModel, tmp_path: Path) -> None:
-    report = quantize(str(sentence.directory), tmp_path / "out", scheme=scheme, algorithm="rtn")
+    report = quantize(str(sentence.directory), tmp_path / "out", scheme=scheme, algorithm="rtn", ignore="lm_head")
     (told,) = [line for line in report.warnings if line.startswith("cosine to the original")]
     quality = measure_embeddings(sentence.directory, tmp_path / "out")
     assert str(quality) == told
@@ -43,6 +45,26 @@ def test_an_encoder_is_quantized_and_served(scheme: str, least: float, sentence:
     assert float(found @ sentence.embedding(ids)) > least
 
 
+def test_layers_that_cost_most_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer reads a channel far above the others, and costs most. LEAST is made for a tiny model."""
+    sentence = SentenceModel(tmp_path / "plain")
+    with torch.no_grad():
+        sentence.model.embeddings.LayerNorm.weight[5] *= 40
+    sentence.model.save_pretrained(sentence.directory)
+    how: dict[str, Any] = {"scheme": "W8A8", "algorithm": "rtn", "evaluate": False}
+    quantize(str(sentence.directory), tmp_path / "all", **how, ignore="lm_head")
+    loss = 1 - measure_embeddings(sentence.directory, tmp_path / "all", dtype="float32").mean
+    monkeypatch.setattr(encoder_layers, "LEAST", 1 - loss / 4)
+    monkeypatch.setattr(encoder_layers, "MARGIN", 0.0)
+    report = quantize(str(sentence.directory), tmp_path / "out", **how)
+    assert 1 - measure_embeddings(sentence.directory, tmp_path / "out", dtype="float32").mean < loss / 2
+    (said,) = [note for note in report.warnings if "linear layers stay as they are" in note]
+    assert "0.qkv" in said
+    names = Checkpoint.open(tmp_path / "out").names
+    assert "encoder.layer.0.attention.self.query.weight_scale" not in names
+    assert any(name.endswith(".weight_scale") for name in names)
+
+
 def test_what_calibrates_is_refused(sentence: SentenceModel, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="this model is an encoder; algorithm rtn"):
         quantize(str(sentence.directory), tmp_path / "out", scheme="W4A16@32", algorithm="gptq")
@@ -54,7 +76,9 @@ def test_inputs_are_balanced_with_weights_where_they_are_rounded_at_load(tmp_pat
     with torch.no_grad():
         sentence.model.embeddings.LayerNorm.weight[5] *= 40
     sentence.model.save_pretrained(sentence.directory)
-    quantize(str(sentence.directory), tmp_path / "out", scheme="W8A8", algorithm="rtn", evaluate=False)
+    quantize(
+        str(sentence.directory), tmp_path / "out", scheme="W8A8", algorithm="rtn", evaluate=False, ignore="lm_head"
+    )
     truth = _loaded(sentence.directory, "float32")
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     x[:, 5] *= 40

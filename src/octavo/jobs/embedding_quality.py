@@ -5,6 +5,7 @@ Both run as the server would, one after the other. The original computes in its 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +52,19 @@ def measure_embeddings(original: Path, quantized: Path, *, dtype: Dtype = "auto"
     return EmbeddingQuality(float(cosines.mean()), float(cosines.min()), len(cosines))
 
 
-@torch.inference_mode()
 def _vectors(directory: Path, dtype: Dtype, tokenizer: Tokenizer) -> Tensor:
-    """Of each text the embedding, or a classifier's logits, [texts, size]."""
     model = load_model(EngineConfig(model=str(directory), dtype=dtype))
     if not isinstance(model, Encoder):
         raise ValueError(f"{directory} is no encoder")
+    return vectors_of(model, held_out_texts(), tokenizer)
+
+
+@torch.inference_mode()
+def vectors_of(model: Encoder, texts: Iterable[str], tokenizer: Tokenizer) -> Tensor:
+    """Of each text the embedding, or a classifier's logits, [texts, size]."""
     task = model.pooler.tasks[0]
     found = []
-    for text in _texts():
+    for text in texts:
         ids = tokenizer.encode(text)[: model.max_position]
         rows = model.hidden(
             StepInputs.prefill([len(ids)], len(ids), token_ids=ids, logits_index=torch.arange(len(ids))), []
@@ -69,7 +74,8 @@ def _vectors(directory: Path, dtype: Dtype, tokenizer: Tokenizer) -> Tensor:
     return torch.stack(found)
 
 
-def _texts() -> list[str]:
+def held_out_texts() -> list[str]:
+    """Of 6 to 100 words, out of the built-in text that no calibration sees."""
     words = held_out_text().split()
     texts = []
     begin = 0

@@ -235,6 +235,22 @@ def run(job: Job) -> Report:
     return report
 
 
+def _with_layers_kept(job: Job, source: Path, notes: list[str], seconds: dict[str, float]) -> Job:
+    """An encoder's job without the layers that rounding costs most, where its recipe says nothing of them."""
+    from octavo.jobs.encoder_layers import is_searched, layers_to_keep
+
+    if not is_searched(job.recipe):
+        return job
+    begin = time.perf_counter()
+    job.listener.phase("measuring sensitivity")
+    kept = layers_to_keep(source, job.recipe, job.listener.progress)
+    seconds["sensitivity"] = time.perf_counter() - begin
+    if kept is None:
+        return job
+    notes.append(kept.note)
+    return msgspec.structs.replace(job, recipe=msgspec.structs.replace(job.recipe, ignore=kept.patterns))
+
+
 def prepare(job: Job) -> Prepared:
     """Check, plan and cost a job, and have its calibration text; nothing is checked or planned again after this."""
     from octavo.calibration.prepare import complete, open_source, plan_model
@@ -256,10 +272,11 @@ def prepare(job: Job) -> Prepared:
     if checkpoint.source:
         notes.append(source_note(checkpoint.source))
     _check_options(job)
+    seconds: dict[str, float] = {}
+    job = _with_layers_kept(job, source, notes, seconds) if checkpoint.layout.is_encoder else job
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
     if job.target is not None:
         check_target(job.target, planned)
-    seconds: dict[str, float] = {}
     recipe = job.recipe
     calibration = None
     if _runs_blocks(job):
