@@ -283,9 +283,9 @@ def test_an_unsupported_scheme_is_refused_when_it_is_opened(tmp_path: Path, fixt
     copy = tmp_path / "model"
     shutil.copytree(fixtures / "tiny--llmc-w8a8", copy)
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 6
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 9
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj: config group 'group_0'.*6-bit int"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj: config group 'group_0'.*9-bit int"):
         Checkpoint.open(copy)
 
 

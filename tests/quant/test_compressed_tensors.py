@@ -298,7 +298,7 @@ def test_names_win_over_regexes_and_regexes_over_the_class() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"weights": {"num_bits": 5}}, "5-bit int weights"),
+        ({"weights": {"num_bits": 9}}, "9-bit int weights"),
         (
             {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group"}},
             "4-bit float weights.*group_size 128",

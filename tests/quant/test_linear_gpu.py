@@ -170,12 +170,14 @@ def test_a_user_is_told_of_inputs_that_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(("name", "capability"), ALONE)
 def test_whoever_measures_has_inputs_rounded_all_the_same(name: str, capability: int, device: torch.device) -> None:
-    """By torch, from dequantized weights: what the checkpoint says, whatever the GPU."""
+    """By torch: what the checkpoint says, whatever the GPU, but for what bf16 rounds of weights and sums."""
     part, x = part_of(name, device), random(5, K, seed=2).bfloat16().to(device)
     rounds = input_rounding(part.scheme.activation, part.input_scale, device)
     assert rounds is not None
     linear = make_linear([part], [None], Target.of(device, torch.bfloat16, capability, rounds_inputs=True))
-    assert torch.equal(apply(linear, x), F.linear(rounds(x).bfloat16(), part.dequantize(torch.bfloat16)))
+    weight = part.dequantize().double()
+    as_said, as_given = F.linear(rounds(x).double(), weight), F.linear(x.double(), weight)
+    assert (apply(linear, x) - as_said).norm() < 0.5 * (as_given - as_said).norm()
     plain = make_linear([part], [None], Target.of(device, torch.bfloat16, capability))
     assert not torch.equal(apply(plain, x), apply(linear, x))
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 INDEX_IN_NAME = re.compile(r"\.\d+(?=\.|$)")
 MAX_ROWS = 500  # of the table; models on the Hub take some 60 at most
 MAX_CELL = 200  # characters
-SUFFIX = re.compile(r"\.(weight\w*|qweight|qzeros|scales|g_idx|bias|input_\w*(scale|zero_point)|activation_scale)$")
+SUFFIX = re.compile(
+    r"\.(_?weight\w*|SCB|qweight|qzeros|scales|g_idx|bias|input_\w*(scale|zero_point)|activation_scale)$"
+)
 
 
 def parse_device(spelled: str) -> str:
