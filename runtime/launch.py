@@ -189,7 +189,11 @@ def loaded_layers(engines: Sequence[EngineProcess]) -> tuple[int, int]:
 
 def remove_socket(address: str) -> None:
     """Remove the directory of an engine's socket: the engine does it for a server that was killed."""
-    rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
+    directory = Path(address.removeprefix("ipc://")).parent
+    for _ in range(5):  # an engine that is starting may be making a file in it
+        rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
 
 
 class Launcher:
