@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class SocketDirectory:
     """
 
     def __init__(self) -> None:
+        self._removal = threading.Lock()
         self.path = ""
         while not self._is_locked():  # another server, which found no lock yet, may have removed it
             parent = tempfile.gettempdir()
@@ -114,11 +116,12 @@ class SocketDirectory:
         return False
 
     def remove(self) -> None:
-        """Remove it with its sockets. May be called again."""
-        if self._descriptor >= 0:
-            rmtree(self.path, ignore_errors=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Remove it with its sockets. May be called again, and by several threads at once."""
+        with self._removal:
+            if self._descriptor >= 0:
+                rmtree(self.path, ignore_errors=True)
+                os.close(self._descriptor)
+                self._descriptor = -1
 
 
 def remove_abandoned() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -18,6 +21,7 @@ import zmq
 from forked_commands import fork_children
 
 import octavo
+from octavo.runtime import launch
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.launch import EngineProcess, start_engine
 from octavo.runtime.messages import (
@@ -334,3 +338,21 @@ def test_a_busy_process_echoes_the_heartbeat_and_a_stopped_one_does_not(tmp_path
         finally:
             process.kill()
     context.term()
+
+
+def test_two_threads_remove_a_directory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor that is closed twice may be another file's by then."""
+    both = threading.Barrier(2)
+    remove_tree = launch.rmtree
+
+    def slowly(path: str, **how: bool) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        remove_tree(path, **how)
+
+    monkeypatch.setattr(launch, "rmtree", slowly)
+    directory = launch.SocketDirectory()
+    with ThreadPoolExecutor(2) as pool:
+        for removal in [pool.submit(directory.remove) for _ in range(2)]:
+            removal.result()
+    assert not os.path.exists(directory.path)
