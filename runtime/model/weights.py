@@ -64,7 +64,6 @@ from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectu
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
 
-LATENT_EPS = 1e-6  # of norms within attention over latents, whatever rms_norm_eps is
 OnLayer = Callable[[int, int], None]  # told how many layers have been loaded, of how many
 
 
