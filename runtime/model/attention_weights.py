@@ -63,7 +63,13 @@ class AttentionReader:
 
     def plain(self, mixer: AttentionSpec, parts: dict[str, LinearParts]) -> Attention:
         spec = self._spec
-        q_norm, k_norm = self._qk_norms()
+        norms = self._norms()
+        q_norm = norms.get("q_norm")
+        k_norm = norms.get("k_norm")
+        if self._own is not None and spec.qk_norm == "width":
+            query, key, _ = self._own.shards("qkv", spec)  # of a bias's length, and cut as one
+            q_norm = query.of_bias(q_norm)
+            k_norm = key.of_bias(k_norm)
         heads = (0, spec.num_heads) if self._own is None else self._own.query_heads
         kv_heads = (0, spec.num_kv_heads) if self._own is None else self._own.kv_heads
         return Attention(
@@ -88,7 +94,7 @@ class AttentionReader:
 
     def latent(self, mixer: LatentSpec, parts: dict[str, LinearParts]) -> LatentAttention:
         spec = self._spec
-        norms = {name: self._norm(name, size) for name, size in attention_norms(spec, self._index).items()}
+        norms = self._norms()
         first, stop = (0, spec.num_heads) if self._own is None else self._own.query_heads
         to_keys, to_values = self._expansion(mixer)
         assert self._builder.ops.latent is not None  # as `check_attention` has seen to
@@ -142,18 +148,6 @@ class AttentionReader:
         builder = self._builder
         return builder.linear(*builder.cut(kind, builder.read(parts[kind])), adds=adds)
 
-    def _norm(self, name: str, size: int) -> Tensor:
-        return self._builder.norm_weight(f"{self._owner}.{name}", size)
-
-    def _qk_norms(self) -> tuple[Tensor | None, Tensor | None]:
-        spec = self._spec
-        if spec.qk_norm is None:
-            return None, None
-        if spec.qk_norm == "head":
-            return self._norm("q_norm", spec.head_dim), self._norm("k_norm", spec.head_dim)
-        q_norm = self._norm("q_norm", spec.num_heads * spec.head_dim)
-        k_norm = self._norm("k_norm", spec.num_kv_heads * spec.head_dim)
-        if self._own is None:
-            return q_norm, k_norm
-        query, key, _ = self._own.shards("qkv", spec)  # of a bias's length, and cut as one
-        return query.of_bias(q_norm), key.of_bias(k_norm)
+    def _norms(self) -> dict[str, Tensor]:
+        sizes = attention_norms(self._spec, self._index)
+        return {name: self._builder.norm_weight(f"{self._owner}.{name}", size) for name, size in sizes.items()}
