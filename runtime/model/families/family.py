@@ -26,6 +26,7 @@ WindowRule = Literal["none", "all", "layer_types"]
 ExpertRule = Literal["none", "all", "sparse_step", "behind_dense"]
 ScoreRule = Literal["softmax", "corrected_sigmoid"]
 LayerKind = Literal["full_attention", "sliding_attention"]
+Ropes = dict[LayerKind, tuple[dict[str, Any], float]]  # of each kind of layer the rope's dictionary and its theta
 
 LATENT_KEYS: Keys = {
     "q_lora_rank": Count,
@@ -86,12 +87,25 @@ def slide_from_max_window_layers(settings: Config, rotates: list[bool]) -> list[
     return [has_window(settings) and i >= settings["max_window_layers"] for i in range(len(rotates))]
 
 
-def one_rope(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:  # noqa: ARG001
+def slide_in_every_other(settings: Config, rotates: list[bool]) -> list[bool]:  # noqa: ARG001
+    return [i % 2 == 0 for i in range(len(rotates))]
+
+
+def one_rope(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:  # noqa: ARG001
     """The same for each kind of layer."""
     if "full_attention" in given or "sliding_attention" in given:
         raise RopeError("rope_parameters per kind of layer")
     rope = given, float(settings["rope_theta"])
     return {"full_attention": rope, "sliding_attention": rope}
+
+
+def rope_of_each_kind(given: dict[str, Any], theta: float, local_theta: float) -> Ropes:
+    """Transformers 5 has a dictionary for each kind of layer; in 4 what stretches is the full layers' alone."""
+    local: dict[str, Any] = {}
+    if "full_attention" in given or "sliding_attention" in given:
+        local = dict(given.get("sliding_attention") or {})
+        given = dict(given.get("full_attention") or {})
+    return {"full_attention": (given, theta), "sliding_attention": (local, local_theta)}
 
 
 @dataclass(frozen=True)
@@ -149,7 +163,7 @@ class Architecture:
     reads: Keys = field(default_factory=dict)
     rotating_layers: Callable[[Config, int], list[bool]] = all_rotate
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
-    ropes: Callable[[Config, Config, dict[str, Any]], dict[LayerKind, tuple[dict[str, Any], float]]] = one_rope
+    ropes: Callable[[Config, Config, dict[str, Any]], Ropes] = one_rope
     routing: Callable[[Config, Routing], Routing] = as_it_is
     query_scale: Callable[[Config, Config], QueryScale | None] = unscaled
     further_layers: str | None = None

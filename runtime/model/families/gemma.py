@@ -8,7 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from octavo.runtime.model.config_types import Count, Positive
-from octavo.runtime.model.families.family import WINDOW_KEYS, Architecture, Config, Family, LayerKind
+from octavo.runtime.model.families.family import (
+    WINDOW_KEYS,
+    Architecture,
+    Config,
+    Family,
+    Ropes,
+    rope_of_each_kind,
+    slide_in_every_other,
+)
 
 _GEMMA = {
     "vocab_size": 256000,
@@ -26,23 +34,14 @@ _GEMMA = {
 }
 
 
-def _every_other(settings: Config, rotates: list[bool]) -> list[bool]:  # noqa: ARG001
-    return [i % 2 == 0 for i in range(len(rotates))]
-
-
 def _all_but_every_nth(settings: Config, rotates: list[bool]) -> list[bool]:
     return [(i + 1) % settings["sliding_window_pattern"] != 0 for i in range(len(rotates))]
 
 
-def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:  # noqa: ARG001
-    """Gemma 3: transformers 5 has a dictionary for each kind; in transformers 4 rope_scaling is the global layers'."""
-    theta = float(config.get("rope_theta") or 1e6)
+def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:  # noqa: ARG001
+    """Gemma 3's."""
     local_theta = float(config.get("rope_local_base_freq") or 1e4)
-    local: dict[str, Any] = {}
-    if "full_attention" in given or "sliding_attention" in given:
-        local = dict(given.get("sliding_attention") or {})
-        given = dict(given.get("full_attention") or {})
-    return {"full_attention": (given, theta), "sliding_attention": (local, local_theta)}
+    return rope_of_each_kind(given, float(config.get("rope_theta") or 1e6), local_theta)
 
 
 FAMILY = Family(
@@ -63,7 +62,7 @@ FAMILY = Family(
                 "attn_logit_softcapping": Positive,
                 "final_logit_softcapping": Positive,
             },
-            sliding_layers=_every_other,
+            sliding_layers=slide_in_every_other,
         ),
         "gemma3_text": Architecture(
             defaults=_GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6},

@@ -12,18 +12,15 @@ from octavo.runtime.model.families.family import (
     Architecture,
     Config,
     Family,
-    LayerKind,
+    Ropes,
     one_rope,
+    slide_in_every_other,
 )
 
 _ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
-def _every_other(settings: Config, rotates: list[bool]) -> list[bool]:  # noqa: ARG001
-    return [i % 2 == 0 for i in range(len(rotates))]
-
-
-def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:
+def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:
     """YaRN where a config says nothing."""
     return one_rope(config, settings, given if given.keys() - {"rope_theta"} else given | _ROPE)
 
@@ -54,7 +51,7 @@ FAMILY = Family(
             clamps_swiglu=True,
             expert_names=ExpertNames("mlp", "gate_proj", "up_proj", "down_proj", router="router"),
             reads=MOE_KEYS | WINDOW_KEYS | {"attention_bias": bool, "swiglu_alpha": Positive, "swiglu_limit": Positive},
-            sliding_layers=_every_other,
+            sliding_layers=slide_in_every_other,
             ropes=_ropes,
         ),
     },

@@ -16,7 +16,7 @@ from octavo.runtime.model.families.family import (
     Architecture,
     Config,
     Family,
-    LayerKind,
+    Ropes,
     one_rope,
 )
 
@@ -38,15 +38,13 @@ def _given(config: Config) -> dict[str, Any]:
     return dict(config.get("rope_scaling") or config.get("rope_parameters") or own)
 
 
-def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:  # noqa: ARG001
+def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:  # noqa: ARG001
     """Without what its dictionary has beside the rotation."""
     rope = {key: value for key, value in _given(config).items() if key not in _OF_NO_ROTATION}
     return one_rope(config, settings, rope)
 
 
-def _rotated_part(
-    config: Config, settings: Config, given: dict[str, Any]
-) -> dict[LayerKind, tuple[dict[str, Any], float]]:
+def _rotated_part(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:
     """All of what latents leave to rotate: partial_rotary_factor says which part of a query that is."""
     return {
         kind: ({key: value for key, value in rope.items() if key != "partial_rotary_factor"}, theta)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from octavo.runtime.model.families.family import MOE_KEYS, WINDOW_KEYS, Architecture, Config, Family, LayerKind
+from octavo.runtime.model.families.family import (
+    MOE_KEYS,
+    WINDOW_KEYS,
+    Architecture,
+    Config,
+    Family,
+    Ropes,
+    rope_of_each_kind,
+)
 
 
 def _all_but_every_fourth(settings: Config, rotates: list[bool]) -> list[bool]:  # noqa: ARG001
     return [(i + 1) % 4 != 0 for i in range(len(rotates))]
 
 
-def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:  # noqa: ARG001
-    """OLMo 3: transformers 5 has a dictionary for each kind of layer; in 4 what stretches is the full layers' alone."""
+def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:  # noqa: ARG001
+    """OLMo 3's."""
     theta = float(settings["rope_theta"])
-    local: dict[str, Any] = {}
-    if "full_attention" in given or "sliding_attention" in given:
-        local = dict(given.get("sliding_attention") or {})
-        given = dict(given.get("full_attention") or {})
-    return {"full_attention": (given, theta), "sliding_attention": (local, theta)}
+    return rope_of_each_kind(given, theta, theta)
 
 
 FAMILY = Family(
