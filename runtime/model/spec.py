@@ -311,14 +311,15 @@ def _layers(
         ropes = _ropes(settings, config, name, row, turning)
     except RopeError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
+    scale = row.query_scale(config, settings)
     layers = []
     mixer: Mixer
     for slides, turns, sparse in zip(sliding, rotates, sparse_layers(settings, moe, row), strict=True):
         rope = ropes["sliding_attention" if slides else "full_attention"]
-        scale = row.query_scale(config, settings)
-        mixer = AttentionSpec(window if slides else None, rope if turns else None, scale)
         if row.latent:
             mixer = _latent(settings, rope, scale)
+        else:
+            mixer = AttentionSpec(window if slides else None, rope if turns else None, scale)
         layers.append(LayerSpec(mixer, sparse))
     return tuple(layers)
 
