@@ -21,13 +21,15 @@ from octavo.runtime.model.spec import DecoderSpec
 
 def check_attention(spec: DecoderSpec, target: Target) -> None:
     """Raise LoadError for attention over latents, with sinks or with scaled queries, where no kernel has it."""
+    if target.device.type == "cpu" and not target.capability:
+        return
     kinds = {
         "attention over latents": spec.has_latents,
         "attention with sinks": spec.has_sinks,
         "attention with queries scaled by their positions": spec.scales_queries,
     }
-    for kind in (kind for kind, is_there in kinds.items() if is_there):
-        if target.device.type != "cpu" or target.capability:
+    for kind, is_there in kinds.items():
+        if is_there:
             raise LoadError(f"{spec.architecture} has {kind}, which no kernel of {target} has; --device cpu serves it")
 
 
