@@ -43,14 +43,10 @@ class NoHead:
 
 def check_pooled(config: EngineConfig, hf_config: Mapping[str, Any], device: Device, group: Group) -> None:
     """Raise LoadError for what pooled decoders don't have: attention both ways, and some options."""
-    classes = hf_config.get("architectures") or [""]
-    is_causal = hf_config.get("is_causal")
-    both_ways = hf_config.get("use_bidirectional_attention")
-    if is_causal not in (None, True) or both_ways or "Bidirectional" in str(classes[0]):
-        named = f"architecture {classes[0]!r}" if is_causal in (None, True) else f"is_causal {is_causal!r}"
-        named = f"use_bidirectional_attention {both_ways!r}" if both_ways else named
+    both_ways = _both_ways(hf_config)
+    if both_ways is not None:
         raise LoadError(
-            f"config.json: {named}: decoders that attend both ways are not served; those whose tokens see only "
+            f"config.json: {both_ways}: decoders that attend both ways are not served; those whose tokens see only "
             f"the ones before work, and encoders ({', '.join(ENCODERS)})"
         )
     if group.size > 1:
@@ -63,6 +59,17 @@ def check_pooled(config: EngineConfig, hf_config: Mapping[str, Any], device: Dev
         raise LoadError("--speculative-config: a pooled model generates nothing; leave it out")
     if config.load_format == "dummy":
         raise LoadError("--load-format dummy: a pooled model's weights can't be random; leave it out")
+
+
+def _both_ways(hf_config: Mapping[str, Any]) -> str | None:
+    """What of a config.json says that tokens attend to those behind them, too; None: nothing does."""
+    if both_ways := hf_config.get("use_bidirectional_attention"):
+        return f"use_bidirectional_attention {both_ways!r}"
+    is_causal = hf_config.get("is_causal")
+    if is_causal not in (None, True):
+        return f"is_causal {is_causal!r}"
+    classes = hf_config.get("architectures") or [""]
+    return f"architecture {classes[0]!r}" if "Bidirectional" in str(classes[0]) else None
 
 
 def with_longest(config: EngineConfig) -> EngineConfig:
