@@ -19,7 +19,7 @@ from octavo.kernels.norm.cpu import normalize
 
 # The kernel's arguments, in the order of the call in `write_latents`.
 (_QUERIES, _LATENTS, _COS_SIN, _POSITIONS, _SLOTS, _OUT, _CACHE, _SCALE, _NORM) = range(1, 10)
-(_TOKENS, _HEADS, _RANK, _PLAIN, _ROTARY, _STRIDE, _BLOCK, _KIND, _CACHE_KIND, _INTERLEAVED, _EPS) = range(10, 21)
+(_TOKENS, _HEADS, _RANK, _PLAIN, _ROTARY, _STRIDE, _KIND, _CACHE_KIND, _INTERLEAVED, _EPS) = range(10, 20)
 
 
 @numba.njit
@@ -32,11 +32,11 @@ def _rotate(row, cos_sin, half, interleaved, out):  # type: ignore[no-untyped-de
         out[i + half] = y * cos_sin[i] + x * cos_sin[i + half]
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqd")
+@kernel("qqqqqqqqqqqqqqqqqqd")
 def _write(args):  # type: ignore[no-untyped-def]
     """Items are tokens."""
-    a = numba.carray(args, (21,), np.int64)
-    eps = numba.carray(args, (21,), np.float64)[_EPS]
+    a = numba.carray(args, (20,), np.int64)
+    eps = numba.carray(args, (20,), np.float64)[_EPS]
     tokens = a[_TOKENS]
     rank = a[_RANK]
     rotary = a[_ROTARY]
@@ -97,7 +97,6 @@ def write_latents(
         shape.plain_dim,
         shape.rotary_dim,
         latents.stride(0),
-        cache.block_size,
         KINDS[queries.dtype],
         KINDS[cache.key.dtype],
         shape.interleaved,
