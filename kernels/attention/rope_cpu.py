@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.attention.token_rows_cpu import ROWS4, kind_of, rotate, row_bytes, store_head
+from octavo.kernels.attention.token_rows_cpu import ROWS4, hadamard, kind_of, row_bytes, store_head
 from octavo.kernels.native.dtypes import KINDS, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.norm.cpu import normalize
@@ -70,7 +70,7 @@ def _rope(args):  # type: ignore[no-untyped-def]
                 _rotate(row[h * dim : h * dim + rotary], cos_sin, rotary // 2)
         if key_kind == ROWS4:
             for h in range(heads + kv_heads):
-                rotate(row[h * dim : h * dim + dim], dim)
+                hadamard(row[h * dim : h * dim + dim], dim)
         store_row(row, np.float32(1), a[5] + t * q_size, kind, heads * dim)
         block = slots[t] // block_size
         offset = slots[t] % block_size

@@ -34,7 +34,7 @@ def row_bytes(kind, dim):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def rotate(head, dim):  # type: ignore[no-untyped-def]
+def hadamard(head, dim):  # type: ignore[no-untyped-def]
     """`token_rows.hadamard` of one float32 row, in place."""
     block = dim & -dim
     half = 1
