@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class LatentShape:
     def query_dim(self) -> int:
         return self.plain_dim + self.rotary_dim
 
-    @property
+    @cached_property
     def cached(self) -> AttentionShape:
         """Attention over the cache."""
         return AttentionShape(self.num_heads, 1, self.rank + self.rotary_dim, self.scale)
