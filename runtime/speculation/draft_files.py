@@ -12,7 +12,6 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.dtypes import DTYPES
-from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.draft_model import DraftModel
@@ -21,14 +20,15 @@ from octavo.runtime.speculation.own_config import own_config
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory
 from octavo.runtime.worker.kv_layout import one_group
+from octavo.runtime.worker.worker import Worker
 
 CACHE_BYTES = 1 << 30  # of the draft model's, if an eighth of what is free is no less
 SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # the first one that is there says it all
 
 
 @torch.inference_mode()
-def load_draft_model(config: EngineConfig, target: Model, limits: SchedulerConfig) -> tuple[DraftModel, str]:
-    """The draft model of a configuration that names one, run once, and a line about it. Raises ValueError."""
+def load_draft_model(config: EngineConfig, worker: Worker, limits: SchedulerConfig, notes: list[str]) -> DraftModel:
+    """The draft model of a configuration that names one, run once; notes get a line about it. Raises ValueError."""
     asked = config.speculative_config
     assert asked is not None
     method = method_of(read_config(Path(asked.model)))
@@ -50,14 +50,15 @@ def load_draft_model(config: EngineConfig, target: Model, limits: SchedulerConfi
             "bytes are there for it; a smaller --block-size works"
         )
     caches = kv_cache.allocate(model, num_blocks, config.block_size, dtype, kv_cache.choose_scales(model, dtype, []))
+    worker.draft_caches = caches
     model.forward(StepInputs.prefill([2], config.block_size).to(model.device), caches)  # what compiles at first use
     tokens = num_blocks * config.block_size
-    line = (
+    notes.append(
         f"draft model {asked.model}: {model.architecture}, {model.weight_bytes / 1e6:,.0f} MB of weights, "
         f"a cache for {tokens:,} tokens"
     )
     records = not config.enforce_eager
-    return DraftModel(model, caches, target.vocab_size, limits.max_model_len, config.seed, records=records), line
+    return DraftModel(model, caches, worker.model.vocab_size, limits.max_model_len, config.seed, records=records)
 
 
 def check_tokenizers(target: Path, draft: Path) -> None:

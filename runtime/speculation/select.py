@@ -43,10 +43,7 @@ def _model_of(config: EngineConfig, worker: Worker, limits: SchedulerConfig, not
     if asked.method == "draft_model":
         from octavo.runtime.speculation.draft_files import load_draft_model
 
-        draft, note = load_draft_model(config, worker.model, limits)
-        worker.draft_caches = draft.caches
-        notes.append(note)
-        return draft
+        return load_draft_model(config, worker, limits, notes)
     from octavo.runtime.speculation.head_cache import load_head_drafts
 
     return load_head_drafts(config, worker, limits, notes)
