@@ -299,7 +299,7 @@ def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: At
     heads = q.transpose(0, 1)
     if shape.soft_cap is not None or shape.sinks is not None:
         return _in_steps(heads, k, v, shape).transpose(0, 1)
-    mask = None if n == length and _sees_all(shape, length) else _mask(n, length, shape.window)
+    mask = None if n == length and _sees_all(shape, length) else reference.seen_keys(n, length, shape.window)
     bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     attended = F.scaled_dot_product_attention(
         heads[None], k[None], v[None], attn_mask=bias, is_causal=bias is None, scale=shape.scale, enable_gqa=True
@@ -311,29 +311,18 @@ def _sees_all(shape: AttentionShape, length: int) -> bool:
     return shape.window is None or shape.window >= length
 
 
-def _mask(n: int, length: int, window: int | None) -> Tensor:
-    """[n, length] bool: which cached tokens each of the last n tokens sees."""
-    position = torch.arange(length - n, length).unsqueeze(1)
-    key = torch.arange(length)
-    seen = key <= position
-    return seen if window is None else seen & (key > position - window)
-
-
 def _in_steps(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
     """With a soft cap or sinks, which torch's fused kernels lack; 256 queries at a time, to bound its memory."""
     heads, n, _ = q.shape
     length = k.shape[1]
-    seen = _mask(n, length, shape.window)
+    seen = reference.seen_keys(n, length, shape.window)
     out = torch.empty_like(q)
     share = heads // k.shape[0]
     k32, v32 = (x.float().repeat_interleave(share, dim=0) for x in (k, v))
     for begin in range(0, n, 256):
         rows = slice(begin, begin + 256)
         scores = q[:, rows].float() @ k32.transpose(1, 2) * shape.scale
-        if shape.soft_cap is not None:
-            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
-        weights = reference.softmax(scores.masked_fill_(~seen[rows], float("-inf")), shape.sinks)
-        out[:, rows] = (weights @ v32).to(q.dtype)
+        out[:, rows] = (reference.weigh(scores, seen[rows], shape) @ v32).to(q.dtype)
     return out
 
 

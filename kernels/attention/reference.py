@@ -106,23 +106,30 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
         k = k.repeat_interleave(repeat, dim=0)
         v = v.repeat_interleave(repeat, dim=0)
         scores = q[begin:end].transpose(0, 1).float() @ k.transpose(1, 2) * shape.scale  # [Hq, n, L]
-        if shape.soft_cap is not None:
-            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
-        position = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(1)
-        key = torch.arange(length, device=q.device)
-        seen = key <= position
-        if shape.window is not None:
-            seen &= key > position - shape.window
-        weights = softmax(scores.masked_fill(~seen, float("-inf")), shape.sinks)
-        out[begin:end] = (weights @ v).transpose(0, 1)
+        seen = seen_keys(end - begin, length, shape.window, q.device)
+        out[begin:end] = (weigh(scores, seen, shape) @ v).transpose(0, 1)
     return out.to(q.dtype).reshape(q.shape[0], -1)
 
 
-def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Over the last dimension of scores [..., heads, n, L], in which each head's sink [heads] has a share, too."""
-    if sinks is None:
+def seen_keys(n: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """[n, length] bool: which cached tokens each of the last n tokens sees."""
+    position = torch.arange(length - n, length, device=device).unsqueeze(1)
+    key = torch.arange(length, device=device)
+    seen = key <= position
+    return seen if window is None else seen & (key > position - window)
+
+
+def weigh(scores: Tensor, seen: Tensor, shape: AttentionShape) -> Tensor:
+    """The weights of keys by their scores [..., Hq, n, L], which are scaled, and may be overwritten; seen [n, L].
+
+    A softmax of capped scores, in which each head's sink has a share, too.
+    """
+    if shape.soft_cap is not None:
+        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+    scores = scores.masked_fill_(~seen, float("-inf"))
+    if shape.sinks is None:
         return scores.softmax(dim=-1)
-    sink = sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    sink = shape.sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.cat((scores, sink.to(scores.dtype)), dim=-1).softmax(dim=-1)[..., :-1]
 
 

@@ -71,15 +71,12 @@ class DifferentiableBlock:
         k = k.repeat_interleave(repeat, dim=1)
         v = v.repeat_interleave(repeat, dim=1)
         if shape.soft_cap is None and shape.sinks is None:
-            seen = None if shape.window is None else _seen(length, shape.window, x.device)
+            seen = None if shape.window is None else attention.seen_keys(length, length, shape.window, x.device)
             out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=shape.scale)
         else:
             scores = q.float() @ k.float().transpose(-1, -2) * shape.scale
-            if shape.soft_cap is not None:
-                scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
-            mask = _seen(length, shape.window or length, x.device)
-            weights_of_keys = attention.softmax(scores.masked_fill(~mask, float("-inf")), shape.sinks)
-            out = (weights_of_keys @ v.float()).to(x.dtype)
+            seen = attention.seen_keys(length, length, shape.window, x.device)
+            out = (attention.weigh(scores, seen, shape) @ v.float()).to(x.dtype)
         return self._linear("o", out.transpose(1, 2).flatten(2), weights)
 
     def _latent_attention(self, part: LatentAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -161,10 +158,3 @@ def _positioned(x: Tensor, norm: Tensor | None, part: Attention, length: int) ->
     if part.cos_sin is not None:
         heads = attention.rotate(heads, part.cos_sin[:length].repeat(len(x), 1))
     return heads.view(*x.shape[:2], *heads.shape[1:]).transpose(1, 2)
-
-
-def _seen(length: int, window: int, device: torch.device) -> Tensor:
-    """Which keys each query sees, [T, T]."""
-    position = torch.arange(length, device=device)
-    distance = position.unsqueeze(1) - position
-    return (distance >= 0) & (distance < window)
