@@ -81,7 +81,7 @@ def _fields(raw: Tensor, run: int, bits: int) -> Tensor:
 
 def _fifth_bits(raw: Tensor) -> Tensor:
     """[n, 4] bytes to 16 times their bits, [n, 32] uint8, the lowest first."""
-    return torch.stack([(raw >> i) & 1 for i in range(8)], dim=-1).flatten(1) << 4
+    return _fields(raw, 1, 1) << 4
 
 
 def _q4_0(b: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -114,8 +114,7 @@ def _q2_k(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _q3_k(b: Tensor) -> tuple[Tensor, Tensor, None]:
     high = _fields(b[:, :32], 32, 1)  # a bit that is not set takes 4 off
     codes = _fields(b[:, 32:96], 32, 2).to(torch.int8) - 4 * (1 - high.to(torch.int8))
-    low = torch.cat([b[:, 96:104] & 15, b[:, 96:104] >> 4], dim=1)
-    scales = (low | (_fields(b[:, 104:108], 4, 2) << 4)).to(torch.int8) - 32
+    scales = (_nibbles(b[:, 96:104], 8) | (_fields(b[:, 104:108], 4, 2) << 4)).to(torch.int8) - 32
     return codes, scales.float() * _half(b[:, 108:110]), None
 
 
@@ -153,9 +152,7 @@ def _iq4_nl(b: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _iq4_xs(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    low = torch.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], dim=-1).flatten(1)
-    high = torch.stack([(b[:, 2:4] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(1)
-    scales = (low | (high << 4)).to(torch.int8) - 32
+    scales = (_nibbles(b[:, 4:8], 1) | (_fields(b[:, 2:4], 1, 2) << 4)).to(torch.int8) - 32
     return _of_iq4(_nibbles(b[:, 8:], 16)), scales.float() * _half(b[:, :2]), None
 
 

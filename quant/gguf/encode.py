@@ -43,8 +43,7 @@ def _fields(values: Tensor, run: int, bits: int) -> Tensor:
 
 def _fifth_bits(codes: Tensor) -> Tensor:
     """The fifth bits of [n, 32] codes as [n, 4] bytes, the lowest first."""
-    bits = ((codes.to(torch.uint8) >> 4) & 1).reshape(len(codes), 4, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8)
+    return _fields((codes >> 4) & 1, 1, 1)
 
 
 def _q4_0(codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:  # noqa: ARG001
