@@ -105,25 +105,24 @@ def factored(values: Tensor, most: int, lowest: int = 0) -> tuple[Tensor, Tensor
     unit = torch.zeros_like(peak)
     whole = torch.zeros_like(values)
     left = (peak > 0)[:, 0]
+
+    def settle(tried: Tensor, least: int) -> None:
+        """Take the units [left rows, 1] of which all values of a row are integers from `least` to `most`."""
+        integers = (values[left] / tried).round_()
+        in_range = (integers >= least) & (integers <= most)
+        exact = (in_range & (integers * tried == values[left])).all(1)
+        rows = left.nonzero()[:, 0][exact]
+        unit[rows] = tried[exact]
+        whole[rows] = integers[exact]
+        left[rows] = False
+
     for count in range(most, 0, -1):
         if not bool(left.any()):
             return unit, whole
-        tried = (peak[left] / count).half().float() * signs[left]
-        integers = (values[left] / tried).round_()
-        exact = ((integers * tried == values[left]).all(1)) & (integers.abs().amax(1) <= most)
-        rows = left.nonzero()[:, 0][exact]
-        unit[rows] = tried[exact]
-        whole[rows] = integers[exact]
-        left[rows] = False
+        settle((peak[left] / count).half().float() * signs[left], -most)
     if lowest and bool(left.any()):
         peaks = values[left].gather(1, values[left].abs().argmax(1, keepdim=True))
-        tried = (-peaks / lowest).half().float()
-        integers = (values[left] / tried).round_()
-        exact = (integers * tried == values[left]).all(1) & (integers.amax(1) <= most)
-        rows = left.nonzero()[:, 0][exact]
-        unit[rows] = tried[exact]
-        whole[rows] = integers[exact]
-        left[rows] = False
+        settle((-peaks / lowest).half().float(), -lowest)
     if bool(left.any()):
         raise FormatError(
             f"the scales or minima of a super-block are no integers up to {most} times one float16, which is what it "
