@@ -6,6 +6,8 @@ Two kinds of grids: w = q * s - m with q from 0 up (Q4_1, Q5_1, Q4_K, Q5_K), and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -44,40 +46,38 @@ def search_grid(weight: Tensor, w: WeightScheme, importance: Tensor | None = Non
         tiles = rows.float().reshape(len(rows), k // size, size)
         if w.minima:
             s, m = _over_minima(tiles, weights, w.int_range[1])
-            scale, minimum = (
-                (_in_super_blocks(s, size), _in_super_blocks(m, size, least=0))
-                if whole == SUPER
-                else (
-                    s.half().float().clamp(min=TINY),
-                    m.half().float(),
-                )
-            )
-            minima.append(minimum)
+            if whole == SUPER:
+                scale = _in_super_blocks(s, size)
+                minima.append(_in_super_blocks(m, size, least=0))
+            else:
+                scale = s.half().float().clamp(min=TINY)
+                minima.append(m.half().float())
         else:
             scale = _in_signed_super_blocks(_around_zero(tiles, weights, w.int_range), size)
         scales.append(scale)
     return torch.cat(scales), torch.cat(minima) if minima else None
 
 
-def _over_minima(tiles: Tensor, weights: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Scales and minima [R, G], any numbers, minima not below 0."""
+def _over_minima(tiles: Tensor, weights: Tensor, most: int) -> Tensor:
+    """Scales and minima [2, R, G], any numbers, minima not below 0."""
     low = tiles.amin(2).clamp(max=0)
     high = tiles.amax(2).clamp(min=0)
-    best_scale = best_minimum = least = torch.empty(0)
-    for shrink in SHRINK:
+
+    def fitted(shrink: float) -> tuple[Tensor, Tensor]:
         scale = ((high - low) * (shrink / most)).clamp(min=1e-20)
         scale, minimum = _fit_over_minima(tiles, weights, most, scale, -low * shrink)
-        error = _error(tiles, weights, scale, minimum, (0, most))
-        if shrink == SHRINK[0]:
-            best_scale = scale
-            best_minimum = minimum
-            least = error
-            continue
-        better = error < least
-        best_scale = torch.where(better, scale, best_scale)
-        best_minimum = torch.where(better, minimum, best_minimum)
+        return torch.stack((scale, minimum)), _error(tiles, weights, scale, minimum, (0, most))
+
+    return _best(map(fitted, SHRINK))
+
+
+def _best(found: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of candidates [..., R, G], each with its error [R, G], the one with the least in every place."""
+    best, least = next(found)
+    for candidate, error in found:
+        best = torch.where(error < least, candidate, best)
         least = torch.minimum(error, least)
-    return best_scale, best_minimum
+    return best
 
 
 def _fit_over_minima(
@@ -104,22 +104,17 @@ def _fit_over_minima(
 def _around_zero(tiles: Tensor, weights: Tensor, int_range: tuple[int, int]) -> Tensor:
     """Scales [R, G], any numbers: negative where the largest value is positive, so that it is the lowest code."""
     peak = tiles.gather(2, tiles.abs().argmax(2, keepdim=True))[..., 0]
-    best = least = torch.empty(0)
-    for shrink in SHRINK:
+
+    def fitted(shrink: float) -> tuple[Tensor, Tensor]:
         scale = peak * (shrink / int_range[0])
         scale = torch.where(scale.abs() < 1e-20, torch.full_like(scale, 1e-20), scale)
         codes = (tiles / scale[..., None]).round_().clamp_(*int_range)
         weighted = codes * weights
-        fitted = (weighted * tiles).sum(2) / (weighted * codes).sum(2)
-        scale = torch.where(fitted.isfinite() & (fitted.abs() > 1e-20), fitted, scale)
-        error = _error(tiles, weights, scale, None, int_range)
-        if shrink == SHRINK[0]:
-            best = scale
-            least = error
-            continue
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
-    return best
+        own = (weighted * tiles).sum(2) / (weighted * codes).sum(2)
+        scale = torch.where(own.isfinite() & (own.abs() > 1e-20), own, scale)
+        return scale, _error(tiles, weights, scale, None, int_range)
+
+    return _best(map(fitted, SHRINK))
 
 
 def _error(tiles: Tensor, weights: Tensor, scale: Tensor, minimum: Tensor | None, int_range: tuple[int, int]) -> Tensor:
