@@ -24,7 +24,7 @@ from octavo.calibration.layers import EMBEDDING, FLOATS, QuantizeError
 from octavo.calibration.prepare import SMALL_FILES
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.workspace import MakeWriter, Workspace, check_output, check_space, recover, workspace
-from octavo.quant.checkpoint import INDEX, KV_SCALES, SINGLE, Checkpoint
+from octavo.quant.checkpoint import INDEX, SINGLE, Checkpoint
 from octavo.quant.dequantized import without_quantization
 from octavo.quant.formats.awq import AWQFormat, write_awq_config
 from octavo.quant.formats.compressed_tensors import format_for, write_config
@@ -326,8 +326,7 @@ def _unquantized(checkpoint: Checkpoint, found: Mapping[str, _Found]) -> list[st
 
 def _kv_scheme(checkpoint: Checkpoint, target: Format) -> KVScheme | None:
     """The KV cache's scheme for compressed-tensors' config. Raises QuantizeError where scales would be lost."""
-    endings = {f".{name}" for pair in KV_SCALES for name in pair}
-    scales = [name for name in checkpoint.names if any(name.endswith(ending) for ending in endings)]
+    scales = checkpoint.kv_scale_names
     if not scales:
         return None
     dtype = checkpoint.kv_cache_dtype

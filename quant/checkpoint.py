@@ -38,6 +38,7 @@ KV_SCALES = (
     ("kv_scale", "kv_scale"),  # AutoFP8: one for both
     ("attn.kv_scale", "attn.kv_scale"),
 )
+KV_ENDINGS = tuple(f".{name}" for pair in KV_SCALES for name in pair)
 MARKS = frozenset(("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "blocks", "SCB", "_weight_qdata"))
 """Of a linear layer's tensors those that only quantized ones have; each format has one of them."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json; the second is older
@@ -182,6 +183,10 @@ class Checkpoint:
         """The format of a linear layer; None if it isn't quantized. Raises FormatError for one that isn't supported."""
         return self.quantization.format_of(module, self.suffixes(module)) if self.quantization else None
 
+    def stored_format_of(self, module: str) -> QuantFormat | None:
+        """As `format_of`; None for a module without a quantized layer's tensors, such as a norm that patterns match."""
+        return None if MARKS.isdisjoint(self.suffixes(module)) else self.format_of(module)
+
     @property
     def quantized(self) -> list[str]:
         """The linear layers whose tensors are those of quantized ones, sorted; what they mean the config says."""
@@ -191,6 +196,11 @@ class Checkpoint:
     def kv_cache_dtype(self) -> str | None:
         """'fp8_e4m3' or 'int8' if the checkpoint has scales for a quantized KV cache, else None."""
         return self.quantization.kv_cache if self.quantization else None
+
+    @property
+    def kv_scale_names(self) -> list[str]:
+        """The names of all scales of keys and values, sorted."""
+        return sorted(name for name in self.names if name.endswith(KV_ENDINGS))
 
     def kv_scales(self, attention: str) -> tuple[Tensor | None, Tensor] | None:
         """The scales of an attention layer's keys and values, [1] or [num_kv_heads] float32; None if there are none.

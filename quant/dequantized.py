@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.quant.checkpoint import KV_SCALES, QUANTIZATION_KEYS, Checkpoint, read_config
+from octavo.quant.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_config
 from octavo.quant.derived_file import Derived, DerivedFile
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.reading import FLOATS
@@ -23,7 +23,6 @@ from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.tensor_file import TensorFile
 
 GGUF_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-KV_ENDINGS = tuple(f".{name}" for pair in KV_SCALES for name in pair)
 
 
 def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
@@ -40,7 +39,7 @@ def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoi
     dtype = _plain_dtype(checkpoint)
     formats = _formats(checkpoint)
     hidden = {f"{module}.{suffix}" for module in formats for suffix in checkpoint.suffixes(module)}
-    hidden |= {name for name in checkpoint.names if name.endswith(KV_ENDINGS)}
+    hidden |= set(checkpoint.kv_scale_names)
     missing = set(formats)
     files: dict[str, TensorFile] = {}
     for shard, file in checkpoint.files.items():

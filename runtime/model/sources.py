@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.quant.checkpoint import MARKS, Checkpoint, quantization_dict
+from octavo.quant.checkpoint import Checkpoint, quantization_dict
 from octavo.quant.formats.select import parse_quantization
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -95,9 +95,7 @@ class CheckpointSource:
 
     def scheme(self, module: str) -> QuantScheme | None:
         """The scheme of a linear layer by config and names alone; None: its weight isn't quantized."""
-        if MARKS.isdisjoint(self.checkpoint.suffixes(module)):
-            return None
-        format_ = self.checkpoint.format_of(module)
+        format_ = self.checkpoint.stored_format_of(module)
         return None if format_ is None else format_.scheme
 
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
