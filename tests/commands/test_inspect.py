@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
+from gguf_oracle import write_gguf
 from trimmed import whole
 
 from octavo.cli import main
@@ -24,6 +26,7 @@ FOUND = {
     "tiny--gptqmodel-w3g32": ("gptq", "int3/g32", 128 * 352 * 3 // 8 + SCALES + 11 * 128 * 3 // 8 + 352 * 4),
     "tiny--gptqmodel-w8g32": ("gptq", "int8/g32", 128 * 352 + SCALES + 11 * 128 + 352 * 4),
     "tiny--autoawq-w4g32": ("awq", "int4/g32/asym", 128 * 352 // 2 + SCALES + 11 * 128 // 2),
+    "tiny--torchao-int4": ("torchao", "int4/g32/asym", 128 * 352 + SCALES + 11 * 128),
 }
 
 
@@ -48,6 +51,19 @@ def test_layers_of_other_formats(fixtures: Path, tmp_path: Path, capsys: pytest.
         *(f"model.layers.*.self_attn.{kind}_proj" for kind in "qkvo"),
     }
     assert "problem" not in facts["to_serve"]
+
+
+def test_layers_of_a_gguf_file(
+    fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_gguf(fixtures / "tiny", tmp_path / "tiny.gguf", "llama", GGMLQuantizationType.Q8_0)
+    assert main(["inspect", str(tmp_path / "tiny.gguf"), "--json"]) == 0
+    rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
+    down = rows["model.layers.*.mlp.down_proj"]
+    assert (down["scheme"], down["count"], down["bytes"]) == ("int8/g32", 2, 2 * 128 * 352 // 32 * 34)
+    assert down["parameters"] == 2 * 128 * 352
+    assert down["kernel"] is not None
 
 
 SERVED = sorted(path.name for path in (Path(__file__).parents[1] / "fixtures").iterdir() if "--" in path.name)

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 INDEX_IN_NAME = re.compile(r"\.\d+(?=\.|$)")
 MAX_ROWS = 500  # of the table; models on the Hub take some 60 at most
 MAX_CELL = 200  # characters
-SUFFIX = re.compile(
-    r"\.(_?weight\w*|SCB|qweight|qzeros|scales|g_idx|bias|input_\w*(scale|zero_point)|activation_scale)$"
-)
 
 
 def parse_device(spelled: str) -> str:
@@ -107,13 +104,9 @@ class DeviceError(ValueError):
 
 def inspect(checkpoint: Checkpoint, device: str = "auto") -> dict[str, Any]:
     """What `octavo inspect --json` prints."""
-    from octavo.quant.checkpoint import KV_SCALES
-
     config = checkpoint.config
     to_serve, kernels = _to_serve(checkpoint, device)
     layers = _layers(checkpoint, kernels)
-    endings = tuple(f".{name}" for pair in KV_SCALES for name in pair)
-    scales = [name for name in checkpoint.names if name.endswith(endings)]
     return {
         "architecture": (config.get("architectures") or [None])[0],
         "model_type": config.get("model_type"),
@@ -121,7 +114,7 @@ def inspect(checkpoint: Checkpoint, device: str = "auto") -> dict[str, Any]:
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.names),
         "layers": layers,
-        "kv_cache": {"dtype": checkpoint.kv_cache_dtype, "scales": len(scales)},
+        "kv_cache": {"dtype": checkpoint.kv_cache_dtype, "scales": len(checkpoint.kv_scale_names)},
         "to_serve": to_serve,
     }
 
@@ -130,11 +123,11 @@ def _layers(checkpoint: Checkpoint, kernels: Mapping[str, KernelChoice]) -> list
     """Rows by kind of module (block numbers made '*'), scheme and kernel, in the order of their names."""
     modules: dict[str, list[str]] = {}
     for name in checkpoint.names:
-        modules.setdefault(SUFFIX.sub("", name), []).append(name)
+        modules.setdefault(_module(name), []).append(name)
     rows: dict[tuple[str, str, str | None], dict[str, Any]] = {}
     for module, names in sorted(modules.items()):
         kind = INDEX_IN_NAME.sub(".*", module)
-        format_ = _format(checkpoint, module)
+        format_ = checkpoint.stored_format_of(module)
         scheme = _stored_type(checkpoint, module, names) if format_ is None else str(format_.scheme)
         choice = kernels.get(module)
         kernel = _kernel(choice)["kernel"]
@@ -154,11 +147,12 @@ def _kernel(choice: KernelChoice | None) -> dict[str, Any]:
     return {"kernel": kernel.name, "reason": choice.reason, "batch_invariant": kernel.batch_invariant}
 
 
-def _format(checkpoint: Checkpoint, module: str) -> QuantFormat | None:
-    """A module's format; None for one that isn't quantized. Norms and embeddings match a config's patterns too."""
-    from octavo.quant.checkpoint import MARKS
+def _module(name: str) -> str:
+    """The module of a tensor that a linear layer may have in any format; of another its own name."""
+    from octavo.quant.formats.select import SUFFIXES
 
-    return None if MARKS.isdisjoint(checkpoint.suffixes(module)) else checkpoint.format_of(module)
+    module, _, suffix = name.rpartition(".")
+    return module if suffix in SUFFIXES or suffix == "bias" else name
 
 
 def _stored_type(checkpoint: Checkpoint, module: str, names: list[str]) -> str:
@@ -168,23 +162,17 @@ def _stored_type(checkpoint: Checkpoint, module: str, names: list[str]) -> str:
 
 
 def _parameters(checkpoint: Checkpoint, module: str, format_: QuantFormat | None) -> int:
-    """Weights and biases of a module, scales not counted. A packed weight's shape is read: 16 bytes."""
-    from octavo.quant.formats.compressed_tensors import read_shape
-
+    """Weights and biases of a module, scales not counted. A packed weight's shape may be read: 16 bytes."""
+    names = [module, f"{module}.bias"]  # a name that is a tensor's: such as an attention's sinks
     count = 0
-    if checkpoint.has(f"{module}.weight_shape"):
-        n, k = read_shape(checkpoint.tensor(f"{module}.weight_shape"))
-        count += n * k
-    elif format_ is not None:
-        for packed in ("qweight", "weight_packed"):
-            if checkpoint.has(f"{module}.{packed}"):
-                count += checkpoint.spec(f"{module}.{packed}").nbytes * 8 // format_.scheme.weight.bits
-    if checkpoint.has(module):  # such as an attention's sinks
-        count += checkpoint.spec(module).numel
-    for suffix in ("weight", "bias"):
-        if checkpoint.has(f"{module}.{suffix}"):
-            count += checkpoint.spec(f"{module}.{suffix}").numel
-    return count
+    if format_ is None:
+        names.append(f"{module}.weight")
+    else:
+        n, k = format_.shape(
+            {suffix: checkpoint.tensor(f"{module}.{suffix}") for suffix in checkpoint.suffixes(module)}
+        )
+        count = n * k
+    return count + sum(checkpoint.spec(name).numel for name in names if checkpoint.has(name))
 
 
 def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict[str, KernelChoice]]:
