@@ -12,6 +12,7 @@ from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.families.family import Architecture
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # transformers takes one for another
+MOST_EXPERTS = 100_000  # in all layers, each with tensors that are looked for by name; Kimi K2 has 23,040
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
     top_k = settings["num_experts_per_tok"]
     if top_k > num_experts:
         raise ModelConfigError(f"config.json: num_experts_per_tok {top_k} is more than the {num_experts} experts")
+    layers = settings["num_hidden_layers"]
+    if layers * num_experts > MOST_EXPERTS:
+        raise ModelConfigError(
+            f"config.json: {layers} layers of {num_experts} experts are more than {MOST_EXPERTS} experts in all"
+        )
     inner = settings["moe_intermediate_size" if "moe_intermediate_size" in row.reads else "intermediate_size"]
     num_shared = settings.get("n_shared_experts") or 0  # side by side they are one, so many times as wide
     return MoeSpec(

@@ -113,6 +113,7 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: 
         ({"mlp_only_layers": [-1]}, "Expected `int` >= 0 - at `mlp_only_layers[0]`"),
         ({"decoder_sparse_step": 0}, "Expected `int` >= 1 - at `decoder_sparse_step`"),
         (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than the 8 experts"),
+        (MIXTRAL | {"num_local_experts": 10**9}, "layers of 1000000000 experts are more than 100000 experts in all"),
         (PHI3 | {"partial_rotary_factor": 1e15}, "rotates 16000000000000000 of the head's 16 elements"),
         (PHI3 | {"partial_rotary_factor": 0.01}, "rotates 0 of the head's 16 elements"),
         ({"head_dim": 1 << 31}, "head_dim 2147483648 is more than any model's; at most 65536"),
