@@ -85,10 +85,12 @@ class RopeSpec:
     def parse(cls, rope: dict[str, Any], *, theta: float, head_dim: int, max_position: int) -> RopeSpec:
         """Read one rope dictionary (`rope_parameters`, or transformers 4's `rope_scaling`); theta is the fallback.
 
-        Raises RopeError on an unknown type and on a key that the type doesn't have (it would change the rotation), and
-        ModelConfigError on numbers that give no rotation.
+        Raises RopeError on an unknown type, on a key that the type doesn't have (it would change the rotation), and on
+        an odd number of rotating elements; and ModelConfigError on numbers that give no rotation.
         """
         spec = cls._read(rope, theta, head_dim, max_position)
+        if spec.rotary_dim % 2:
+            raise RopeError(f"{spec.rotary_dim} rotating elements can't be paired")
         _refuse_impossible(spec, head_dim)
         return spec
 

@@ -396,8 +396,6 @@ def _ropes(settings: Config, config: Config, name: str, row: Architecture, head_
             rope["rope_type"] = row.rope_types[rope_type]
         _spread(rope, settings, name, row)
         ropes[kind] = RopeSpec.parse(rope, theta=theta, head_dim=head_dim, max_position=max_position)
-        if ropes[kind].rotary_dim % 2:
-            raise UnsupportedModelError(f"{name}: {ropes[kind].rotary_dim} rotating elements can't be paired")
     return ropes
 
 

@@ -85,6 +85,7 @@ def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str)
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1 entries for 4 layers"),
         ({"model_type": "gemma2", "sliding_window": None}, "layers have a sliding window, but sliding_window is None"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "3 rotating elements can't be paired"),
+        ({"head_dim": 7, "rope_scaling": YARN}, "7 rotating elements can't be paired"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
