@@ -17,9 +17,9 @@ MOST_KIND = 4  # kinds beyond are the same: drafts hardly get better
 DOUBT = 1.5  # of a draft of kind k behind right ones, k : k + DOUBT is the first chance, before anything is known
 WEIGHT = 0.2  # of the last guess among a sequence's, in its averages
 WEIGHT_FOR_ALL = 0.05  # the same in those that sequences begin with, once they are averages of many
+BELIEVED = 2  # guesses, as many as the first chance counts for in these
 IDLE = 64  # steps in a row without a draft, after which drafts are looked for behind one step of LOOKS alone
 LOOKS = 4
-BELIEVED = 2  # guesses, as many as the first chance counts for in these
 
 
 class Text(Protocol):
@@ -82,11 +82,12 @@ class Chances:
 
     def count(self, kind: int, length: int, num_right: int) -> None:
         """A guess is decided: what stands behind a wrong token is wrong, however long the guess is."""
+        kind = min(kind, MOST_KIND)
         chances = self.of(kind)
         weight = self._weight
         if self._begin is None:
-            self._num_counted[min(kind, MOST_KIND)] += 1
-            weight = max(weight, 1 / (BELIEVED + self._num_counted[min(kind, MOST_KIND)]))
+            self._num_counted[kind] += 1
+            weight = max(weight, 1 / (BELIEVED + self._num_counted[kind]))
         last = length if num_right == length else len(chances)
         for place in range(last):
             chances[place] += weight * ((place < num_right) - chances[place])

@@ -190,7 +190,7 @@ def tap_of(mark: Callable[[], None] | None, keep: Tap | None) -> Tap | None:
 
 def _held(inputs: StepInputs, size: Size, longest: int, width: int) -> StepInputs:
     """Memory for steps of this size whose sequences are so long at most, with tables so wide."""
-    seqs = min(size.tokens, MOST_SEQUENCES) if size.query_class > 1 else size.tokens
+    seqs = min(size.tokens, MOST_SEQUENCES)  # as many as there are tokens where none is a draft
 
     def tables(group: StepInputs | GroupTables) -> GroupTables:
         return GroupTables(group.slot_mapping.clone(), group.block_tables.new_zeros(seqs, width))
