@@ -22,7 +22,7 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.families.encoding import HeadStep
 from octavo.runtime.model.families.registry import ENCODERS
 from octavo.runtime.model.names import head_name
-from octavo.runtime.model.pooler_choice import PoolerParts, make_pooler, purpose_of
+from octavo.runtime.model.pooler_choice import PoolerParts, class_of, make_pooler, purpose_of
 from octavo.runtime.model.pooling import Pooler, Projection
 from octavo.runtime.model.sentence_files import read_modules
 from octavo.runtime.model.sources import CheckpointSource, LoadError
@@ -68,8 +68,8 @@ def _both_ways(hf_config: Mapping[str, Any]) -> str | None:
     is_causal = hf_config.get("is_causal")
     if is_causal not in (None, True):
         return f"is_causal {is_causal!r}"
-    classes = hf_config.get("architectures") or [""]
-    return f"architecture {classes[0]!r}" if "Bidirectional" in str(classes[0]) else None
+    name = class_of(hf_config)
+    return f"architecture {name!r}" if "Bidirectional" in name else None
 
 
 def with_longest(config: EngineConfig) -> EngineConfig:

@@ -41,10 +41,11 @@ def is_pooled(config: EngineConfig, hf_config: Mapping[str, Any]) -> bool:
         )
     if config.runner != "auto":
         return config.runner == "pooling"
-    return is_encoder or config.convert in ("embed", "classify") or _is_pooled_class(_class_of(hf_config))
+    return is_encoder or config.convert in ("embed", "classify") or _is_pooled_class(class_of(hf_config))
 
 
-def _class_of(hf_config: Mapping[str, Any]) -> str:
+def class_of(hf_config: Mapping[str, Any]) -> str:
+    """The first architecture that a config.json names; empty: it names none."""
     classes = hf_config.get("architectures") or [""]
     return str(classes[0])
 
@@ -55,7 +56,7 @@ def _is_pooled_class(name: str) -> bool:
 
 def purpose_of(config: EngineConfig, hf_config: Mapping[str, Any]) -> Purpose:
     """What the model is served for. Raises LoadError for a class that makes nothing which is known here."""
-    name = _class_of(hf_config)
+    name = class_of(hf_config)
     own = next((purpose for ending, purpose in _PURPOSES.items() if name.endswith(ending)), None)
     if config.convert == "embed":
         return "embed"
@@ -151,7 +152,7 @@ def _classifier(hf_config: Mapping[str, Any], parts: PoolerParts, purpose: Purpo
     steps = parts.sequence if purpose == "classify" else parts.token
     if not steps:
         raise LoadError(
-            f"--convert classify: {_class_of(hf_config) or 'this model'} has no classifier, and the checkpoint names "
+            f"--convert classify: {class_of(hf_config) or 'this model'} has no classifier, and the checkpoint names "
             "no tokens to tell apart"
         )
     labels = num_labels(hf_config)
