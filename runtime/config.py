@@ -63,7 +63,7 @@ class PoolerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dimensions: Count | None = None
 
     @property
-    def kind(self) -> Literal["CLS", "MEAN", "LAST", "MAX"] | None:
+    def kind(self) -> PoolingType | None:
         return self.pooling_type or self.seq_pooling_type
 
 
