@@ -98,16 +98,14 @@ class RankLayout:
         if kind == "qkv":
             return self._qkv(spec)
         mixer = spec.layers[self.layers[0]].mixer
-        if isinstance(mixer, LatentSpec):
+        if kind == "o":
+            size = mixer.value_dim if isinstance(mixer, LatentSpec) else self.head_dim
+            return (Shard("columns", (_times(self.query_heads, size),), self.place == 0),)
+        if isinstance(mixer, LatentSpec) and kind in ("qkv_a", "q_b"):
             queries = Shard("rows", (_times(self.query_heads, mixer.query_dim),))
-            if kind == "qkv_a":
-                return (queries if mixer.q_rank is None else WHOLE), WHOLE
             if kind == "q_b":
                 return (queries,)
-            if kind == "o":
-                return (Shard("columns", (_times(self.query_heads, mixer.value_dim),), self.place == 0),)
-        if kind == "o":
-            return (Shard("columns", (_times(self.query_heads, self.head_dim),), self.place == 0),)
+            return (queries if mixer.q_rank is None else WHOLE), WHOLE
         owner, _, name = kind.rpartition(".")
         if owner.startswith("experts") and self.whole_experts:
             return (WHOLE,) if name == "down" else (WHOLE, WHOLE)
