@@ -106,9 +106,9 @@ def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Archite
         return [True] * count
     if row.experts == "behind_dense":
         kinds = settings.get("mlp_layer_types") if "mlp_layer_types" in row.reads else None
-        return (
-            _sparse_by_name(kinds, count) if kinds else [i >= settings["first_k_dense_replace"] for i in range(count)]
-        )
+        if kinds:
+            return _sparse_by_name(kinds, count)
+        return [i >= settings["first_k_dense_replace"] for i in range(count)]
     step = settings["decoder_sparse_step"]
     dense = settings["mlp_only_layers"]
     return [(i + 1) % step == 0 and i not in dense for i in range(count)]
