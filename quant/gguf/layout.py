@@ -46,11 +46,7 @@ def make_layout(
         piece = _piece(f"{module}.weight", TensorSpec(torch.uint8, blocks.shape), kind, architecture, config, shape[1])
         pieces[f"{module}.{BLOCKS}"] = piece
     _check_experts(pieces.values())
-    counts: dict[str, int] = {}
-    for piece in pieces.values():
-        counts[piece.name] = counts.get(piece.name, 0) + 1
-    layout = {key: piece if piece.expert is None else piece.among(counts[piece.name]) for key, piece in pieces.items()}
-    shapes = {p.name: StoredTensor(p.kind, (*p.rows, p.columns), 0, 0) for p in layout.values()}
+    shapes = {p.name: StoredTensor(p.kind, (*p.rows, p.columns), 0, 0) for p in pieces.values()}
     metadata, factors = describe(config, shapes)
     metadata |= {
         "general.name": directory.name,
@@ -58,7 +54,7 @@ def make_layout(
         "general.quantization_version": QUANTIZATION_VERSION,
     }
     num_tokens = metadata[f"{name}.vocab_size"]
-    return GGUFLayout(metadata | vocabulary_of(directory, config, num_tokens), layout, factors)
+    return GGUFLayout(metadata | vocabulary_of(directory, config, num_tokens), pieces, factors)
 
 
 def _check_experts(pieces: Iterable[Piece]) -> None:
@@ -91,7 +87,7 @@ def _piece(
         own,
         source,
         source.shape[-1] if columns is None else columns,
-        None if expert is None else (expert, 1),
+        expert,
         stored_change(theirs, architecture, config),
         None if kind is None or columns is not None else _rounding(kind),
     )

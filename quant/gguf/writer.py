@@ -6,8 +6,9 @@ Source: ggml-org/ggml, `docs/gguf.md`. Version 3, little-endian, tensors aligned
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Piece:
     name    of the tensor that it is, or one expert's part of
     kind    of the numbers there
     source  what comes to be written
-    expert  its place among the experts, and how many there are; None: it is a tensor of its own
+    expert  its place among the experts; None: it is a tensor of its own
     change  of its rows or numbers
     rounds  to a kind's blocks from numbers; None: they come as they are to be, or as numbers of another type
     """
@@ -43,7 +44,7 @@ class Piece:
     kind: str
     source: TensorSpec
     columns: int
-    expert: tuple[int, int] | None = None
+    expert: int | None = None
     change: Change | None = None
     rounds: Change | None = None
 
@@ -59,11 +60,6 @@ class Piece:
         if block.plain is not None:
             return TensorSpec(block.plain, (*self.rows, self.columns))
         return TensorSpec(torch.uint8, (*self.rows, self.columns // block.columns * block.nbytes))
-
-    def among(self, count: int) -> Piece:
-        """The same, as one of so many experts."""
-        assert self.expert is not None
-        return replace(self, expert=(self.expert[0], count))
 
     def stored(self, tensor: Tensor) -> Tensor:
         """The numbers or blocks as they lie in the file."""
@@ -104,8 +100,9 @@ class GGUFLayout:
         found: dict[str, tuple[str, tuple[int, ...], int]] = {
             name: ("F32", (len(values),), 4 * len(values)) for name, values in self.factors.items()
         }
+        counts = Counter(piece.name for piece in self.pieces.values())
         for piece in self.pieces.values():
-            count = 1 if piece.expert is None else piece.expert[1]
+            count = counts[piece.name]
             shape = (*piece.rows, piece.columns) if piece.expert is None else (count, *piece.rows, piece.columns)
             found[piece.name] = (piece.kind, shape, count * piece.spec.nbytes)
         return found
@@ -132,8 +129,7 @@ class GGUFLayout:
     def places(self) -> dict[str, int]:
         """Where each piece begins in the file."""
         begins = {name: len(self._head) + self._offsets[piece.name] for name, piece in self.pieces.items()}
-        experts = {name: piece.expert[0] * piece.spec.nbytes for name, piece in self.pieces.items() if piece.expert}
-        return {name: begin + experts.get(name, 0) for name, begin in begins.items()}
+        return {name: begins[name] + (piece.expert or 0) * piece.spec.nbytes for name, piece in self.pieces.items()}
 
 
 def _aligned(raw: bytes) -> bytes:
