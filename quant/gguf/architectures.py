@@ -354,27 +354,29 @@ def rename(name: str, metadata: Mapping[str, Any]) -> str:
     return f"model.layers.{match[1]}.{architecture.blocks[match[2]]}.{match[3]}"
 
 
-def change_of(name: str, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> Change | None:
+def change_of(name: str, architecture: GGUFArchitecture, config: Mapping[str, Any]) -> Change | None:
     """What undoes the conversion to GGUF of a tensor, by its name there: a change of rows, or of numbers."""
-    architecture = architecture_of(metadata)
     if architecture.adds_one and name.endswith("norm.weight"):
         return lambda numbers: numbers - 1
-    match = _BLOCK.fullmatch(name)
-    if not architecture.rotates or match is None or match[2] not in ("attn_q", "attn_k"):
-        return None
-    heads = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
-    return lambda rows: _in_halves(rows, heads)
+    heads = _turned_heads(name, architecture, config)
+    return None if heads is None else lambda rows: _in_halves(rows, heads)
 
 
 def stored_change(name: str, architecture: GGUFArchitecture, config: Mapping[str, Any]) -> Change | None:
     """What the conversion to GGUF makes of a tensor, by its name there: `change_of` undoes it."""
     if architecture.adds_one and name.endswith("norm.weight"):
         return lambda numbers: numbers + 1
+    heads = _turned_heads(name, architecture, config)
+    return None if heads is None else lambda rows: rows[_in_halves(torch.arange(rows.shape[0]), heads).argsort()]
+
+
+def _turned_heads(name: str, architecture: GGUFArchitecture, config: Mapping[str, Any]) -> int | None:
+    """The heads whose rows a tensor has interleaved in the file; None where rows lie as they are."""
     match = _BLOCK.fullmatch(name)
     if not architecture.rotates or match is None or match[2] not in ("attn_q", "attn_k"):
         return None
-    heads = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
-    return lambda rows: rows[_in_halves(torch.arange(rows.shape[0]), heads).argsort()]
+    heads: int = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
+    return heads
 
 
 def _in_halves(rows: Tensor, heads: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.quant.fused_experts import MAX_EXPERTS
-from octavo.quant.gguf.architectures import EXPERT, change_of, config_of, rename
+from octavo.quant.gguf.architectures import EXPERT, architecture_of, change_of, config_of, rename
 from octavo.quant.gguf.blocks import BLOCK_TYPES, BlockType
 from octavo.quant.gguf.header import StoredTensor, read_header
 from octavo.quant.model_files import CheckpointError
@@ -43,8 +43,8 @@ class GGUFFile:
         self.size = path.stat().st_size
         self.specs: dict[str, TensorSpec] = {}
         header = read_header(path)
-        self._metadata = header.metadata
         try:
+            self._architecture = architecture_of(header.metadata)
             self._config = config_of(header)
             self._stored = {
                 ours: (name, part)
@@ -93,7 +93,7 @@ class GGUFFile:
         original, tensor = self._stored[name if module == name else f"{module}.weight"]
         block = BLOCK_TYPES[tensor.kind]
         raw = self._blocks(tensor, block)
-        change = change_of(original, self._metadata, self._config)
+        change = change_of(original, self._architecture, self._config)
         if module != name:
             rows = raw.reshape(spec.shape)
             return rows if change is None else change(rows)
