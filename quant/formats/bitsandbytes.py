@@ -13,7 +13,6 @@ nf4, fp4  weight uint8 [N K / 2, 1], two codes a byte, the first in the high nib
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.reading import check_nothing_left, check_shape, sides, take
+from octavo.quant.model_files import parse_json
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import CHANNEL, QuantScheme, WeightScheme
@@ -150,7 +150,7 @@ def _state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if name is None:
         raise FormatError(f"{' or '.join(STATES)} is missing")
     try:
-        state = json.loads(bytes(tensors[name].tolist()))
+        state = parse_json(bytes(tensors[name].tolist()))
         sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
         offset = state["nested_offset"] = float(state.get("nested_offset", 0.0))
         sound = len(state["shape"]) == 2 and state["dtype"] in DTYPES and math.isfinite(offset)

@@ -22,6 +22,7 @@ from torch import Tensor
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
 from octavo.quant.formats.compressed_tensors_config import INT_DTYPES
 from octavo.quant.formats.format import FormatError
+from octavo.quant.model_files import parse_json
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import (
@@ -90,7 +91,7 @@ class TorchAOConfig:
                 return None
             raise FormatError(f"{module}: the file's metadata doesn't say what its {CODES} is")
         try:
-            return TorchAOFormat(_scheme(json.loads(stored)))
+            return TorchAOFormat(_scheme(parse_json(stored)))
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise FormatError(f"{module}: {e}" if isinstance(e, SchemeError) else f"{module}: metadata {e!r}") from None
 
@@ -158,7 +159,7 @@ def metadata_of(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...
         if kind != "weight" or shape is None:
             continue
         try:
-            stored = json.loads(text)
+            stored = parse_json(text)
             tile = stored["_data"]["block_size"]
             sides = zip(tile, shape, strict=True)
             stored["_data"]["block_size"] = [-1 if size == side and size > 1 else size for size, side in sides]

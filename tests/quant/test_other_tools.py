@@ -78,6 +78,11 @@ DAMAGE: dict[str, tuple[str, dict[str, Tensor | None], str]] = {
         {STATE: torch.tensor(list(b"{[")).byte()},
         "is not the JSON of a layer's state",
     ),
+    "JSON without end": (
+        "tiny--bnb-nf4-double",
+        {STATE: torch.tensor(list(b"[" * 200_000)).byte()},
+        "is not the JSON of a layer's state: .*nested too deeply",
+    ),
     "another state": (
         "tiny--bnb-nf4-double",
         {STATE: torch.tensor(list(b'{"shape": [8], "blocksize": 64, "dtype": "bfloat16"}')).byte()},
@@ -137,6 +142,7 @@ def torchao(kind: str, **data: Any) -> dict[str, Any]:
         (torchao("Float8Tensor", act_quant_kwargs={"_type": "?", "_data": {"granularity": {"_type": "?"}}}), "act_q"),
         (torchao("Int8Tensor", block_size="?"), "metadata"),
         (torchao("Int8Tensor", block_size=[1, 1.5]), r"block_size \[1, 1.5\] is not two whole numbers"),
+        ({"metadata": {f"{Q}.weight": "[" * 200_000}}, "metadata .*nested too deeply"),
         ({"metadata": {}}, "doesn't say what its _weight_qdata is"),
     ],
 )  # fmt: skip
