@@ -94,7 +94,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Transformers 5's dictionary, that of the layers without a window; or what transformers 4 has in its place."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope = dict(rope.get("full_attention") or rope)
-    rope.setdefault("rope_theta", _needed(config, "rope_theta") if "rope_theta" not in rope else None)
+    if "rope_theta" not in rope:
+        rope["rope_theta"] = _needed(config, "rope_theta")
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     for key in ("original_max_position_embeddings", "partial_rotary_factor"):
         if rope.get(key) is None and config.get(key) is not None:

@@ -24,7 +24,7 @@ from octavo.quant.gguf.tokenizer import (
     merges_by_score,
     split_by,
 )
-from octavo.quant.model_files import CheckpointError, read_object
+from octavo.quant.model_files import CheckpointError, read_object, read_object_if_any, read_text
 
 IGNORED = {"trim_offsets", "invert"}  # of a tokenizer's parts: what moves no token
 LOWEST = -1e6  # the score of a piece that no merge makes
@@ -38,9 +38,7 @@ def vocabulary_of(directory: Path, config: Mapping[str, Any], num_tokens: int) -
     if not (directory / "tokenizer.json").is_file():
         raise CheckpointError(f"{directory} has no tokenizer.json, which a GGUF file is made of")
     state = read_object(directory / "tokenizer.json")
-    settings = (
-        read_object(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
-    )
+    settings = read_object_if_any(directory / "tokenizer_config.json")
     model = state.get("model") or {}
     if model.get("type") != "BPE":
         raise CheckpointError(f"tokenizer.json has a model {model.get('type')}; a GGUF file is written of BPE")
@@ -126,8 +124,8 @@ def _named(
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in ids:
             found[f"tokenizer.ggml.{theirs}_token_id"] = ids[token]
-    path = directory / "generation_config.json"
-    ends = (read_object(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    generation = read_object_if_any(directory / "generation_config.json")
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
     listed = ends if isinstance(ends, list) else [ends]
     for role, end in zip(("eos", "eot", "eom"), (end for end in listed if isinstance(end, int)), strict=False):
         found[f"tokenizer.ggml.{role}_token_id"] = end
@@ -138,5 +136,5 @@ def _named(
 
 def _template(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     path = directory / "chat_template.jinja"
-    template = path.read_text("utf-8") if path.is_file() else settings.get("chat_template")
+    template = read_text(path) if path.exists() else settings.get("chat_template")
     return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
