@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.quant.decoded_layers import decode_layers
 from octavo.quant.formats.format import FormatError, QuantFormat, QuantizationConfig
+from octavo.quant.formats.reading import DTYPES
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.formats.torchao import read_metadata
 from octavo.quant.fused_experts import divide_experts
@@ -94,19 +95,12 @@ class Checkpoint:
                 self._suffixes.setdefault(module, []).append(suffix)
 
     @classmethod
-    def open(
-        cls,
-        directory: Path,
-        layouts: Layouts = NO_LAYOUTS,
-        gguf_dtype: torch.dtype | None = None,
-        *,
-        splits_experts: bool = False,
-    ) -> Checkpoint:
+    def open(cls, directory: Path, layouts: Layouts = NO_LAYOUTS, *, as_original: bool = False) -> Checkpoint:
         """Read the config and all shards' headers, but no tensor. Raises CheckpointError.
 
         layouts: of the model types that are known. Fused experts of other types stay one tensor.
-        splits_experts: of a type that `split_experts` knows, even if layouts doesn't.
-        gguf_dtype: of all numbers of a GGUF file; None: as `GGUFFile` has them.
+        as_original: as a quantizer takes it: all numbers of a GGUF file of the type that the config says, and experts
+        of a type that `split_experts` knows one by one, even if layouts doesn't know it.
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
@@ -114,7 +108,8 @@ class Checkpoint:
         files: Mapping[str, TensorFile]
         if (directory / GGUF).exists():
             _check_alone(directory)
-            gguf = GGUFFile(directory / GGUF, gguf_dtype)
+            dtype = DTYPES.get(str(config.get("dtype")), torch.bfloat16) if as_original else None
+            gguf = GGUFFile(directory / GGUF, dtype)
             files = {GGUF: gguf}
             config = config | {"quantization_config": gguf.quantization_config}
         else:
@@ -123,7 +118,7 @@ class Checkpoint:
             files = shards
         layout = layouts.get(str(config.get("model_type")), UNKNOWN)
         try:
-            if splits_experts or layout.experts is not None:
+            if as_original or layout.experts is not None:
                 files = split_experts(files, config)
             if layout.experts is not None:
                 divide_experts(list(files.values()), layout.experts)

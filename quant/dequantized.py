@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.quant.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_config
+from octavo.quant.checkpoint import QUANTIZATION_KEYS, Checkpoint
 from octavo.quant.derived_file import Derived, DerivedFile
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.reading import FLOATS
@@ -21,8 +21,6 @@ from octavo.quant.model_files import CheckpointError
 from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.tensor_file import TensorFile
-
-GGUF_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
@@ -32,8 +30,7 @@ def open_dequantized(directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoi
     where all matrices are, else bfloat16. Scales of inputs and of a KV cache are left out, and `source` says what the
     layers were. Raises CheckpointError.
     """
-    own = GGUF_DTYPES.get(str(read_config(directory).get("dtype")), torch.bfloat16)
-    checkpoint = Checkpoint.open(directory, layouts, gguf_dtype=own, splits_experts=True)
+    checkpoint = Checkpoint.open(directory, layouts, as_original=True)
     if checkpoint.quantization is None:
         return checkpoint
     dtype = _plain_dtype(checkpoint)

@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.quant.formats.format import FormatError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # as configs spell them
 
 
 def take(left: dict[str, Tensor], name: str) -> Tensor:
