@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo.calibration.auxiliary_files import copy_files, other_files, without_paths, write_json
 from octavo.calibration.choices import Format
 from octavo.calibration.gguf_output import FILE_TYPES
-from octavo.calibration.layers import EMBEDDING, FLOATS, QuantizeError
+from octavo.calibration.layers import EMBEDDING, QuantizeError
 from octavo.calibration.prepare import SMALL_FILES
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.workspace import MakeWriter, Workspace, check_output, check_space, recover, workspace
@@ -32,6 +32,7 @@ from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
 from octavo.quant.formats.gguf import GGUFFormat, kind_of
 from octavo.quant.formats.gptq import GPTQFormat, write_gptq_config
+from octavo.quant.formats.reading import FLOATS
 from octavo.quant.gguf.file import GGUF
 from octavo.quant.gguf.layout import make_layout
 from octavo.quant.gguf.writer import GGUFLayout, GGUFWriter

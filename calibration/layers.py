@@ -11,10 +11,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-
 from octavo.calibration.recipe import means_layer
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.formats.reading import FLOATS
 from octavo.quant.mtp_names import is_mtp, mtp_patterns
 from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 from octavo.quant.split_experts import LAYOUTS
@@ -30,7 +29,6 @@ MOST_LAYERS = 10_000
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")  # names of the key, the last two of encoders
 FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """Layers that engines make one of, by their names in a block."""
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class QuantizeError(ValueError):

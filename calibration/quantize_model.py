@@ -23,14 +23,7 @@ from octavo.calibration.experts import rare_experts
 from octavo.calibration.gguf_output import replaced
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.kv import KVCollector, KVError, KVReport, kv_advice
-from octavo.calibration.layers import (
-    FLOATS,
-    LinearLayer,
-    QuantizeError,
-    Selection,
-    joined_with,
-    portability_warnings,
-)
+from octavo.calibration.layers import LinearLayer, QuantizeError, Selection, joined_with, portability_warnings
 from octavo.calibration.output import make_format, quantization_config, scale_dtype
 from octavo.calibration.plan import Item, Plan, Unit, weight_map
 from octavo.calibration.prepare import Calibration, Prepared
@@ -39,6 +32,7 @@ from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
 from octavo.calibration.workspace import ResumeError, Workspace, finished, partial_of, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint
+from octavo.quant.formats.reading import FLOATS
 from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
 from octavo.quant.scheme import QuantScheme
 

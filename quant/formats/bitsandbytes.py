@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.reading import check_nothing_left, check_shape, sides, take
+from octavo.quant.formats.reading import DTYPES, check_nothing_left, check_shape, sides, take
 from octavo.quant.model_files import parse_json
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -31,7 +31,6 @@ from octavo.quant.scheme import CHANNEL, QuantScheme, WeightScheme
 SUFFIXES = ("weight", "SCB", "weight_format")
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 ROWS = QuantScheme(WeightScheme("int8", CHANNEL))
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.quant.formats.bitsandbytes import DTYPES
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.reading import check_nothing_left, check_shape, take
+from octavo.quant.formats.reading import DTYPES, check_nothing_left, check_shape, take
 from octavo.quant.safetensors_file import TensorSpec
 
 # Bits of a field, and fields of a word, by the name of the packing.
