@@ -11,7 +11,7 @@ shapes don't tell. Of gpt-oss's own files, MXFP4 in gate_up_proj_blocks [E, 2 I,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,18 +94,17 @@ def _experts(
             "experts, are expected"
         )
     outs, *ins = spec.shape[1:]
-    read = partial(_read, owners[name], name)
+    is_transposed = suffix == "weight" and layout.transposed
     if suffix == "weight_packed":
         ins = [ins[0] * ins[1]]  # groups of blocks
-    elif suffix == "weight" and layout.transposed:
+    elif is_transposed:
         outs, ins = ins[0], [outs]
-        read = partial(_read_transposed, owners[name], name)
     rows = _rows(match["kind"], layout, outs)
     for index in range(spec.shape[0]):
         for linear, part in rows.items():
             made = TensorSpec(spec.dtype, (len(range(outs)[part]), *ins))
             tensor = f"{match['experts']}.{index}.{linear}.{suffix}"
-            yield tensor, Derived(made, partial(_make, read, index, part))
+            yield tensor, Derived(made, partial(_make, owners[name], name, index, part, is_transposed))
 
 
 def _rows(kind: str, layout: Fused, outs: int) -> dict[str, slice]:
@@ -117,14 +116,7 @@ def _rows(kind: str, layout: Fused, outs: int) -> dict[str, slice]:
     return {"gate_proj": slice(0, outs // 2), "up_proj": slice(outs // 2, outs)}
 
 
-def _make(read: Callable[[int], Tensor], index: int, rows: slice) -> Tensor:
-    part = read(index)[rows].clone(memory_format=torch.contiguous_format)
+def _make(file: TensorFile, name: str, index: int, rows: slice, is_transposed: bool) -> Tensor:
+    expert = file.view(name)[index]
+    part = (expert.t() if is_transposed else expert)[rows].clone(memory_format=torch.contiguous_format)
     return part.flatten(1) if part.ndim == 3 else part
-
-
-def _read(file: TensorFile, name: str, index: int) -> Tensor:
-    return file.view(name)[index]
-
-
-def _read_transposed(file: TensorFile, name: str, index: int) -> Tensor:
-    return file.view(name)[index].t()
