@@ -103,14 +103,12 @@ def convert_model(
     formats = _formats(found, target)
     config = _config(checkpoint, {module: f.scheme for module, f in formats.items()}, found, target)
     shards = _shards(checkpoint, found, formats)
-    layout = None
+    after = sum(spec.nbytes for pieces in shards.values() for piece in pieces for spec in piece.specs.values())
     make_writer: MakeWriter = SafetensorsWriter
     if target == "gguf":
         shards = {GGUF: [piece for pieces in shards.values() for piece in pieces]}
         layout = _layout(checkpoint, found, formats)
         make_writer = partial(_gguf_writer, layout)
-    after = sum(spec.nbytes for pieces in shards.values() for piece in pieces for spec in piece.specs.values())
-    if layout is not None:
         after = sum(spec.nbytes for spec in layout.specs.values())
     specs = {shard: {n: s for piece in pieces for n, s in piece.specs.items()} for shard, pieces in shards.items()}
     parent = out.resolve().parent

@@ -13,19 +13,18 @@ from octavo.calibration.layers import LinearLayer, QuantizeError
 from octavo.calibration.recipe import Recipe, means_layer
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.formats.gguf import kind_of
+from octavo.quant.gguf.file import EMBEDDING, HEAD
 from octavo.quant.gguf.layout import make_layout
 from octavo.quant.gguf.writer import GGUFLayout
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.scheme import GGUF, QuantScheme
+from octavo.quant.super_blocks import SUPER
 
 FILE_TYPES = {
     "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
     "Q6_K": 18, "Q4_K": 14, "Q5_K": 16,
 }  # fmt: skip
 INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # in blocks of 32
-SUPER = 256
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def fitted(

@@ -56,8 +56,7 @@ class GGUFFormat:
             raise FormatError("blocks have their columns in order, and it has act-order")
         n, k = weight.shape
         spec = self.tensors(n, k)[BLOCKS]
-        scheme = self._type.scheme
-        assert scheme is not None
+        scheme = self.scheme.weight
         low, high = scheme.int_range
         if int(weight.codes.min()) < low or int(weight.codes.max()) > high:
             raise FormatError(f"its integers are not from {low} to {high}, as those of {self.kind} are")
