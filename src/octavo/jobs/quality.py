@@ -1,7 +1,7 @@
 """Quality of a checkpoint, through the path that serves it: the wiring between calibration and runtime.
 
 One model is in memory at a time. The original's logits and hidden states are kept as float32 in temporary files until
-the quantized model has computed its own; TMPDIR names their directory.
+the quantized models have computed their own; TMPDIR names their directory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -60,7 +61,6 @@ def measure_quality(
     max_tokens: int,
     text: Path | None = None,
     dtype: Dtype = "auto",
-    dequantized: bool = False,
     progress: Progress = silent,
     device: Device | None = None,
 ) -> Quality:
@@ -68,17 +68,15 @@ def measure_quality(
 
     Inputs are rounded as checkpoints say, also on a GPU whose server leaves them as they are (`keeps_inputs`).
     text is a file; None is the built-in held-out text. dtype is for both models, except that fp8, int8 and int4, which
-    quantize at load, are for `quantized` alone. dequantized: as of `compare`. Raises QualityError if memory or disk
-    don't suffice, for a text that can't be read, and for models that differ too much or can't be served;
-    CheckpointError; and NotFiniteError for a model that gives NaN.
+    quantize at load, are for `quantized` alone. Raises QualityError if memory or disk don't suffice, for a text that
+    can't be read, and for models that differ too much or can't be served; CheckpointError; and NotFiniteError for a
+    model that gives NaN.
     """
     configs = (
         EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype),
         EngineConfig(model=str(quantized), dtype=dtype),
     )
-    return compare(
-        *configs, max_tokens=max_tokens, text=text, dequantized=dequantized, progress=progress, device=device
-    )
+    return compare(*configs, max_tokens=max_tokens, text=text, progress=progress, device=device)
 
 
 def compare(
@@ -87,33 +85,46 @@ def compare(
     *,
     max_tokens: int,
     text: Path | None = None,
-    dequantized: bool = False,
     progress: Progress = silent,
     device: Device | None = None,
 ) -> Quality:
-    """`measure_quality` with a server's whole configuration, such as the types of the KV cache and the output head.
+    """`measure_quality` with a server's whole configuration, such as the types of the KV cache and the output head."""
+    for config in (original, quantized):  # before minutes are spent on the first
+        Checkpoint.open(Path(config.model), LAYOUTS)
+    with recorded(original, max_tokens=max_tokens, text=text, progress=progress, device=device) as record:
+        return record.compare(quantized, progress)
 
-    dequantized: an original that is quantized itself is the model that its weights stand for, inputs as they are.
+
+@contextmanager
+def recorded(
+    original: EngineConfig,
+    *,
+    max_tokens: int,
+    text: Path | None = None,
+    dequantized: bool = False,
+    progress: Progress = silent,
+    device: Device | None = None,
+) -> Iterator[Recorded]:
+    """What an original computes over max_tokens tokens of a text, for as many quantized models as are to be compared.
+
+    text: as of `measure_quality`; device: also of those models. dequantized: an original that is quantized itself is
+    the model that its weights stand for, inputs as they are. Raises what measure_quality does.
     """
-    directories = Path(original.model), Path(quantized.model)
-    for directory in directories:  # before minutes are spent on the first
-        Checkpoint.open(directory, LAYOUTS)
-    token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
-    with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
-        loading = _loading(progress, "original")
-        runner = _load(original, token_ids, prefix, loading, device=device, dequantized=dequantized)
-        facts = runner.facts
-        window = runner.window
-        record = _Recording(logits), _Recording(hidden)
-        _check_disk(runner)
-        for number, token_window in enumerate(runner.windows):
-            record[0].write(runner.run(token_window, lambda _, states: record[1].write(states)))
-            _tell(progress, number, runner, "original")
-        del runner
-        gc.collect()
-        runner = _load(quantized, token_ids, prefix, _loading(progress, "quantized"), window, device)
-        _check_alike(directories[0], facts, directories[1], runner.facts)
-        return _compare(runner, record, progress, source)
+    token_ids, prefix, source = _tokens(Path(original.model), text, max_tokens)
+    with tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
+        with torch.inference_mode():  # not around the yield, or its caller would be in it
+            loading = _loading(progress, "original")
+            runner = _load(original, token_ids, prefix, loading, device=device, dequantized=dequantized)
+            facts = runner.facts
+            window = runner.window
+            record = _Recording(logits), _Recording(hidden)
+            _check_disk(runner)
+            for number, token_window in enumerate(runner.windows):
+                record[0].write(runner.run(token_window, lambda _, states: record[1].write(states)))
+                _tell(progress, number, runner, "original")
+            del runner
+            gc.collect()
+        yield Recorded(Path(original.model), token_ids, prefix, source, window, facts, logits, hidden, device)
 
 
 def perplexity_of(
@@ -191,6 +202,46 @@ class _Runner:
         return self.model.forward(step, self._caches, tap if self.model.gives_hidden else None).float().cpu()
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """An original's logits and hidden states over a text, in temporary files; see `recorded`.
+
+    prefix  tokens before each window of the text's token_ids; source: the text's name
+    device  where models that are compared with it run; None: where they would be served
+    """
+
+    directory: Path
+    token_ids: list[int]
+    prefix: list[int]
+    source: str
+    window: int
+    facts: _Facts
+    logits: IO[bytes]
+    hidden: IO[bytes]
+    device: Device | None
+
+    @torch.inference_mode()
+    def compare(self, quantized: EngineConfig, progress: Progress = silent) -> Quality:
+        """Run a quantized model and compare it. Raises what measure_quality does."""
+        loading = _loading(progress, "quantized")
+        runner = _load(quantized, self.token_ids, self.prefix, loading, self.window, self.device)
+        _check_alike(self.directory, self.facts, Path(quantized.model), runner.facts)
+        logits = _Recording(self.logits)
+        hidden = _Recording(self.hidden)
+        comparison = Comparison()
+        noise = BlockNoise(runner.num_blocks)
+
+        def tap(block: int, states: Tensor) -> None:
+            states = states.float().cpu()
+            noise.add(block, hidden.read(states), states)
+
+        for number, token_window in enumerate(runner.windows):
+            after = runner.run(token_window, tap)
+            comparison.add(token_window, logits.read(after), after)
+            _tell(progress, number, runner, "quantized")
+        return comparison.result(self.source, runner.window, noise.result())
+
+
 def _loading(progress: Progress, which: str) -> OnLayer:
     return lambda loaded, layers: progress(loaded, layers, f"loading the {which}")
 
@@ -217,21 +268,6 @@ def _load(
         raise QualityError(f"{directory} has {model.max_position} positions, and the original {window} or more")
     window = window or min(WINDOW, model.max_position)
     return _Runner(model, config, windows(token_ids, window, prefix), window)
-
-
-def _compare(runner: _Runner, record: tuple[_Recording, _Recording], progress: Progress, source: str) -> Quality:
-    comparison = Comparison()
-    noise = BlockNoise(runner.num_blocks)
-
-    def tap(block: int, states: Tensor) -> None:
-        states = states.float().cpu()
-        noise.add(block, record[1].read(states), states)
-
-    for number, token_window in enumerate(runner.windows):
-        after = runner.run(token_window, tap)
-        comparison.add(token_window, record[0].read(after), after)
-        _tell(progress, number, runner, "quantized")
-    return comparison.result(source, runner.window, noise.result())
 
 
 def _tell(progress: Progress, number: int, runner: _Runner, which: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from octavo.calibration.prepare import Calibration, Prepared
     from octavo.calibration.quantize_model import Quantized
     from octavo.calibration.report.report import Report
+    from octavo.jobs.quality import Recorded
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.scheme import Search
 
@@ -441,38 +443,44 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError
     from octavo.jobs.embedding_quality import is_encoder
-    from octavo.jobs.quality import measure_quality
+    from octavo.jobs.quality import recorded
+    from octavo.runtime.config import EngineConfig
 
     job.listener.phase("measuring quality")
     begin = time.perf_counter()
     if is_encoder(source):
         return _with_cosine(job, source, report)
-    try:
-        quality = measure_quality(
-            source, job.output, max_tokens=job.eval_tokens, dequantized=True, progress=job.listener.progress
+    progress = job.listener.progress
+    config = EngineConfig(model=str(source))
+    with ExitStack() as stack:
+        try:
+            original = stack.enter_context(
+                recorded(config, max_tokens=job.eval_tokens, dequantized=True, progress=progress)
+            )
+            quality = original.compare(EngineConfig(model=str(job.output)), progress)
+        except (RuntimeError, ValueError) as e:
+            if isinstance(e, NotFiniteError) and e.side == "quantized":
+                return replace(report, verdict=broken(e))
+            return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
+        seconds = report.seconds | rounded({"quality": time.perf_counter() - begin})
+        verdict = judge(
+            quality,
+            recipe.schemes,
+            job.target_kl if job.max_kl is None else job.max_kl,
+            layers=report.layers,
+            algorithm=report.algorithm,
+            kv_cache=report.kv_cache,
         )
-    except (RuntimeError, ValueError) as e:
-        if isinstance(e, NotFiniteError) and e.side == "quantized":
-            return replace(report, verdict=broken(e))
-        return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
-    seconds = report.seconds | rounded({"quality": time.perf_counter() - begin})
-    verdict = judge(
-        quality,
-        recipe.schemes,
-        job.target_kl if job.max_kl is None else job.max_kl,
-        layers=report.layers,
-        algorithm=report.algorithm,
-        kv_cache=report.kv_cache,
-    )
-    return _with_rtn(job, recipe, source, replace(report, quality=quality, verdict=verdict, seconds=seconds))
+        measured = replace(report, quality=quality, verdict=verdict, seconds=seconds)
+        return _with_rtn(job, recipe, source, original, measured)
 
 
-def _with_rtn(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
+def _with_rtn(job: Job, recipe: Recipe, source: Path, original: Recorded, report: Report) -> Report:
     """The report with the KL that rtn would have had, of a copy that is written beside OUT, measured and removed."""
     from octavo.calibration.prepare import prepare as prepare_rtn
     from octavo.calibration.quantize_model import quantize_model
     from octavo.calibration.report.report import rounded
-    from octavo.jobs.quality import measure_quality
+    from octavo.runtime.config import EngineConfig
     from octavo.runtime.model.families.registry import LAYOUTS
 
     plain = recipe.with_rtn()
@@ -483,9 +491,7 @@ def _with_rtn(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
     copy = job.output.resolve().with_name(f".{job.output.name}.rtn")
     try:
         quantize_model(prepare_rtn(source, copy, plain, overwrite=True, layouts=LAYOUTS), job.listener.progress)
-        quality = measure_quality(
-            source, copy, max_tokens=job.eval_tokens, dequantized=True, progress=job.listener.progress
-        )
+        quality = original.compare(EngineConfig(model=str(copy)), job.listener.progress)
     except (RuntimeError, ValueError, OSError) as e:
         return replace(report, warnings=(*report.warnings, f"what rtn would have cost could not be measured: {e}"))
     finally:
