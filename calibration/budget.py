@@ -231,7 +231,7 @@ def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
 
     Unit by unit, over sums so far of which none has both more bits and more KL than another. Bits are counted exactly.
     Where sums are more than STATES, the best of each STATES-th of their range goes on, and the result is still no worse
-    than any one scheme for all that fits. The cheapest schemes must fit (`targets.bits_budget` checks that).
+    than any one scheme for all that fits. The cheapest schemes must fit (`target_bits.bits_budget` checks that).
     """
     weights = sum(unit.weights for unit in units)
     left = sum(min(choice.bits for choice in unit.choices) for unit in units)
@@ -313,6 +313,7 @@ def cheapest_for_kl(
     choices = uniform_choices(units, above) + [choose(units, budget) for budget in _between(below, above)]
     best: tuple[float, Recipe] | None = None
     while choices:
+        choices = [schemes for i, schemes in enumerate(choices) if schemes not in choices[:i]]
         recipes = [_with_schemes(planned.recipe, units, schemes) for schemes in choices]
         kls = measure_recipes(planned, calibration, recipes, progress)
         found = list(zip([_bits_of(units, schemes) / weights for schemes in choices], recipes, kls, strict=True))
@@ -343,7 +344,10 @@ def _bits_of(units: Sequence[Sensitivity], schemes: Mapping[str, str]) -> int:
 def measure_recipes(
     planned: Prepared, calibration: Calibration, recipes: Sequence[Recipe], progress: Progress
 ) -> list[float]:
-    """Mean KL of the model, its weights rounded to nearest as each recipe says, over the first MAX_TOKENS."""
+    """Mean KL of the model, its weights rounded to nearest as each recipe says, over the first MAX_TOKENS.
+
+    The recipes differ in the schemes of layers alone, so that a weight is rounded once with each scheme.
+    """
     checkpoint = planned.checkpoint
     runner = calibration.runner
     original = _first_hidden(checkpoint, calibration)
@@ -352,14 +356,18 @@ def measure_recipes(
     for number, unit in enumerate(blocks):
         progress(number, len(blocks), f"choice in {unit.name}")
         tensors = {item.name: item.file.read(item.name) for item in unit.items}
+        known: dict[tuple[str, QuantScheme], Tensor] = {}  # recipes differ in few of their schemes
         for i, recipe in enumerate(recipes):
             rounded = {}
             for item in unit.items:
                 linear = item.linear
                 scheme = None if linear is None else recipe.scheme_of(linear.module, linear.kind)
                 if scheme is not None:
-                    weight = tensors[item.name]
-                    rounded[item.name] = _rounded(weight, scheme, recipe).to(weight.dtype)
+                    key = item.name, scheme
+                    if key not in known:
+                        weight = tensors[item.name]
+                        known[key] = _rounded(weight, scheme, recipe).to(weight.dtype)
+                    rounded[item.name] = known[key]
             variants[i] = _forward(runner, runner.build(number, tensors | rounded), variants[i])
         original = _forward(runner, runner.build(number, tensors), original)
     return _divergences(checkpoint, runner, original, variants, progress)
