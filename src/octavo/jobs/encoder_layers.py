@@ -7,7 +7,7 @@ one by one, until what is left measures as well as it should.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,11 @@ def layers_to_keep(directory: Path, recipe: Recipe, progress: Callable[[float, f
     texts = held_out_texts()[:: NUM_TEXTS // NUM_MEASURED]
     truth = vectors_of(model, texts, tokenizer)
 
+    linears: dict[_Place, Linear] = {}  # as they are rounded
+
     def loss(places: Iterable[_Place]) -> float:
         """1 - the mean cosine with these layers rounded."""
-        found = vectors_of(_rounded(model, places, recipe), texts, tokenizer)
+        found = vectors_of(_with_linears(model, {place: linears[place] for place in places}), texts, tokenizer)
         return 1 - float(torch.cosine_similarity(truth, found).mean())
 
     places = list(_places(model))
@@ -73,6 +75,7 @@ def layers_to_keep(directory: Path, recipe: Recipe, progress: Callable[[float, f
     for done, place in enumerate(places):
         progress(done, len(places), "layers")
         linear = model.stack.layers[place.layer].linears()[place.name]
+        linears[place] = _round(linear, recipe, model.device)
         costs[place] = loss([place]) / linear.weight_bytes
     rounded = sorted(places, key=costs.__getitem__)  # those that cost least for their size first
     while rounded and loss(rounded) > 1 - LEAST - MARGIN:
@@ -96,16 +99,16 @@ def _places(model: Encoder) -> Iterable[_Place]:
             yield _Place(index, name, tuple(f"*{names.layer.format(index)}{module}" for module in modules[name]))
 
 
-def _rounded(model: Encoder, places: Iterable[_Place], recipe: Recipe) -> Encoder:
-    """The encoder with these layers rounded as the recipe has it."""
+def _with_linears(model: Encoder, linears: Mapping[_Place, Linear]) -> Encoder:
+    """The encoder with other linear layers in some places."""
     layers = list(model.stack.layers)
-    for place in places:
-        linear = _round(layers[place.layer].linears()[place.name], recipe, model.device)
+    for place, linear in linears.items():
         layers[place.layer] = _with(layers[place.layer], place.name, linear)
     return replace(model, stack=replace(model.stack, layers=layers))
 
 
 def _round(linear: Linear, recipe: Recipe, device: torch.device) -> Linear:
+    """A linear layer rounded as the recipe has it."""
     weight: Tensor = torch.cat([part.weight.unpack() for part in linear.parts])
     scheme = recipe.default
     codes = quantize_weight(weight, scheme, recipe.search_of(scheme))
