@@ -27,7 +27,11 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed|wte|wpe")
 MOST_LAYERS = 10_000
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")  # names of the key, the last two of encoders
-FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("feed_forward.gate_proj", "feed_forward.up_proj"),
+)
 """Layers that engines make one of, by their names in a block."""
 
 

@@ -51,15 +51,26 @@ class LayerCache:
 class QueryScale:
     """Queries grow with their positions, beyond the first `period` ones: Llama 4's temperature, and Mistral's.
 
-    A query at position p is multiplied by 1 + slope * log(1 + floor(p / period)) (arXiv 2501.19399).
+    A query at position p is multiplied by 1 + slope * log(1 + floor((p + first) / period)) (arXiv 2501.19399).
+    first: what the first position counts as: 0 in Mistral, 1 in Llama 4.
     """
 
     slope: float
     period: int
+    first: int = 0
 
     def of(self, positions: Tensor) -> Tensor:
         """[T] of positions [T], float32."""
-        return 1 + self.slope * torch.log1p((positions // self.period).float())
+        return 1 + self.slope * torch.log1p(((positions + self.first) // self.period).float())
+
+
+def first_key(position: int, span: int) -> int:
+    """The first key that a query at this position sees; span as of `AttentionShape`. Kernels compile it, too."""
+    if span > 0:
+        return max(0, position - span + 1)
+    if span < 0:
+        return max(0, position // -span * -span)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,9 @@ class AttentionShape:
     """What is constant about one attention layer.
 
     scale     what q . k is multiplied by
-    window    None, or how many of the latest tokens a token sees, itself among them
+    window    None, or how many of the latest tokens a token sees at most, itself among them
+    is_chunked  the window doesn't slide: a token sees those from the last multiple of `window` on
+    interleaved  rotations turn (x0, x1), (x2, x3), ...; else (x0, x_half), (x1, x_half+1), ...
     soft_cap  None, or c in c * tanh(scores / c), applied after the scale and before the mask
     query_scale  None, or what rotated queries are multiplied by
     sinks     None, or [num_heads] float32: of each head one more score in every softmax, whose value is zero
@@ -81,6 +94,13 @@ class AttentionShape:
     soft_cap: float | None = None
     sinks: Tensor | None = field(default=None, compare=False)
     query_scale: QueryScale | None = None
+    is_chunked: bool = False
+    interleaved: bool = False
+
+    @property
+    def span(self) -> int:
+        """The window as kernels take it: 0 where there is none, and below 0 one that doesn't slide."""
+        return 0 if self.window is None else -self.window if self.is_chunked else self.window
 
     @property
     def sinks_address(self) -> int:

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.attention import cache as paged
 from octavo.kernels.attention import decode_cpu, prefill_cpu, reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.decode_vectors import add_weighted_rows, dot_rows, fetch
+from octavo.kernels.attention.decode_vectors import add_weighted_rows, dot_rows, fetch, first_key
 from octavo.kernels.attention.step import QUERY_CLASSES, StepInputs
 from octavo.kernels.attention.token_rows_cpu import kind_of, load_rows, row_bytes
 from octavo.kernels.native.dtypes import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
@@ -37,7 +38,7 @@ _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 # The decode kernel's arguments, in the order of the call in `_run_decode`.
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _TABLE_WIDTH) = range(1, 11)
-(_Q_KIND, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _MOST) = range(11, 21)
+(_Q_KIND, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _SPAN, _MOST) = range(11, 21)
 (_THREADS, _SINKS, _SCALE, _SOFT_CAP) = range(21, 25)
 
 _AHEAD = 8192  # bytes between the keys or values that are computed on and those that are prefetched
@@ -144,7 +145,7 @@ def _decode(args):  # type: ignore[no-untyped-def]
     heads = a[_HEADS]
     kv_heads = a[_KV_HEADS]
     dim = a[_DIM]
-    window = a[_WINDOW]
+    span = a[_SPAN]
     scale = np.float32(f[_SCALE])
     soft_cap = np.float32(f[_SOFT_CAP])
     tables = view(a[_TABLES], (seqs, a[_TABLE_WIDTH]), np.int32)
@@ -173,11 +174,11 @@ def _decode(args):  # type: ignore[no-untyped-def]
             continue
         after = min(item + a[_THREADS], seqs * kv_heads * groups - 1)  # probably this thread's next item
         end = lengths[after // (kv_heads * groups)]
-        after_begin = max(0, end - window) if window > 0 else 0
+        after_begin = first_key(end - 1, span)
         later = (tables[after // (kv_heads * groups)], (after // groups) % kv_heads, after_begin, end)
         for query in range(new):
             length = lengths[seq] - new + query + 1
-            begin = max(0, length - window) if window > 0 else 0
+            begin = first_key(length - 1, span)
             place = ((starts[seq] + query) * heads + head * share + first) * q_row
             for r in range(rows):
                 load_row(a[_Q] + place + r * q_row, a[_Q_KIND], q[r], dim)
@@ -223,7 +224,7 @@ def _run_decode(
         shape.num_kv_heads,
         shape.head_dim,
         cache.block_size,
-        shape.window or 0,
+        shape.span,
         most,
         threads,
         shape.sinks_address,
@@ -289,17 +290,15 @@ def invariant_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape:
 def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: AttentionShape) -> Tensor:
     """One sequence: q [n, Hq, D] over its `length` cached tokens -> [n, Hq, D]."""
     n = q.shape[0]
-    first = 0
-    if shape.window is not None:
-        first = max(0, length - n - shape.window + 1) // cache.block_size  # no query sees the blocks before it
+    first = paged.first_key(length - n, shape.span) // cache.block_size  # no query sees the blocks before it
+    begin = first * cache.block_size
     table = table[first : -(-length // cache.block_size)].long()
-    length -= first * cache.block_size
-    k = reference.gather(cache.key, cache.key_scale, table, length, shape.head_dim, q.dtype)
-    v = reference.gather(cache.value, cache.value_scale, table, length, shape.head_dim, q.dtype)
+    k = reference.gather(cache.key, cache.key_scale, table, length - begin, shape.head_dim, q.dtype)
+    v = reference.gather(cache.value, cache.value_scale, table, length - begin, shape.head_dim, q.dtype)
     heads = q.transpose(0, 1)
     if shape.soft_cap is not None or shape.sinks is not None:
-        return _in_steps(heads, k, v, shape).transpose(0, 1)
-    mask = None if n == length and _sees_all(shape, length) else reference.seen_keys(n, length, shape.window)
+        return _in_steps(heads, k, v, shape, begin).transpose(0, 1)
+    mask = None if n == length and _sees_all(shape, length) else reference.seen_keys(n, length, shape, begin=begin)
     bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     attended = F.scaled_dot_product_attention(
         heads[None], k[None], v[None], attn_mask=bias, is_causal=bias is None, scale=shape.scale, enable_gqa=True
@@ -311,16 +310,18 @@ def _sees_all(shape: AttentionShape, length: int) -> bool:
     return shape.window is None or shape.window >= length
 
 
-def _in_steps(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
-    """With a soft cap or sinks, which torch's fused kernels lack; 256 queries at a time, to bound its memory."""
+def _in_steps(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, begin: int) -> Tensor:
+    """With a soft cap or sinks, which torch's fused kernels lack; 256 queries at a time, to bound its memory.
+
+    begin: the first key's position.
+    """
     heads, n, _ = q.shape
-    length = k.shape[1]
-    seen = reference.seen_keys(n, length, shape.window)
+    seen = reference.seen_keys(n, begin + k.shape[1], shape, begin=begin)
     out = torch.empty_like(q)
     share = heads // k.shape[0]
     k32, v32 = (x.float().repeat_interleave(share, dim=0) for x in (k, v))
-    for begin in range(0, n, 256):
-        rows = slice(begin, begin + 256)
+    for row in range(0, n, 256):
+        rows = slice(row, row + 256)
         scores = q[:, rows].float() @ k32.transpose(1, 2) * shape.scale
         out[:, rows] = (reference.weigh(scores, seen[rows], shape) @ v32).to(q.dtype)
     return out

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.decode_tiles import E4M3, make_mix, make_scores, make_softmax
+from octavo.kernels.attention.decode_vectors import first_key
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.native import cpu_features
 from octavo.kernels.native.dtypes import BF16, FP8, INT8, KINDS, exp, size_of, store_row
@@ -39,7 +40,7 @@ _inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapp
 
 # The kernels' arguments, in the order of the call in `attend`.
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _PARTS) = range(1, 11)
-(_TABLE_WIDTH, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW) = range(11, 20)
+(_TABLE_WIDTH, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _SPAN) = range(11, 20)
 (_MOST, _PLACES, _THREADS, _SINKS, _SCALE, _SOFT_CAP) = range(20, 26)
 
 
@@ -116,8 +117,7 @@ def _softmax(rows, scores, keys, cap, top, total):  # type: ignore[no-untyped-de
 @_inner
 def _chunks(a, length, new):  # type: ignore[no-untyped-def]
     """The first chunk of a sequence that one of its new tokens sees, and the one behind the last."""
-    oldest = max(0, length - new + 1 - a[_WINDOW]) if a[_WINDOW] > 0 else 0
-    return oldest // CHUNK, (length - 1) // CHUNK + 1
+    return first_key(length - new, a[_SPAN]) // CHUNK, (length - 1) // CHUNK + 1
 
 
 @_inner
@@ -196,7 +196,7 @@ def _attend(args):  # type: ignore[no-untyped-def]
         query = (item - base) // kv_heads % new
         chunk = first_chunk + (item - base) // (kv_heads * new)
         length = np.int64(lengths[seq]) - new + query + 1
-        oldest = max(chunk * CHUNK, length - a[_WINDOW]) if a[_WINDOW] > 0 else chunk * CHUNK
+        oldest = max(chunk * CHUNK, first_key(length - 1, a[_SPAN]))
         begin = oldest // block * block
         keys = min((chunk + 1) * CHUNK, length) - begin
         alone = end_chunk - first_chunk == 1
@@ -327,7 +327,7 @@ def attend(q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, shape:
         shape.num_kv_heads,
         shape.head_dim,
         cache.block_size,
-        shape.window or 0,
+        shape.span,
         most,
         places,
         threads,

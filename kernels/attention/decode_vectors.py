@@ -14,8 +14,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.attention import cache
 from octavo.kernels.native.dtypes import BF16
 from octavo.kernels.native.llvm import F32, F32X16, I64, broadcast, load16, multiply_add, prefetch, store16, sum_lanes
+
+first_key = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(cache.first_key)
 
 
 def _scaled(builder: Any, base: Any, index: Any, step: int) -> Any:

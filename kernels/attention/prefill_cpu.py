@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.decode_vectors import first_key
 from octavo.kernels.attention.prefill_vectors import (
     LANES,
     LINE,
@@ -59,7 +60,7 @@ _inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapp
 
 # The kernel's arguments, in the order of the call in `attend`.
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _TABLE_WIDTH) = range(1, 11)
-(_KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _STRIPS, _LEAST) = range(11, 21)
+(_KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _SPAN, _STRIPS, _LEAST) = range(11, 21)
 (_SINKS, _SCALE, _SOFT_CAP) = range(21, 24)
 # Where each part of a thread's working memory begins. TOP, TOTAL, LOW and HIGH: a line a strip; PLACES: 8 bytes a row.
 (_KEYS, _ROWS, _VALUES, _SCORES, _QUERIES, _SUMS, _TOP, _TOTAL, _LOW, _HIGH) = range(10)
@@ -142,7 +143,7 @@ def _begin(a, w, head, start, new, length, first, last):  # type: ignore[no-unty
         row = min(first + i, last)
         position = length - new + row // share
         high[i] = position
-        low[i] = max(0, position - a[_WINDOW] + 1) if a[_WINDOW] > 0 else 0
+        low[i] = first_key(position, a[_SPAN])
         places[i] = a[_Q] + ((start + row // share) * a[_HEADS] + head * share + row % share) * a[_DIM] * 2
     for i in range(strips * VECTORS):
         pack_queries16(
@@ -296,7 +297,7 @@ def attend(
         shape.num_kv_heads,
         shape.head_dim,
         cache.block_size,
-        shape.window or 0,
+        shape.span,
         min(MAX_STRIPS, max(1, strips // (8 * threads))),
         least,
         shape.sinks_address,

@@ -33,8 +33,8 @@ def rope_and_cache(
     k = norm_heads(k, k_norm, d, eps)
     if cos_sin is not None:
         rows = cos_sin[inputs.positions]  # [T, rotary_dim]
-        q = rotate(q, rows)
-        k = rotate(k, rows)
+        q = rotate(q, rows, interleaved=shape.interleaved)
+        k = rotate(k, rows, interleaved=shape.interleaved)
     own = type_of(cache.key, d)
     if own is not None and own.rotates_keys:
         q = hadamard(q).to(q.dtype)
@@ -51,13 +51,15 @@ def norm_heads(x: Tensor, weight: Tensor | None, head_dim: int, eps: float) -> T
     return rms_norm(heads, weight, eps) if weight is not None and weight.numel() == head_dim else heads
 
 
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864, the half-split pairing): x [T, H, D], cos_sin [T, rotary_dim]."""
+def rotate(x: Tensor, cos_sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): x [T, H, D], cos_sin [T, rotary_dim]; interleaved as of `AttentionShape`."""
     rotary = cos_sin.shape[-1]
     cos, sin = (c.unsqueeze(1) for c in cos_sin.chunk(2, dim=-1))  # [T, 1, rotary / 2]
-    a, b = x[..., :rotary].float().chunk(2, dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    return torch.cat((turned, x[..., rotary:]), dim=-1)
+    turning = x[..., :rotary].float()
+    a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+    pairs = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., rotary:]), dim=-1)
 
 
 def write_cache(k: Tensor, v: Tensor, slot_mapping: Tensor, cache: LayerCache) -> None:
@@ -91,7 +93,7 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     """softmax(scale q k^T) v over each sequence's cached tokens, causal; q [T, Hq, D] -> [T, Hq * D], in float32.
 
     Query i of a sequence with n queries and L cached tokens stands at position L - n + i and sees the cached tokens
-    at or before it; with a window w, only the last w of those.
+    at or before it; with a window w, only the last w of those, or those of its own chunk of w positions.
     """
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     starts = inputs.query_starts.tolist()
@@ -106,17 +108,23 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
         k = k.repeat_interleave(repeat, dim=0)
         v = v.repeat_interleave(repeat, dim=0)
         scores = q[begin:end].transpose(0, 1).float() @ k.transpose(1, 2) * shape.scale  # [Hq, n, L]
-        seen = seen_keys(end - begin, length, shape.window, q.device)
+        seen = seen_keys(end - begin, length, shape, device=q.device)
         out[begin:end] = (weigh(scores, seen, shape) @ v).transpose(0, 1)
     return out.to(q.dtype).reshape(q.shape[0], -1)
 
 
-def seen_keys(n: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
-    """[n, length] bool: which cached tokens each of the last n tokens sees."""
+def seen_keys(
+    n: int, length: int, shape: AttentionShape, *, begin: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """[n, length - begin] bool: which cached tokens, from the one at `begin` on, each of the last n tokens sees."""
     position = torch.arange(length - n, length, device=device).unsqueeze(1)
-    key = torch.arange(length, device=device)
+    key = torch.arange(begin, length, device=device)
     seen = key <= position
-    return seen if window is None else seen & (key > position - window)
+    if shape.window is None:
+        return seen
+    if shape.is_chunked:
+        return seen & (key >= position // shape.window * shape.window)
+    return seen & (key > position - shape.window)
 
 
 def weigh(scores: Tensor, seen: Tensor, shape: AttentionShape) -> Tensor:

@@ -26,11 +26,20 @@ def _rotate(row, cos_sin, half):  # type: ignore[no-untyped-def]
         row[i + half] = y * cos_sin[i] + x * cos_sin[i + half]
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqqqqd")
+@numba.njit
+def _rotate_neighbors(row, cos_sin, half):  # type: ignore[no-untyped-def]
+    for i in range(half):
+        x = row[2 * i]
+        y = row[2 * i + 1]
+        row[2 * i] = x * cos_sin[i] - y * cos_sin[i + half]
+        row[2 * i + 1] = y * cos_sin[i] + x * cos_sin[i + half]
+
+
+@kernel("qqqqqqqqqqqqqqqqqqqqqqqd")
 def _rope(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `rope_and_cache`. Items are tokens."""
-    a = numba.carray(args, (24,), np.int64)
-    eps = numba.carray(args, (24,), np.float64)[23]
+    a = numba.carray(args, (25,), np.int64)
+    eps = numba.carray(args, (25,), np.float64)[24]
     tokens = a[12]
     heads = a[13]
     kv_heads = a[14]
@@ -42,6 +51,7 @@ def _rope(args):  # type: ignore[no-untyped-def]
     value_kind = a[20]
     q_norm_size = a[21]
     k_norm_size = a[22]
+    interleaved = a[23]
     positions = view(a[3], (tokens,), np.int64)
     slots = view(a[4], (tokens,), np.int64)
     key_scale = view(a[8], (kv_heads,), np.float32)
@@ -67,7 +77,10 @@ def _rope(args):  # type: ignore[no-untyped-def]
         if rotary > 0:
             cos_sin = view(a[2] + positions[t] * rotary * 4, (rotary,), np.float32)
             for h in range(heads + kv_heads):
-                _rotate(row[h * dim : h * dim + rotary], cos_sin, rotary // 2)
+                if interleaved:
+                    _rotate_neighbors(row[h * dim : h * dim + rotary], cos_sin, rotary // 2)
+                else:
+                    _rotate(row[h * dim : h * dim + rotary], cos_sin, rotary // 2)
         if key_kind == ROWS4:
             for h in range(heads + kv_heads):
                 hadamard(row[h * dim : h * dim + dim], dim)
@@ -120,6 +133,7 @@ def rope_and_cache(
         kind_of(cache.value, shape.head_dim),
         0 if q_norm is None else q_norm.numel(),
         0 if k_norm is None else k_norm.numel(),
+        shape.interleaved,
         eps,
     )
     return q

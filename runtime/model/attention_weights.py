@@ -66,6 +66,8 @@ class AttentionReader:
         norms = self._norms()
         q_norm = norms.get("q_norm")
         k_norm = norms.get("k_norm")
+        if spec.qk_norm == "unweighted" and mixer.rope is not None:
+            q_norm = k_norm = torch.ones(spec.head_dim, device=self._builder.device)
         if self._own is not None and spec.qk_norm == "width":
             query, key, _ = self._own.shards("qkv", spec)  # of a bias's length, and cut as one
             q_norm = query.of_bias(q_norm)
@@ -86,6 +88,8 @@ class AttentionReader:
                 spec.attention_soft_cap,
                 self._sinks(heads),
                 mixer.query_scale,
+                is_chunked=mixer.is_chunked,
+                interleaved=mixer.interleaved,
             ),
             cos_sin=self._builder.table(mixer.rope) if mixer.rope else None,
             q_norm=q_norm,

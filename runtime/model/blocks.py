@@ -134,13 +134,11 @@ class BlockRunner:
             group = "qkv_a" if isinstance(mixer, LatentSpec) else "qkv"
             folds.append(Fold(group, f"{name}.{before_attention}", "norm", offset=spec.norm_offset))
         v = f"{name}.self_attn.v_proj"
-        up = f"{name}.mlp.up_proj"
         v_rows = None
         up_rows = None
         if spec.fused:
             v = f"{name}.self_attn.qkv_proj"
             v_rows = (width + kv_width, width + 2 * kv_width)
-            up = f"{name}.mlp.gate_up_proj"
             up_rows = (spec.intermediate_size, 2 * spec.intermediate_size)
         repeats = spec.num_heads // spec.num_kv_heads
         if not isinstance(mixer, LatentSpec):  # latents' values are rows of each head's, no range
@@ -154,7 +152,10 @@ class BlockRunner:
             folds.append(Fold(group, f"{name}.{before_mlp}", "norm", offset=spec.norm_offset, also=also))
         if spec.activation == "clamped_swiglu":  # is not linear in what up gives
             return folds
-        return folds + (self._expert_folds(index) if sparse else [Fold("down", up, "rows", rows=up_rows)])
+        if sparse:
+            return folds + self._expert_folds(index)
+        *_, up = self._parts[index]["gate_up"].modules
+        return [*folds, Fold("down", up, "rows", rows=up_rows)]
 
     def _expert_folds(self, index: int) -> list[Fold]:
         """Each expert's down into its up, the shared one's too."""

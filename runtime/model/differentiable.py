@@ -71,11 +71,11 @@ class DifferentiableBlock:
         k = k.repeat_interleave(repeat, dim=1)
         v = v.repeat_interleave(repeat, dim=1)
         if shape.soft_cap is None and shape.sinks is None:
-            seen = None if shape.window is None else attention.seen_keys(length, length, shape.window, x.device)
+            seen = None if shape.window is None else attention.seen_keys(length, length, shape, device=x.device)
             out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=shape.scale)
         else:
             scores = q.float() @ k.float().transpose(-1, -2) * shape.scale
-            seen = attention.seen_keys(length, length, shape.window, x.device)
+            seen = attention.seen_keys(length, length, shape, device=x.device)
             out = (attention.weigh(scores, seen, shape) @ v.float()).to(x.dtype)
         return self._linear("o", out.transpose(1, 2).flatten(2), weights)
 
@@ -121,9 +121,13 @@ class DifferentiableBlock:
             tokens, rank = (chosen == expert).nonzero(as_tuple=True)
             if len(tokens):
                 # index_select, whose gradient adds rows up in their order on a CPU, unlike that of rows[tokens]
-                out = self._gated(f"experts.{expert}.", rows.index_select(0, tokens), weights)
                 share = shares[tokens, rank].unsqueeze(1)
-                total = total.index_add(0, tokens, out.float() * share)
+                taken = rows.index_select(0, tokens)
+                if mlp.router.routing.weighs == "inputs":
+                    out = self._gated(f"experts.{expert}.", moe.weigh(taken, share), weights).float()
+                else:
+                    out = self._gated(f"experts.{expert}.", taken, weights).float() * share
+                total = total.index_add(0, tokens, out)
         out = total.to(x.dtype)
         if mlp.shared is not None:
             shared = self._gated("shared.", rows, weights)
@@ -156,5 +160,6 @@ def _positioned(x: Tensor, norm: Tensor | None, part: Attention, length: int) ->
     """Queries or keys [B, T, H * D], normed and rotated: [B, H, T, D]."""
     heads = attention.norm_heads(x.flatten(0, 1), norm, part.shape.head_dim, part.eps)  # [B * T, H, D]
     if part.cos_sin is not None:
-        heads = attention.rotate(heads, part.cos_sin[:length].repeat(len(x), 1))
+        rows = part.cos_sin[:length].repeat(len(x), 1)
+        heads = attention.rotate(heads, rows, interleaved=part.shape.interleaved)
     return heads.view(*x.shape[:2], *heads.shape[1:]).transpose(1, 2)

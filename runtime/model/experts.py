@@ -85,6 +85,7 @@ def _read_routing(settings: Mapping[str, Any], num_experts: int, top_k: int, row
         top_k,
         normalize=settings["norm_topk_prob"],
         scores="softmax" if row.scores == "softmax" else "sigmoid",
+        weighs="inputs" if row.weighs_inputs else "outputs",
         factor=float(settings.get("routed_scaling_factor", 1.0)),
         num_groups=num_groups,
         top_groups=top_groups,
@@ -109,9 +110,22 @@ def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Archite
         if kinds:
             return _sparse_by_name(kinds, count)
         return [i >= settings["first_k_dense_replace"] for i in range(count)]
+    if row.experts == "named":
+        return _named(settings, count)
     step = settings["decoder_sparse_step"]
     dense = settings["mlp_only_layers"]
     return [(i + 1) % step == 0 and i not in dense for i in range(count)]
+
+
+def _named(settings: Mapping[str, Any], count: int) -> list[bool]:
+    """Llama 4's: those of moe_layers, or else every so many."""
+    named = settings.get("moe_layers")
+    if named is None:
+        step = settings["interleave_moe_layer_step"]
+        named = range(step - 1, count, step)
+    if beyond := [index for index in named if index >= count]:
+        raise ModelConfigError(f"config.json: moe_layers names layer {beyond[0]}, and there are {count} from 0 on")
+    return [index in named for index in range(count)]
 
 
 def _sparse_by_name(kinds: list[str], count: int) -> list[bool]:

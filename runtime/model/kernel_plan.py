@@ -20,12 +20,14 @@ from octavo.runtime.model.spec import DecoderSpec
 
 
 def check_attention(spec: DecoderSpec, target: Target) -> None:
-    """Raise LoadError for attention over latents, with sinks or with scaled queries, where no kernel has it."""
+    """Raise LoadError for attention of a kind that no kernel of the target has."""
     if target.device.type == "cpu" and not target.capability:
         return
     kinds = {
         "attention over latents": spec.has_latents,
         "attention with sinks": spec.has_sinks,
+        "attention in chunks": spec.is_chunked,
+        "attention whose rotations turn neighbors": spec.turns_neighbors,
         "attention with queries scaled by their positions": spec.scales_queries,
     }
     for kind, is_there in kinds.items():

@@ -46,6 +46,7 @@ class _Plain:
 class MoeMlp(_Plain):
     """sum over the chosen experts of weight * expert(x), plus the shared expert's output where there is one.
 
+    Or of expert(weight * x), as the router's `Routing.weighs` says.
     experts      all of them, or with --enable-expert-parallel this rank's: from first_expert on
     shared       an expert that every token goes to
     shared_gate  [1, H] float32: its output is multiplied by sigmoid(x . shared_gate); None: it is added as it is
@@ -68,7 +69,8 @@ class MoeMlp(_Plain):
         assert isinstance(x, Tensor)
         chosen, weights = moe.route(x, self.router)
         run = self._run if step is None or step.adapters is None else partial(self._run_adapted, step)
-        routed = moe.grouped(x, chosen, weights, len(self.experts), run, self.first_expert)
+        weighs = self.router.routing.weighs
+        routed = moe.grouped(x, chosen, weights, len(self.experts), run, self.first_expert, weighs=weighs)
         return add_shared(x, routed, self.shared, self.shared_gate, step)
 
     def linears(self) -> dict[str, Linear]:
@@ -189,7 +191,12 @@ class GroupedMoe:
 
 @dataclass(frozen=True, slots=True)
 class ObservedMoe(_Plain):
-    """MoeMlp for calibration: forward(x) is what the block's is, but every expert sees all of x."""
+    """MoeMlp for calibration: forward(x) is what the block's is, but every expert sees all of x.
+
+    Where weights multiply inputs, they multiply what the first linear layer gives, which is the same: so this one is
+    seen to read x, as it does for all experts, and `down` reads what it does when it serves. An expert that a token
+    isn't chosen for is weighed by its score.
+    """
 
     block: MoeMlp
     counts: Tensor
@@ -204,12 +211,16 @@ class ObservedMoe(_Plain):
     def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         assert isinstance(x, Tensor)
         block = self.block
-        chosen, weights = moe.route(x, block.router)
+        chosen, weights, scores = moe.route_scored(x, block.router)
         self.counts.add_(moe.tokens_per_expert(chosen, len(block.experts)))
         total = torch.zeros_like(x, dtype=torch.float32)
         for i, expert in enumerate(block.experts):
             weight = torch.where(chosen == i, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1], 0 where not chosen
-            total.addcmul_(expert.forward(x, None).float(), weight)
+            if block.router.routing.weighs == "inputs":
+                is_chosen = (chosen == i).any(dim=1, keepdim=True)
+                total += _weighed_inside(expert, x, torch.where(is_chosen, weight, scores[:, i : i + 1])) * is_chosen
+            else:
+                total.addcmul_(expert.forward(x, None).float(), weight)
         return add_shared(x, total.to(x.dtype), block.shared, block.shared_gate, step)
 
     def linears(self) -> dict[str, Linear]:
@@ -220,6 +231,12 @@ class ObservedMoe(_Plain):
 
     def tensors(self) -> Iterator[Tensor]:
         return self.block.tensors()
+
+
+def _weighed_inside(expert: GatedMlp, x: Tensor, weight: Tensor) -> Tensor:
+    """expert(weight * x) in float32, for linear layers without biases: weight [T, 1] float32."""
+    gate_up = moe.weigh(expert.gate_up.forward(x, None), weight)
+    return expert.down.forward(expert.act(gate_up), None).float()
 
 
 def _within(owner: str, change: Change) -> Callable[[str, Linear], Linear]:

@@ -110,7 +110,7 @@ def attention_norms(spec: DecoderSpec, index: int) -> dict[str, int]:
     if isinstance(mixer, LatentSpec):
         of_queries = {} if mixer.q_rank is None else {"q_a_layernorm": mixer.q_rank}
         return of_queries | {"kv_a_layernorm": mixer.kv_rank}
-    if spec.qk_norm is None:
+    if spec.qk_norm is None or spec.qk_norm == "unweighted":
         return {}
     heads = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "width" else (1, 1)
     return {name: count * spec.head_dim for name, count in zip(("q_norm", "k_norm"), heads, strict=True)}
@@ -121,10 +121,11 @@ def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, Linea
     if spec.moe is not None and spec.layers[index].sparse:
         return _experts(spec.moe, hidden, layer, expert_names(spec.moe, layer, has))
     inner = spec.intermediate_size
+    owner = f"{layer}.{spec.dense_owner}"
     gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
     return {
-        "gate_up": LinearParts(_within(f"{layer}.mlp", gate_up), hidden, spec.mlp_bias),
-        "down": LinearParts(_within(f"{layer}.mlp", {"down_proj": hidden}), inner, spec.mlp_bias),
+        "gate_up": LinearParts(_within(owner, gate_up), hidden, spec.mlp_bias),
+        "down": LinearParts(_within(owner, {"down_proj": hidden}), inner, spec.mlp_bias),
     }
 
 

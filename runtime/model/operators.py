@@ -77,7 +77,7 @@ class RopeAndCache(Protocol):
 
     qkv        [T, (Hq + 2 Hkv) * D]
     cos_sin    None (this layer has no positions), or [max_position, rotary_dim] float32: cos in the first half, sin
-               in the second; the first rotary_dim elements of each head rotate, pairing i with i + rotary_dim / 2
+               in the second; the first rotary_dim elements of each head rotate, in pairs as shape.interleaved says
     q_norm, k_norm  None, or float32 RMSNorm weights, [D] (over each head) or [Hq * D], [Hkv * D] (over all heads)
     returns    q [T, Hq, D]
     """

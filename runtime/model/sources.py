@@ -22,7 +22,8 @@ PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")  # t
 
 # Tensors that some writers store and no decoder here needs. Anything else that is left unread is an error.
 UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.q_scale", ".self_attn.attn.q_scale")
-VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.")
+VISION_PREFIXES = (*_VISION, *(f"model.{name}" for name in _VISION))
 
 
 class LoadError(ValueError):

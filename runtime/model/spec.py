@@ -13,7 +13,7 @@ from typing import Any, Literal
 from octavo.kernels.attention.cache import QueryScale
 from octavo.runtime.model.config_types import ModelConfigError, check_types, config_struct
 from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
-from octavo.runtime.model.families.family import Architecture, Config, LayerKind, has_window
+from octavo.runtime.model.families.family import Architecture, Config, LayerKind, QKNorm, has_window
 from octavo.runtime.model.families.family import UnsupportedModelError as UnsupportedModelError
 from octavo.runtime.model.families.keys import DEFAULTS, HARMLESS, NEUTRAL, SIZES
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
@@ -41,14 +41,17 @@ class UnknownArchitectureError(UnsupportedModelError):
 class AttentionSpec:
     """Attention over a sequence's earlier tokens.
 
-    window  how many of the latest tokens are seen; None: all
+    window  how many of the latest tokens are seen at most; None: all
     query_scale  what queries are multiplied by, by their positions
     rope    the rotation, if any
+    is_chunked, interleaved  as of AttentionShape
     """
 
     window: int | None
     rope: RopeSpec | None
     query_scale: QueryScale | None = None
+    is_chunked: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class DecoderSpec:
     logits_divisor       what logits are divided by, before final_soft_cap
     fused                qkv_proj and gate_up_proj are one tensor each on disk
     has_head             it has a language model's head; else a pooler follows its layers
+    dense_owner          where a dense MLP is in a layer
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
     moe                  what the layers that are `sparse` have; intermediate_size is the others'
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
@@ -128,7 +132,7 @@ class DecoderSpec:
     tied: bool
     norms: Literal["pre", "sandwich", "post"] = "pre"
     norm_offset: float = 0.0
-    qk_norm: Literal["head", "width"] | None = None
+    qk_norm: QKNorm | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -143,6 +147,7 @@ class DecoderSpec:
     logits_divisor: float = 1.0
     fused: bool = False
     has_head: bool = True
+    dense_owner: str = "mlp"
     text_only: bool = False
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
@@ -157,6 +162,15 @@ class DecoderSpec:
     @property
     def scales_queries(self) -> bool:
         return any(layer.mixer.query_scale is not None for layer in self.layers)
+
+    @property
+    def is_chunked(self) -> bool:
+        return any(isinstance(layer.mixer, AttentionSpec) and layer.mixer.is_chunked for layer in self.layers)
+
+    @property
+    def turns_neighbors(self) -> bool:
+        """Of attention over keys: latents are turned by bodies of their own."""
+        return any(isinstance(layer.mixer, AttentionSpec) and layer.mixer.interleaved for layer in self.layers)
 
     @property
     def cached_numbers(self) -> int:
@@ -185,7 +199,7 @@ class DecoderSpec:
             architecture=name,
             vocab_size=settings["vocab_size"],
             hidden_size=settings["hidden_size"],
-            intermediate_size=settings["intermediate_size"],
+            intermediate_size=settings[row.dense_size_key],
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -206,6 +220,7 @@ class DecoderSpec:
             has_sinks=row.has_sinks,
             **_multipliers(settings, row, head_dim),
             fused=row.fused,
+            dense_owner=row.dense_owner,
             text_only=text_only,
             num_mtp_layers=0 if row.further_layers else settings.get("num_nextn_predict_layers", 0),
             further_layers=settings[row.further_layers] if row.further_layers else 0,
@@ -235,7 +250,8 @@ def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any],
 
 def _given(config: Config) -> dict[str, Any]:
     """A null says that the class's default holds, except where null itself is a value ("no window", "no cap")."""
-    nullable = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "q_lora_rank"}
+    nullable = {"sliding_window", "attention_chunk_size", "q_lora_rank"}
+    nullable |= {"attn_logit_softcapping", "final_logit_softcapping"}
     return {key: value for key, value in config.items() if value is not None or key in nullable}
 
 
@@ -303,23 +319,30 @@ def _layers(
 ) -> tuple[LayerSpec, ...]:
     rotates = row.rotating_layers(settings, settings["num_hidden_layers"])
     sliding = _sliding_layers(settings, row, rotates)
-    window = settings.get("sliding_window")
+    window_key = "attention_chunk_size" if row.windows == "chunks" else "sliding_window"
+    window = settings.get(window_key)
     if any(sliding) and (not isinstance(window, int) or window < 1):
-        raise UnsupportedModelError(f"{name}: layers have a sliding window, but sliding_window is {window!r}")
+        raise UnsupportedModelError(f"{name}: layers have a sliding window, but {window_key} is {window!r}")
     try:
         turning = settings["qk_rope_head_dim"] if row.latent else head_dim
         ropes = _ropes(settings, config, name, row, turning)
     except RopeError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
-    scale = row.query_scale(config, settings)
     layers = []
     mixer: Mixer
     for slides, turns, sparse in zip(sliding, rotates, sparse_layers(settings, moe, row), strict=True):
         rope = ropes["sliding_attention" if slides else "full_attention"]
+        scale = row.query_scale(config, settings, turns)
         if row.latent:
             mixer = _latent(settings, rope, scale)
         else:
-            mixer = AttentionSpec(window if slides else None, rope if turns else None, scale)
+            mixer = AttentionSpec(
+                window if slides else None,
+                rope if turns else None,
+                scale,
+                is_chunked=slides and row.windows == "chunks",
+                interleaved=turns and row.interleaved,
+            )
         layers.append(LayerSpec(mixer, sparse))
     return tuple(layers)
 
@@ -375,13 +398,14 @@ def _sliding_layers(settings: Config, row: Architecture, rotates: list[bool]) ->
         return row.sliding_layers(settings, rotates)
     if len(types) != count:
         raise UnsupportedModelError(f"layer_types has {len(types)} entries for {count} layers")
-    if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
+    own = "chunked_attention" if row.windows == "chunks" else "sliding_attention"
+    if unknown := sorted(set(types) - {own, "full_attention"}):
         raise UnsupportedModelError(f"layer type {unknown[0]!r} is unknown")
-    if "sliding_attention" in types and not has_window(settings):
+    if own == "sliding_attention" and own in types and not has_window(settings):
         raise UnsupportedModelError(
             "layer_types has sliding_attention, but use_sliding_window or sliding_window is off"
         )
-    return [kind == "sliding_attention" for kind in types]
+    return [kind == own for kind in types]
 
 
 def _ropes(settings: Config, config: Config, name: str, row: Architecture, head_dim: int) -> dict[LayerKind, RopeSpec]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.kernels.attention import cpu, reference, rope_cpu
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.model.operators import RopeAndCache
 
 HEADS = [(9, 3, 64), (8, 1, 80), (4, 4, 96), (14, 2, 128), (2, 1, 256), (4, 2, 24)]
 NUM_BLOCKS = 24
@@ -62,16 +63,21 @@ def bound(q: Tensor, cache: LayerCache, shape: AttentionShape, truth: Tensor, ch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn, torch.int8], ids=["same", "fp8", "int8"])
 @pytest.mark.parametrize(
-    ("window", "soft_cap", "has_sinks"),
-    [(None, None, False), (7, None, False), (None, 20.0, False), (18, 5.0, False), (None, None, True), (7, 5.0, True)],
+    ("span", "soft_cap", "has_sinks"),
+    [
+        *((0, None, False), (7, None, False), (0, 20.0, False), (18, 5.0, False), (0, None, True), (7, 5.0, True)),
+        *((-7, None, False), (-18, 5.0, True)),
+    ],
 )
 def test_attention(
-    dtype: torch.dtype, stored: torch.dtype | None, window: int | None, soft_cap: float | None, has_sinks: bool
+    dtype: torch.dtype, stored: torch.dtype | None, span: int, soft_cap: float | None, has_sinks: bool
 ) -> None:
+    """Below 0 are windows that don't slide."""
     torch.manual_seed(0)
     for heads, kv_heads, dim in HEADS:
         sinks = torch.randn(heads) * 3 if has_sinks else None
-        shape = AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap, sinks)
+        window = abs(span) or None
+        shape = AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap, sinks, is_chunked=span < 0)
         for (new, lengths), block_size in ((MIXED, 16), (DECODE, 8), (MANY, 32)):
             inputs = make_step(new, lengths, block_size)
             cache = make_cache(kv_heads, block_size, dim, stored or dtype)
@@ -80,6 +86,26 @@ def test_attention(
             got = cpu.paged_attention(q, inputs, cache, shape)
             limit = bound(q, cache, shape, truth, chunked=max(new) > 1)
             assert ((got - truth).float().abs() <= limit).all(), (heads, kv_heads, dim, new)
+
+
+@pytest.mark.parametrize("body", [reference.rope_and_cache, rope_cpu.rope_and_cache])
+def test_neighbors_rotate_as_complex_numbers(body: RopeAndCache) -> None:
+    """Two neighbors are one number, which is multiplied by exp(i angle); what follows behind them stays."""
+    torch.manual_seed(0)
+    inputs = make_step(*MIXED, 16)
+    cache = make_cache(2, 16, 24, torch.float32)
+    qkv = torch.randn(sum(MIXED[0]), 8 * 24)
+    angle = torch.rand(64, 8) * 6
+    cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1)
+    shape = AttentionShape(4, 2, 24, 1.0, interleaved=True)
+    q = body(qkv, inputs, cache, shape, cos_sin, None, None, 1e-6)
+    heads = qkv.view(-1, 8, 24)[:, :6].double()
+    turns = torch.polar(torch.ones(64, 8, dtype=torch.float64), angle.double())[inputs.positions].unsqueeze(1)
+    turned = torch.view_as_real(torch.view_as_complex(heads[..., :16].unflatten(-1, (8, 2)).contiguous()) * turns)
+    truth = torch.cat((turned.flatten(2), heads[..., 16:]), dim=-1).float()
+    keys = cache.key.transpose(1, 2).flatten(0, 1)[inputs.slot_mapping]
+    # A sum of two products of numbers below 5, each rounded to float32.
+    torch.testing.assert_close(torch.cat((q, keys), dim=1), truth, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

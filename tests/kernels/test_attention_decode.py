@@ -49,6 +49,15 @@ def test_windows_and_soft_caps(window: int, soft_cap: float | None) -> None:
         check_decode(make_batch([min(new, n) for n in lengths], lengths, shape))
 
 
+@pytest.mark.parametrize("size", [1, 7, 100, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_windows_that_do_not_slide(size: int) -> None:
+    """Queries at both sides of where such a window begins, within a block, at its edge, and at one of a chunk."""
+    shape = shaped(window=size, is_chunked=True)
+    lengths = [1, size, size + 1, 2 * size, 2 * size + 1, size + CHUNK, 2 * size + CHUNK + 3]
+    for new in (1, 2):
+        check_decode(make_batch([min(new, n) for n in lengths], lengths, shape))
+
+
 @pytest.mark.parametrize("stored", [BF16, FP8], ids=str)
 @pytest.mark.parametrize("soft_cap", [None, 20.0])
 def test_sinks_of_one_chunk_and_several(stored: torch.dtype, soft_cap: float | None) -> None:

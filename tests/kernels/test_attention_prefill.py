@@ -64,6 +64,14 @@ def test_windows_and_soft_caps(window: int, soft_cap: float | None) -> None:
     check(make_batch([40], [400], shaped(1, 1, 64, window, soft_cap)))
 
 
+@pytest.mark.parametrize("size", [1, 7, 16, 100, CHUNK - 1, CHUNK, CHUNK + 1, 1000])
+def test_windows_that_do_not_slide(size: int) -> None:
+    """In the body of prompts, and in the one that takes all queries."""
+    batch = make_batch([5, 70, 1, 300], [300, 333, 200, 300], shaped(window=size, is_chunked=True))
+    check(batch)
+    check(batch, cpu.invariant_attention)
+
+
 SINKS = torch.tensor([-30.0, -1.0, 0.0, 2.0, 9.0, 60.0])
 
 

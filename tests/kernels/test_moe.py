@@ -58,6 +58,34 @@ def test_tokens_go_through_their_experts_and_back(num_tokens: int, normalize: bo
     assert moe.tokens_per_expert(chosen, NUM_EXPERTS).sum() == num_tokens * TOP_K
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 40])
+def test_weights_may_be_of_inputs(num_tokens: int) -> None:
+    """By sigmoids, as Llama 4 has it; an expert isn't linear. Two ranks add up to all."""
+    x, router, experts = inputs(num_tokens)
+    routing = moe.Routing(TOP_K, normalize=False, scores="sigmoid", weighs="inputs")
+    chosen, weights = moe.route(x, moe.Router(router, routing))
+    total = torch.zeros(num_tokens, HIDDEN, dtype=torch.float64)
+    for first, count in ((0, 2), (2, 3)):
+
+        def run(expert: int, group: Tensor, _: Tensor, first: int = first) -> Tensor:
+            return (group @ experts[first + expert].t()).square()
+
+        total += moe.grouped(x, chosen, weights, count, run, first, weighs="inputs")
+    truth = torch.zeros(num_tokens, HIDDEN, dtype=torch.float64)
+    for t, token in enumerate(x.double()):
+        scores = router.double() @ token
+        for e in scores.argsort(descending=True)[:TOP_K]:
+            truth[t] += (experts[e].double() @ (torch.sigmoid(scores[e]) * token)).square()
+    torch.testing.assert_close(total, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_do_not_tie() -> None:
+    """Their sigmoids are 1 in float32."""
+    routing = moe.Routing(1, normalize=False, scores="sigmoid", weighs="inputs")
+    chosen, weights = moe.route(torch.tensor([[1.0]]), moe.Router(torch.tensor([[30.0], [40.0], [35.0]]), routing))
+    assert (chosen.tolist(), weights.tolist()) == ([[1]], [[1.0]])
+
+
 def test_a_token_gets_the_same_bits_in_any_batch() -> None:
     """With experts that only multiply, so that no GEMM's split of its sums is in the way."""
     x, router, _ = inputs(40)

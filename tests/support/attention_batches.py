@@ -92,7 +92,9 @@ def truth_and_bound(batch: Batch, rounds_weights: bool = True) -> tuple[Tensor, 
         if shape.soft_cap is not None:
             scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
         position, key = torch.arange(length - q.shape[1], length).unsqueeze(1), torch.arange(length)
-        seen = (key <= position) & (key > position - (shape.window or length))
+        window = shape.window or length
+        first = position - position % window if shape.is_chunked else position - window + 1
+        seen = (key <= position) & (key >= first)
         scores = scores.masked_fill(~seen, float("-inf"))
         weights = scores.softmax(-1)
         if shape.sinks is not None:  # beside whose scores theirs weigh exp(sink) more
@@ -122,5 +124,7 @@ def shaped(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    *,
+    is_chunked: bool = False,
 ) -> AttentionShape:
-    return AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap, sinks)
+    return AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap, sinks, is_chunked=is_chunked)

@@ -160,6 +160,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24, "swiglu_limit": 1.0}
         | {"rope_scaling": YARN | {"truncate": False}, "rope_theta": 100.0},
     ),
+    "llama4_text": (
+        "Llama4",
+        {"attention_chunk_size": 10, "intermediate_size_mlp": 72, "num_local_experts": 5, "num_experts_per_tok": 2}
+        | {"interleave_moe_layer_step": 2, "head_dim": 32, "attn_scale": 0.7, "floor_scale": 5}
+        | {"no_rope_layer_interval": 3, "attention_bias": True, "rms_norm_eps": 1e-3}
+        | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}, "rope_theta": 500.0},
+    ),
+    "llama4_text-blocks": (
+        "Llama4",
+        {"attention_chunk_size": 8, "intermediate_size_mlp": 72, "num_local_experts": 4, "head_dim": 24}
+        | {"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": [0, 1, 3]},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24}),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -178,7 +190,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_config(family: str, overrides: dict[str, Any]) -> Any:
-    config_name = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    config_name = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
     return getattr(transformers, config_name)(**copy.deepcopy(SIZES | overrides))
 
 

@@ -18,9 +18,15 @@ from octavo.runtime.model.families.family import Architecture
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
 
 NORMS = {"pre": "before", "sandwich": "before and after", "post": "after"}
-QK_NORMS = {None: "", "head": "each head", "width": "all heads together"}
-WINDOWS = {"none": "", "all": "all layers", "layer_types": "as the config says"}
-EXPERTS = {"none": "", "all": "all layers", "sparse_step": "as the config says", "behind_dense": "behind dense layers"}
+QK_NORMS = {None: "", "head": "each head", "width": "all heads together", "unweighted": "each head"}
+WINDOWS = {"none": "", "all": "all layers", "layer_types": "as the config says", "chunks": "chunks of positions"}
+EXPERTS = {
+    "none": "",
+    "all": "all layers",
+    "sparse_step": "as the config says",
+    "behind_dense": "behind dense layers",
+    "named": "as the config says",
+}
 
 BF16 = torch.bfloat16
 TARGETS = {

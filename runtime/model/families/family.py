@@ -22,9 +22,10 @@ Keys = dict[str, Any]
 """Config keys with the types that their values must have, null aside."""
 NormPlacement = Literal["pre", "sandwich", "post"]
 BiasRule = Literal["never", "always", "attention_bias", "mlp_bias", "qkv_bias"]
-WindowRule = Literal["none", "all", "layer_types"]
-ExpertRule = Literal["none", "all", "sparse_step", "behind_dense"]
-ScoreRule = Literal["softmax", "corrected_sigmoid"]
+WindowRule = Literal["none", "all", "layer_types", "chunks"]
+ExpertRule = Literal["none", "all", "sparse_step", "behind_dense", "named"]
+ScoreRule = Literal["softmax", "sigmoid", "corrected_sigmoid"]
+QKNorm = Literal["head", "width", "unweighted"]
 LayerKind = Literal["full_attention", "sliding_attention"]
 Ropes = dict[LayerKind, tuple[dict[str, Any], float]]  # of each kind of layer the rope's dictionary and its theta
 
@@ -70,11 +71,22 @@ def all_rotate(settings: Config, count: int) -> list[bool]:  # noqa: ARG001
     return [True] * count
 
 
+def rotating_by_flags(settings: Config, count: int) -> list[bool]:
+    """no_rope_layers has, against its name, a 1 for each layer that rotates."""
+    flags = settings.get("no_rope_layers")
+    if flags is None:
+        interval = settings["no_rope_layer_interval"]
+        return [(i + 1) % interval != 0 for i in range(count)]
+    if len(flags) < count:
+        raise UnsupportedModelError(f"no_rope_layers has {len(flags)} entries for {count} layers")
+    return [bool(flag) for flag in flags[:count]]
+
+
 def as_it_is(settings: Config, routing: Routing) -> Routing:  # noqa: ARG001
     return routing
 
 
-def unscaled(config: Config, settings: Config) -> QueryScale | None:  # noqa: ARG001
+def unscaled(config: Config, settings: Config, turns: bool) -> QueryScale | None:  # noqa: ARG001
     return None
 
 
@@ -113,19 +125,25 @@ class Architecture:
     """One model_type of a family: traits that no config key tells, and keys.
 
     norms      pre: before attention and before the MLP. sandwich: before and after both. post: only after both
-    qk_norm    head: q and k are normalized over each head. width: over all heads together. Where the config has a
-               use_qk_norm that the architecture reads, if that is on
+    qk_norm    head: q and k are normalized over each head. width: over all heads together. unweighted: over each head,
+               in layers that rotate, and multiplied by nothing. Where the config has a use_qk_norm that the
+               architecture reads, if that is on
     qkv_bias, o_bias, mlp_bias  always, never, or the config key that says it
-    windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named
+    windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named.
+               chunks: `attention_chunk_size` on those named, or else on those that rotate; it doesn't slide
     fused      qkv_proj and gate_up_proj are one tensor each on disk
     latent     attention is over latents, whose sizes LATENT_KEYS say
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
-               first_k_dense_replace
+               first_k_dense_replace. named: in those of moe_layers, or in every interleave_moe_layer_step'th
+    weighs_inputs  what multiplies the output of an expert elsewhere multiplies its input
+    interleaved  rotations turn neighbors of a head
+    dense_owner, dense_size_key  where a dense MLP is in a layer, and the key that says how large it is inside
     expert_bias  experts and routers have biases
     has_sinks  each head of attention has a sink, `self_attn.sinks`
     clamps_swiglu  an MLP's activation is clamped_swiglu, with the config's swiglu_alpha and swiglu_limit
-    scores     what a router makes of logits. corrected_sigmoid: sigmoids, to which a correction is added for the choice
+    scores     what a router makes of logits: a softmax, or a sigmoid of each. corrected_sigmoid: to which a correction
+               is added for the choice
     expert_names  where experts are in a checkpoint
     defaults   what keys mean where they are absent, and no other architecture's default holds
     reads      config keys that change the computation, beyond the ones that every architecture has, with their types
@@ -136,7 +154,8 @@ class Architecture:
     sliding_layers     which layers have a window where the config has no layer_types; given which rotate
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
     routing            how experts are chosen, given what the keys that all have say of it
-    query_scale        what queries are multiplied by, given the config, and it over its defaults
+    query_scale        what a layer's queries are multiplied by, given the config, it over its defaults, and whether
+                       the layer rotates
     further_layers     the key that says how many layers lie behind these in a checkpoint, which aren't served
     rope_types         other names of rope types that this architecture's configs have
     ropes_stretch_max_position  max_position_embeddings is the length before a rope stretches it
@@ -145,7 +164,7 @@ class Architecture:
     defaults: Mapping[str, Any]
     norms: NormPlacement = "pre"
     norm_offset: float = 0.0
-    qk_norm: Literal["head", "width"] | None = None
+    qk_norm: QKNorm | None = None
     qkv_bias: BiasRule = "never"
     o_bias: BiasRule = "never"
     mlp_bias: BiasRule = "never"
@@ -157,6 +176,10 @@ class Architecture:
     experts: ExpertRule = "none"
     scores: ScoreRule = "softmax"
     expert_bias: bool = False
+    weighs_inputs: bool = False
+    interleaved: bool = False
+    dense_owner: str = "mlp"
+    dense_size_key: str = "intermediate_size"
     has_sinks: bool = False
     clamps_swiglu: bool = False
     expert_names: ExpertNames = MLP_EXPERTS
@@ -165,7 +188,7 @@ class Architecture:
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
     ropes: Callable[[Config, Config, dict[str, Any]], Ropes] = one_rope
     routing: Callable[[Config, Routing], Routing] = as_it_is
-    query_scale: Callable[[Config, Config], QueryScale | None] = unscaled
+    query_scale: Callable[[Config, Config, bool], QueryScale | None] = unscaled
     further_layers: str | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
     ropes_stretch_max_position: bool = True

@@ -8,20 +8,9 @@ from octavo.runtime.model.families.family import (
     Architecture,
     Config,
     Family,
-    UnsupportedModelError,
     has_window,
+    rotating_by_flags,
 )
-
-
-def _rotating_layers(settings: Config, count: int) -> list[bool]:
-    """SmolLM3: no_rope_layers has, against its name, a 1 for each layer that rotates."""
-    flags = settings.get("no_rope_layers")
-    if flags is None:
-        interval = settings["no_rope_layer_interval"]
-        return [(i + 1) % interval != 0 for i in range(count)]
-    if len(flags) < count:
-        raise UnsupportedModelError(f"no_rope_layers has {len(flags)} entries for {count} layers")
-    return [bool(flag) for flag in flags[:count]]
 
 
 def _sliding_layers(settings: Config, rotates: list[bool]) -> list[bool]:
@@ -65,7 +54,7 @@ FAMILY = Family(
                 "no_rope_layer_interval": Count,
                 "use_sliding_window": bool,
             },
-            rotating_layers=_rotating_layers,
+            rotating_layers=rotating_by_flags,
             sliding_layers=_sliding_layers,
         ),
     },

@@ -52,7 +52,7 @@ def _rotated_part(config: Config, settings: Config, given: dict[str, Any]) -> Ro
     }
 
 
-def _query_scale(config: Config, settings: Config) -> QueryScale | None:
+def _query_scale(config: Config, settings: Config, turns: bool) -> QueryScale | None:  # noqa: ARG001
     rope = _given(config)
     slope = rope.get("llama_4_scaling_beta")
     period = rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]

@@ -109,6 +109,12 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "slope of a clamped SwiGLU": ("gpt_oss", changed(swiglu_alpha=1.5)),
     "slope of queries": ("ministral3", layers_changed(query_scale=QueryScale(0.6, 16))),
     "period of queries": ("ministral3", layers_changed(query_scale=QueryScale(0.7, 17))),
+    "windows that don't slide": ("llama4_text", layers_changed(is_chunked=False)),
+    "where windows that don't slide begin": ("llama4_text-blocks", layers_changed(window=9)),
+    "neighbors that rotate": ("llama4_text", layers_changed(interleaved=False)),
+    "first position of queries": ("llama4_text", layers_changed(query_scale=QueryScale(0.7, 5))),
+    "norms without weights": ("llama4_text", changed(qk_norm=None)),
+    "weights of experts' inputs": ("llama4_text", routing_changed(weighs="outputs")),
     "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
 }

@@ -27,7 +27,7 @@ from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
 
-NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3", "mistral4")
+NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3", "mistral4", "llama4_text")
 PROMPTS = [list(range(3, 40)), list(range(40, 49))]
 
 
@@ -146,9 +146,47 @@ def test_the_text_part_of_a_mistral_3_is_served(family: str, tmp_path: Path) -> 
     torch.testing.assert_close(torch.cat(scattered_logits(model, PROMPTS)), truth, rtol=0, atol=1e-4)
 
 
-def test_a_gpu_refuses_sinks_by_name(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(checkpoints["gpt_oss"]), "--device", "cuda:9.0", "--json"]) == 0
-    assert "gpt_oss has attention with sinks, which no kernel of" in capsys.readouterr().out
+def test_the_text_part_of_a_llama_4_is_served_and_quantized(tmp_path: Path) -> None:
+    """Scout's and Maverick's, without what sees."""
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 28, "patch_size": 14, "vision_output_dim": 32}
+    projector = {"projector_input_dim": 32, "projector_output_dim": 32}
+    config = transformers.Llama4Config(
+        text_config=make_config(*CASES["llama4_text"]),
+        vision_config=transformers.Llama4VisionConfig(**vision, **sizes, **projector),
+    )
+    reference = transformers.Llama4ForConditionalGeneration(config).float().eval()
+    randomize(reference, 0)
+    reference.save_pretrained(tmp_path / "source")
+    with torch.inference_mode():
+        text = reference.language_model
+        truth = torch.cat([text(torch.tensor([ids]), use_cache=False).logits[0] for ids in PROMPTS])
+    recipe = Recipe("W8A16@8")
+    quantize_model(prepare(tmp_path / "source", tmp_path / "quantized", recipe, layouts=LAYOUTS))
+    model, quantized = (
+        load_model(EngineConfig(model=str(tmp_path / x), dtype="float32")) for x in ("source", "quantized")
+    )
+    torch.testing.assert_close(torch.cat(scattered_logits(model, PROMPTS)), truth, rtol=0, atol=1e-4)
+    for served in (model, quantized):
+        assert "the vision tower is not loaded: text only" in served.notes
+    schemes = {kind: scheme for kind, scheme, _ in quantized.report_layers()}
+    for kind in ("qkv", "o", "gate_up", "down", "experts.*.gate_up", "experts.*.down", "shared.gate_up", "shared.down"):
+        assert schemes[kind] == str(recipe.default)
+
+
+def test_a_llama_4_holds_the_windows_of_its_layers(checkpoints: dict[str, Path]) -> None:
+    assert load_model(EngineConfig(model=str(checkpoints["llama4_text"]))).kv_windows == [10, 10, None, 10]
+
+
+GPU_LACKS = {"gpt_oss": "attention with sinks", "llama4_text": "attention in chunks"}
+
+
+@pytest.mark.parametrize("name", GPU_LACKS)
+def test_a_gpu_refuses_attention_by_name(
+    name: str, checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(checkpoints[name]), "--device", "cuda:9.0", "--json"]) == 0
+    assert f"{name} has {GPU_LACKS[name]}, which no kernel of" in capsys.readouterr().out
 
 
 def test_a_layer_for_further_tokens_is_left_with_a_word(checkpoints: dict[str, Path], tmp_path: Path) -> None:
