@@ -132,7 +132,7 @@ def _units(
     members: dict[int | None, list[Item]] = {None: []}
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
-            match = BLOCK.match(f"{name.rpartition('.')[0]}.weight")
+            match = BLOCK.match(f"{name}.weight")  # tensors of a block itself have no module within it
             inside = match is not None and f"{match['prefix']}{match['list']}" in blocks
             is_own = inside and not is_mtp(name, checkpoint.config)
             index = int(match["index"]) if match is not None and is_own else None
@@ -177,6 +177,11 @@ def _scale_specs(recipe: Recipe, attention: str, checkpoint: Checkpoint) -> dict
         raise RecipeError(
             "kv_cache: the cache of this model holds latents, for which a checkpoint has no scales; leave it out, and "
             "octavo serve --kv-cache-dtype fp8_e4m3 measures one"
+        )
+    if text.get("num_kv_shared_layers") or text.get("global_head_dim") or text.get("per_layer_config"):
+        raise RecipeError(
+            "kv_cache: layers of this model have caches of several kinds, for which no scales are made; leave it out, "
+            "and octavo serve --kv-cache-dtype fp8_e4m3 measures some"
         )
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
     if not isinstance(heads, int):

@@ -83,6 +83,9 @@ class AttentionShape:
     interleaved  rotations turn (x0, x1), (x2, x3), ...; else (x0, x_half), (x1, x_half+1), ...
     soft_cap  None, or c in c * tanh(scores / c), applied after the scale and before the mask
     query_scale  None, or what rotated queries are multiplied by
+    kv_parts  what stands behind queries in a row of qkv. 2: keys and values. 1: keys, which are values too before they
+              are normed and rotated. 0: nothing, since the cache is another layer's, which has written it
+    norms_values  values are normed over each head, without a weight
     sinks     None, or [num_heads] float32: of each head one more score in every softmax, whose value is zero
     """
 
@@ -96,11 +99,18 @@ class AttentionShape:
     query_scale: QueryScale | None = None
     is_chunked: bool = False
     interleaved: bool = False
+    kv_parts: int = 2
+    norms_values: bool = False
 
     @property
     def span(self) -> int:
         """The window as kernels take it: 0 where there is none, and below 0 one that doesn't slide."""
         return 0 if self.window is None else -self.window if self.is_chunked else self.window
+
+    @property
+    def written_heads(self) -> int:
+        """Heads of keys, and of values, that the layer writes into its cache."""
+        return self.num_kv_heads if self.kv_parts else 0
 
     @property
     def sinks_address(self) -> int:

@@ -24,23 +24,34 @@ def rope_and_cache(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Split qkv [T, (Hq + 2 Hkv) D], norm and rotate q and k, write k and v into the cache; return q [T, Hq, D]."""
+    """Split qkv [T, (Hq + kv_parts Hkv) D], norm and rotate q and k, write k and v into the cache; return q [T, Hq, D].
+
+    Values are normed where the shape says so.
+    """
     d = shape.head_dim
-    hq = shape.num_heads
-    hkv = shape.num_kv_heads
-    q, k, v = torch.split(qkv, [hq * d, hkv * d, hkv * d], dim=-1)
-    q = norm_heads(q, q_norm, d, eps)
-    k = norm_heads(k, k_norm, d, eps)
-    if cos_sin is not None:
-        rows = cos_sin[inputs.positions]  # [T, rotary_dim]
-        q = rotate(q, rows, interleaved=shape.interleaved)
-        k = rotate(k, rows, interleaved=shape.interleaved)
-    own = type_of(cache.key, d)
-    if own is not None and own.rotates_keys:
-        q = hadamard(q).to(q.dtype)
-        k = hadamard(k)
-    write_cache(k, v.reshape(-1, hkv, d), inputs.slot_mapping, cache)
-    return q
+    q, *kv = torch.split(qkv, [shape.num_heads * d, *[shape.num_kv_heads * d] * shape.kv_parts], dim=-1)
+    rows = None if cos_sin is None else cos_sin[inputs.positions]  # [T, rotary_dim]
+    q = _positioned(q, q_norm, rows, cache, shape, eps)
+    if kv:
+        k = _positioned(kv[0], k_norm, rows, cache, shape, eps)
+        write_cache(k, values_of(kv[-1], shape, eps), inputs.slot_mapping, cache)
+    return q.to(qkv.dtype)
+
+
+def _positioned(
+    x: Tensor, weight: Tensor | None, rows: Tensor | None, cache: LayerCache, shape: AttentionShape, eps: float
+) -> Tensor:
+    """Queries or keys [T, H * D] -> [T, H, D], normed, rotated by rows [T, rotary_dim], and as the cache has keys."""
+    heads = norm_heads(x, weight, shape.head_dim, eps)
+    heads = heads if rows is None else rotate(heads, rows, interleaved=shape.interleaved)
+    own = type_of(cache.key, shape.head_dim)
+    return hadamard(heads) if own is not None and own.rotates_keys else heads
+
+
+def values_of(x: Tensor, shape: AttentionShape, eps: float) -> Tensor:
+    """[T, Hkv * D] -> [T, Hkv, D], normed where the layer norms its values."""
+    heads = x.reshape(x.shape[0], -1, shape.head_dim)
+    return rms_norm(heads, torch.ones(shape.head_dim, device=x.device), eps) if shape.norms_values else heads
 
 
 def norm_heads(x: Tensor, weight: Tensor | None, head_dim: int, eps: float) -> Tensor:

@@ -35,11 +35,11 @@ def _rotate_neighbors(row, cos_sin, half):  # type: ignore[no-untyped-def]
         row[2 * i + 1] = y * cos_sin[i] + x * cos_sin[i + half]
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqqqqqd")
+@kernel("qqqqqqqqqqqqqqqqqqqqqqqqqd")
 def _rope(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `rope_and_cache`. Items are tokens."""
-    a = numba.carray(args, (25,), np.int64)
-    eps = numba.carray(args, (25,), np.float64)[24]
+    a = numba.carray(args, (27,), np.int64)
+    eps = numba.carray(args, (27,), np.float64)[26]
     tokens = a[12]
     heads = a[13]
     kv_heads = a[14]
@@ -52,28 +52,36 @@ def _rope(args):  # type: ignore[no-untyped-def]
     q_norm_size = a[21]
     k_norm_size = a[22]
     interleaved = a[23]
+    given = heads + a[24] * kv_heads
+    norms_values = a[25] != 0
     positions = view(a[3], (tokens,), np.int64)
     slots = view(a[4], (tokens,), np.int64)
     key_scale = view(a[8], (kv_heads,), np.float32)
     value_scale = view(a[9], (kv_heads,), np.float32)
     q_norm = view(a[10], (q_norm_size,), np.float32)
     k_norm = view(a[11], (k_norm_size,), np.float32)
-    row_size = (heads + 2 * kv_heads) * dim * size_of(kind)
+    row_size = given * dim * size_of(kind)
     q_size = heads * dim * size_of(kind)
     key_size = row_bytes(key_kind, dim)
     value_size = row_bytes(value_kind, dim)
     row = np.empty((heads + 2 * kv_heads) * dim, np.float32)
+    ones = np.ones(dim if norms_values else 0, np.float32)
     while True:
         t = next_item(args)
         if t >= tokens:
             break
-        load_row(a[1] + t * row_size, kind, row, (heads + 2 * kv_heads) * dim)
+        load_row(a[1] + t * row_size, kind, row, given * dim)
+        if a[24] == 1:  # keys are values, too
+            row[given * dim :] = row[heads * dim : given * dim]
         for at in range(0, heads * dim, max(q_norm_size, 1)):  # a norm of each head, or of all heads together
             if q_norm_size > 0:
                 normalize(row[at : at + q_norm_size], q_norm, eps, q_norm_size)
         for at in range(heads * dim, (heads + kv_heads) * dim, max(k_norm_size, 1)):
             if k_norm_size > 0:
                 normalize(row[at : at + k_norm_size], k_norm, eps, k_norm_size)
+        if norms_values:
+            for at in range((heads + kv_heads) * dim, (heads + 2 * kv_heads) * dim, dim):
+                normalize(row[at : at + dim], ones, eps, dim)
         if rotary > 0:
             cos_sin = view(a[2] + positions[t] * rotary * 4, (rotary,), np.float32)
             for h in range(heads + kv_heads):
@@ -124,7 +132,7 @@ def rope_and_cache(
         0 if k_norm is None else k_norm.data_ptr(),
         tokens,
         shape.num_heads,
-        shape.num_kv_heads,
+        shape.written_heads,
         shape.head_dim,
         cache.block_size,
         0 if cos_sin is None else cos_sin.shape[1],
@@ -134,6 +142,8 @@ def rope_and_cache(
         0 if q_norm is None else q_norm.numel(),
         0 if k_norm is None else k_norm.numel(),
         shape.interleaved,
+        shape.kv_parts,
+        shape.norms_values,
         eps,
     )
     return q

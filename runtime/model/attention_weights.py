@@ -67,13 +67,14 @@ class AttentionReader:
         q_norm = norms.get("q_norm")
         k_norm = norms.get("k_norm")
         if spec.qk_norm == "unweighted" and mixer.rope is not None:
-            q_norm = k_norm = torch.ones(spec.head_dim, device=self._builder.device)
+            q_norm = k_norm = torch.ones(mixer.head_dim, device=self._builder.device)
         if self._own is not None and spec.qk_norm == "width":
+            assert k_norm is not None
             query, key, _ = self._own.shards("qkv", spec)  # of a bias's length, and cut as one
             q_norm = query.of_bias(q_norm)
             k_norm = key.of_bias(k_norm)
         heads = (0, spec.num_heads) if self._own is None else self._own.query_heads
-        kv_heads = (0, spec.num_kv_heads) if self._own is None else self._own.kv_heads
+        kv_heads = (0, mixer.num_kv_heads) if self._own is None else self._own.kv_heads
         return Attention(
             ops=self._builder.ops,
             eps=spec.norm_eps,
@@ -82,14 +83,16 @@ class AttentionReader:
             shape=AttentionShape(
                 heads[1] - heads[0],
                 kv_heads[1] - kv_heads[0],
-                spec.head_dim,
+                mixer.head_dim,
                 spec.attention_scale,
                 mixer.window,
                 spec.attention_soft_cap,
                 self._sinks(heads),
                 mixer.query_scale,
-                is_chunked=mixer.is_chunked,
-                interleaved=mixer.interleaved,
+                mixer.is_chunked,
+                mixer.interleaved,
+                mixer.kv_parts,
+                spec.norms_values,
             ),
             cos_sin=self._builder.table(mixer.rope) if mixer.rope else None,
             q_norm=q_norm,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
@@ -29,7 +29,7 @@ from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.layers import DecoderLayer
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
 from octavo.runtime.model.sources import LoadError
-from octavo.runtime.model.spec import DecoderSpec, LatentSpec
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
 from octavo.runtime.model.weights import DecoderBuilder
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
@@ -52,6 +52,11 @@ class BlockRunner:
         device None: the GPU, if there is one.
         """
         self.spec = DecoderSpec.from_hf(config)
+        if self.spec.reads_more is not None:
+            raise LoadError(
+                f"{self.spec.architecture} has {self.spec.reads_more}, and calibration runs its blocks one by one; "
+                "--algorithm rtn needs no calibration"
+            )
         if seq_len > self.spec.max_position:
             raise LoadError(
                 f"--max-seq-length {seq_len}: the model has {self.spec.max_position} positions; "
@@ -126,10 +131,11 @@ class BlockRunner:
         spec = self.spec
         name = f"{self._prefix}layers.{index}"
         before_attention, _, before_mlp, _ = NORMS[spec.norms]
-        width = spec.num_heads * spec.head_dim
-        kv_width = spec.num_kv_heads * spec.head_dim
-        folds = []
         mixer = spec.layers[index].mixer
+        width = spec.num_heads * mixer.head_dim
+        kv_width = mixer.num_kv_heads * mixer.head_dim
+        inner = spec.layers[index].intermediate_size
+        folds = []
         if before_attention is not None:
             group = "qkv_a" if isinstance(mixer, LatentSpec) else "qkv"
             folds.append(Fold(group, f"{name}.{before_attention}", "norm", offset=spec.norm_offset))
@@ -139,11 +145,11 @@ class BlockRunner:
         if spec.fused:
             v = f"{name}.self_attn.qkv_proj"
             v_rows = (width + kv_width, width + 2 * kv_width)
-            up_rows = (spec.intermediate_size, 2 * spec.intermediate_size)
-        repeats = spec.num_heads // spec.num_kv_heads
-        if not isinstance(mixer, LatentSpec):  # latents' values are rows of each head's, no range
-            folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=spec.head_dim))
-        elif mixer.q_rank is not None:
+            up_rows = (inner, 2 * inner)
+        repeats = spec.num_heads // mixer.num_kv_heads
+        if isinstance(mixer, AttentionSpec) and not spec.norms_values:  # latents' values are no range of rows
+            folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=mixer.head_dim))
+        if isinstance(mixer, LatentSpec) and mixer.q_rank is not None:
             folds.append(Fold("q_b", f"{name}.self_attn.q_a_layernorm", "norm", offset=spec.norm_offset))
         sparse = spec.layers[index].sparse
         also = tuple(self._routers[index])
@@ -175,7 +181,7 @@ class BlockRunner:
             layer = self._recorded(layer, record)
         batch, length, width = hidden.shape
         residual = hidden.reshape(batch * length, width)
-        cache = self._cache(batch)
+        cache = self._cache(batch, layer.attention.shape)
         _, residual = layer.forward(layer.enter.norm(residual), residual, _step(batch, length, self.device), cache)
         if record_kv is not None:
             record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (cache.key, cache.value)))
@@ -196,12 +202,12 @@ class BlockRunner:
 
         return layer.map_linears(change)
 
-    def _cache(self, batch: int) -> LayerCache:
+    def _cache(self, batch: int, shape: AttentionShape) -> LayerCache:
         """One block of the cache for each sequence."""
-        shape = (batch, self.spec.num_kv_heads, self._seq_len, self.spec.head_dim)
-        key = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        size = (batch, shape.num_kv_heads, self._seq_len, shape.head_dim)
+        key = torch.zeros(size, dtype=self.dtype, device=self.device)
         value = key if self.spec.has_latents else torch.zeros_like(key)
-        one = torch.ones(self.spec.num_kv_heads, device=self.device)
+        one = torch.ones(shape.num_kv_heads, device=self.device)
         return LayerCache(key, value, one, one)
 
 

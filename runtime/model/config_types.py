@@ -47,7 +47,7 @@ class _Rope(msgspec.Struct):
 class _Config(msgspec.Struct):
     vocab_size: Count | None = None
     hidden_size: Count | None = None
-    intermediate_size: Count | None = None
+    intermediate_size: Count | list[Count] | None = None
     num_hidden_layers: Depth | None = None
     num_attention_heads: Count | None = None
     num_key_value_heads: Count | None = None

@@ -25,6 +25,7 @@ from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
 from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.per_layer import PerLayerInputs
 from octavo.runtime.model.pooled_decoder import NoHead
 from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.model.ranks import RankHead
@@ -37,6 +38,7 @@ from octavo.runtime.model.stages import HandedOn, Received
 class Stack:
     """A decoder's modules. The embedding's table is in the type that the model computes in, and on its device.
 
+    per_layer           makes what layers read beside the residual stream; None: nothing
     final_norm          of the last stage's; of another one it has no weight, and passes the sum on
     first_layer, ranks  see Model
     """
@@ -47,6 +49,7 @@ class Stack:
     head: Head | RankHead | HandedOn | NoHead
     first_layer: int = 0
     ranks: tuple[str, ...] = ()
+    per_layer: PerLayerInputs | None = None
 
 
 class Decoder:
@@ -74,8 +77,9 @@ class Decoder:
         self.max_position = max_position
         self._growing_tables = growing_tables
         self.first_layer = stack.first_layer
-        self.kv_shapes = [_kv_shape(layer) for layer in stack.layers]
-        self.kv_windows = [layer.mixer.window for layer in spec.layers]
+        self.kv_shapes = [_kv_shape(layer) for layer in stack.layers if layer.attention.shape.written_heads]
+        self.kv_windows = [spec.layers[index].mixer.window for index in spec.cached_layers]
+        self._places = _places(spec, stack)
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
         self.dtype = stack.embedding.table.dtype
@@ -88,6 +92,7 @@ class Decoder:
         self.ranks = stack.ranks
         self.ops = ops
         self._embedding = stack.embedding
+        self._per_layer = stack.per_layer
         self._final_norm = stack.final_norm
         behind = [*(layer.enter for layer in stack.layers[1:]), stack.final_norm]
         self._layers = [layer.followed_by(norm) for layer, norm in zip(stack.layers, behind, strict=True)]
@@ -136,7 +141,7 @@ class Decoder:
         entering = self._embedding.forward(step.token_ids)
         if self.adapters is not None and step.adapters is not None:
             self.adapters.embedding.add(entering, step.token_ids, step.adapters)
-        return entering
+        return entering if self._per_layer is None else self._per_layer.beside(entering, step.token_ids)
 
     @torch.inference_mode()
     def hidden(
@@ -151,11 +156,15 @@ class Decoder:
             table.cover(step.max_seq_len)
         last = self._layers[-1]
         residual = self.entering(step) if entering is None else entering
+        given: Sequence[Tensor | None] = [None] * len(self._layers)
+        if self._per_layer is not None:
+            residual, given = self._per_layer.split(residual)
         hidden = self._layers[0].enter.norm(residual)
         groups = step.by_group()
-        for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+        for i, layer in enumerate(self._layers):
+            cache = caches[self._places[i]]
             rows = step.logits_index if cuts_early and layer is last else None
-            hidden, residual = layer.forward(hidden, residual, groups[cache.group], cache, rows)
+            hidden, residual = layer.forward(hidden, residual, groups[cache.group], cache, rows, given[i])
             if tap is not None:
                 tap(i, residual)
         assert isinstance(hidden, Tensor)  # the head's input isn't quantized
@@ -192,6 +201,8 @@ class Decoder:
         if self._head.linear is not None:
             linears.append(self._head.linear)
         yield self._embedding.table
+        if self._per_layer is not None:
+            yield from self._per_layer.tensors()
         for layer in self._layers:
             yield from layer.tensors()
         for linear in linears:
@@ -207,6 +218,15 @@ class Decoder:
             rows.append(("lm_head", *self._head.linear.describe()))
         pooling = [] if self.pooler is None else self.pooler.report()
         return [*rows, ("norms, rope, attention", name, self.ops.name), *pooling]
+
+
+def _places(spec: DecoderSpec, stack: Stack) -> list[int]:
+    """Of each layer of a stack, which of the stack's caches it reads."""
+    numbers = range(stack.first_layer, stack.first_layer + len(stack.layers))
+    sources = [spec.layers[number].mixer.source for number in numbers]
+    owners = [number if source is None else source for number, source in zip(numbers, sources, strict=True)]
+    cached = [number for number, source in zip(numbers, sources, strict=True) if source is None]
+    return [cached.index(owner) for owner in owners]
 
 
 def _kv_shape(layer: DecoderLayer) -> KVShape:

@@ -63,5 +63,5 @@ def _refusals(ops: Ops, spec: DecoderSpec, target: Target, *, is_divided: bool) 
         yield f"the router of {spec.architecture} is not batch-invariant; leave it out"
     if spec.has_latents:
         yield f"attention over latents, which {spec.architecture} has, is not batch-invariant; leave it out"
-    if spec.head_dim % 16:
-        yield f"heads of {spec.head_dim} elements have no batch-invariant attention, multiples of 16 have; leave it out"
+    for size in {layer.mixer.head_dim for layer in spec.layers if layer.mixer.head_dim % 16}:
+        yield f"heads of {size} elements have no batch-invariant attention, multiples of 16 have; leave it out"

@@ -59,11 +59,12 @@ class DifferentiableBlock:
         batch, length, _ = x.shape
         shape = part.shape
         d = shape.head_dim
-        sizes = [shape.num_heads * d, shape.num_kv_heads * d, shape.num_kv_heads * d]
-        q, k, v = torch.split(self._linear("qkv", x, weights), sizes, dim=-1)
+        sizes = [shape.num_heads * d, *[shape.num_kv_heads * d] * shape.kv_parts]
+        q, *kv = torch.split(self._linear("qkv", x, weights), sizes, dim=-1)
         q = _positioned(q, part.q_norm, part, length)
-        k = _positioned(k, part.k_norm, part, length)
-        v = v.view(batch, length, -1, d).transpose(1, 2)
+        k = _positioned(kv[0], part.k_norm, part, length)
+        values = attention.values_of(kv[-1].flatten(0, 1), shape, part.eps)
+        v = values.view(batch, length, -1, d).transpose(1, 2)
         if shape.query_scale is not None:
             scale = shape.query_scale.of(torch.arange(length, device=x.device))
             q = q * scale.to(q.dtype).unsqueeze(1)
@@ -153,7 +154,7 @@ def _linear(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:
 
 def _add_norm(part: AddNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The normed sum and the sum, as `AddNorm.forward` returns them."""
-    return add_rms_norm(x, residual, part.weight, part.eps, part.after, part.multiplier)
+    return add_rms_norm(x, residual * part.carry, part.weight, part.eps, part.after, part.multiplier)
 
 
 def _positioned(x: Tensor, norm: Tensor | None, part: Attention, length: int) -> Tensor:

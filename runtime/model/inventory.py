@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.names import (
-    NORMS,
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    PER_LAYER_TABLE,
     attention_norms,
     expansion,
     head_name,
     layer_linears,
+    layer_norms,
     required_modules,
     routers,
+    unread_modules,
 )
 from octavo.runtime.model.sources import CheckpointSource
 from octavo.runtime.model.spec import DecoderSpec
@@ -30,12 +34,18 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
     prefix = source.prefix
     source.require(required_modules(spec, prefix, source.has))
     source.tensor(f"{prefix}embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    if spec.per_layer is not None:
+        width = len(spec.layers) * spec.per_layer.size
+        source.tensor(f"{prefix}{PER_LAYER_TABLE}.weight", (spec.per_layer.vocab_size, width))
+        source.tensor(f"{prefix}{PER_LAYER_PROJECTION}.weight", (width, spec.hidden_size))
+        source.tensor(f"{prefix}{PER_LAYER_NORM}.weight", (spec.per_layer.size,))
     for index in range(len(spec.layers)):
         _check_block(spec, source, index)
     source.tensor(f"{prefix}norm.weight", (spec.hidden_size,))
     if not spec.tied:
         source.tensor(f"{head_name(prefix)}.weight", (spec.vocab_size, spec.hidden_size))
     source.leave_layers(len(spec.layers), spec.further_layers)
+    source.leave_modules(unread_modules(spec, prefix))
     source.check_complete(tied=spec.tied, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0)
     return spec
 
@@ -58,8 +68,9 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
             source.tensor(f"{next(iter(gates))}.{kind}", (spec.moe.num_experts,))
     if spec.has_sinks:
         source.tensor(f"{name}.self_attn.sinks", (spec.num_heads,))
-    for norm in NORMS[spec.norms]:
-        if norm is not None:
-            source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))
+    if spec.has_layer_scalars:
+        source.tensor(f"{name}.layer_scalar", (1,))
+    for norm in layer_norms(spec):
+        source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))
     for norm, size in attention_norms(spec, index).items():
         source.tensor(f"{name}.self_attn.{norm}.weight", (size,))

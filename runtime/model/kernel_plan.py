@@ -29,6 +29,7 @@ def check_attention(spec: DecoderSpec, target: Target) -> None:
         "attention in chunks": spec.is_chunked,
         "attention whose rotations turn neighbors": spec.turns_neighbors,
         "attention with queries scaled by their positions": spec.scales_queries,
+        "attention with normed values": spec.norms_values,
     }
     for kind, is_there in kinds.items():
         if is_there:

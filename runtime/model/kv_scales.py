@@ -14,31 +14,30 @@ from octavo.runtime.parallel.layout import RankLayout
 def read_kv_scales(
     checkpoint: Checkpoint, spec: DecoderSpec, prefix: str, own: RankLayout | None
 ) -> tuple[KVScales | None, str | None]:
-    """(scales of each layer, one per head; the type of the cache that the checkpoint asks for), None where it has none.
+    """(scales of each layer with a cache, one per head; the cache's type that the checkpoint asks for), else None.
 
     own: the rank whose layers and heads are wanted; None: all. Raises LoadError where a layer's scales are missing.
     """
     heads = slice(None) if own is None else slice(*own.kv_heads)
     layers = slice(None) if own is None else slice(*own.layers)
-    names = [f"{prefix}layers.{i}.self_attn" for i in range(len(spec.layers))]
-    found = [checkpoint.kv_scales(name) for name in names]
+    num_heads = {f"{prefix}layers.{i}.self_attn": spec.layers[i].mixer.num_kv_heads for i in spec.cached_layers}
+    found = [checkpoint.kv_scales(name) for name in num_heads]
     if not any(found):
         return None, checkpoint.kv_cache_dtype
     scales: KVScales = []
-    for name, pair in zip(names, found, strict=True):
+    for (name, count), pair in zip(num_heads.items(), found, strict=True):
         if pair is None:
             raise LoadError(f"{name} has no KV scales although other layers have")
         key, value = pair
-        of_key = None if key is None else _by_head(name, key, spec)[heads]
-        scales.append((of_key, _by_head(name, value, spec)[heads]))
+        of_key = None if key is None else _by_head(name, key, count)[heads]
+        scales.append((of_key, _by_head(name, value, count)[heads]))
     dtype = checkpoint.kv_cache_dtype
     if dtype is None and any(key is None for key, _ in scales):
         dtype = "fp8_e4m3"  # what values alone are quantized to: no config has a word for it
     return scales[layers], dtype
 
 
-def _by_head(attention: str, scale: Tensor, spec: DecoderSpec) -> Tensor:
-    heads = spec.num_kv_heads
+def _by_head(attention: str, scale: Tensor, heads: int) -> Tensor:
     if scale.numel() not in (1, heads) or not bool((scale.isfinite() & (scale > 0)).all()):
         raise LoadError(f"{attention}: KV scales {scale.tolist()}; one or {heads} positive numbers are needed")
     return scale.expand(heads).clone()

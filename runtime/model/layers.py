@@ -59,6 +59,7 @@ class AddNorm:
     after       [H] float32, of the norm that the output goes through before it is added; None: there is none
     multiplier  what the output is multiplied by before it is added
     input_quant how the linear layer behind reads its input; None: plain
+    carry       what the residual stream is multiplied by before it is added to
     """
 
     ops: Ops
@@ -67,9 +68,12 @@ class AddNorm:
     after: Tensor | None = None
     multiplier: float = 1.0
     input_quant: ActivationQuant | None = None
+    carry: float = 1.0
 
     def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Hidden, Tensor]:
         """The next sublayer's input and the residual stream, of hidden [T, H], or split along K, and residual."""
+        if self.carry != 1.0:
+            residual = residual * self.carry
         return self.ops.add_rms_norm(
             hidden, residual, self.weight, self.eps, self.after, self.multiplier, self.input_quant
         )
@@ -320,12 +324,45 @@ class GatedMlp:
 
 
 @dataclass(frozen=True, slots=True)
+class PerLayerGate:
+    """A layer's way from its own input into the residual stream: projection(act(gate(x)) * input).
+
+    enter  adds what the MLP gives to the residual stream, which is x then
+    act    of the gate's output and the input side by side
+    """
+
+    enter: AddNorm
+    gate: Linear
+    projection: Linear
+    act: GatedActivation
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor, given: Tensor, step: StepInputs | None
+    ) -> tuple[Tensor, Tensor]:
+        """The MLP's output and the residual stream [T, H], input [T, P] -> what is to be added next, and its sum."""
+        x, residual = self.enter.forward(hidden, residual)
+        both = torch.cat([self.gate.forward(x, step), given], dim=1)
+        return self.projection.partial(self.act(both, None), step), residual
+
+    def linears(self) -> dict[str, Linear]:
+        return {"per_layer_gate": self.gate, "per_layer_projection": self.projection}
+
+    def map_linears(self, change: Change) -> PerLayerGate:
+        gate = change("per_layer_gate", self.gate)
+        return replace(self, gate=gate, projection=change("per_layer_projection", self.projection))
+
+    def tensors(self) -> Iterator[Tensor]:
+        return self.enter.tensors()
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One layer, as an immutable value.
 
     enter   norms the layer's input; in a decoder the `leave` of the layer before does so
     middle  adds attention's output, and norms the sum for the MLP
-    leave   adds the MLP's output, and norms the sum for what is `followed_by`
+    gate    a sublayer behind the MLP, of a layer that has inputs of its own
+    leave   adds the last sublayer's output, and norms the sum for what is `followed_by`
     """
 
     enter: AddNorm
@@ -333,35 +370,50 @@ class DecoderLayer:
     middle: AddNorm
     mlp: Mlp
     leave: AddNorm
+    gate: PerLayerGate | None = None
 
     def followed_by(self, norm: AddNorm) -> DecoderLayer:
         """The same layer with its output normed and quantized by `norm`, the next layer's or the decoder's."""
         return replace(self, leave=replace(self.leave, weight=norm.weight, input_quant=norm.input_quant))
 
     def forward(
-        self, hidden: Hidden, residual: Tensor, step: StepInputs, cache: LayerCache, rows: Tensor | None = None
+        self,
+        hidden: Hidden,
+        residual: Tensor,
+        step: StepInputs,
+        cache: LayerCache,
+        rows: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> tuple[Hidden, Tensor]:
         """hidden (the normed residual) and residual [T, H] -> the same behind this layer.
 
         rows: the tokens that are wanted of the last layer, in a step with prompts in it; None: all. What is behind
-        attention computes, and returns, only those.
+        attention computes, and returns, only those. given: the layer's own inputs [T, P], where it has some.
         """
         attended = self.attention.forward(hidden, step, cache, rows)
         if rows is not None:
             residual = residual[rows]
             step = step.of_rows(rows)
         hidden, residual = self.middle.forward(attended, residual)
-        return self.leave.forward(self.mlp.partial(hidden, step), residual)
+        out = self.mlp.partial(hidden, step)
+        if self.gate is not None:
+            assert given is not None
+            out, residual = self.gate.forward(out, residual, given if rows is None else given[rows], step)
+        return self.leave.forward(out, residual)
 
     def linears(self) -> dict[str, Linear]:
         """All of them by their names in the layer: 'qkv', 'o', and the MLP's."""
-        return self.attention.linears() | self.mlp.linears()
+        return self.attention.linears() | self.mlp.linears() | ({} if self.gate is None else self.gate.linears())
 
     def map_linears(self, change: Change) -> DecoderLayer:
         """A copy, each linear layer what `change(name, linear)` returns for it."""
-        return replace(self, attention=self.attention.map_linears(change), mlp=self.mlp.map_linears(change))
+        attention = self.attention.map_linears(change)
+        mlp = self.mlp.map_linears(change)
+        gate = None if self.gate is None else self.gate.map_linears(change)
+        return replace(self, attention=attention, mlp=mlp, gate=gate)
 
     def tensors(self) -> Iterator[Tensor]:
         """Weights that aren't linear layers, and tables; those that layers share are in each."""
-        for part in (self.enter, self.attention, self.middle, self.mlp, self.leave):
-            yield from part.tensors()
+        for part in (self.enter, self.attention, self.middle, self.mlp, self.gate, self.leave):
+            if part is not None:
+                yield from part.tensors()

@@ -21,7 +21,8 @@ from octavo.runtime.model.pooling import Pooler
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
 KVScales = list[tuple[Tensor | None, Tensor]]
-"""Of each layer: of keys and of values, [num_kv_heads] float32. Keys without a scale stay in the computing type."""
+"""Of each layer with a cache: of keys and of values, [num_kv_heads] float32. Keys without a scale stay in the computing
+type."""
 Tap = Callable[[int, Tensor], None]
 """Called after each layer with its number and the residual stream [num_tokens, hidden_size], for whoever reads it. Of
 the last layer, the rows of logits_index alone, where those are fewer, but for models with taps_all_rows."""
@@ -45,9 +46,9 @@ class Model(Protocol):
 
     max_position  the longest sequence that it can be given
     first_layer   of the whole model's layers, the first that this rank has
-    kv_shapes     of the cache of each layer that this rank has
-    kv_windows    of each layer of the whole model: how many of the latest tokens a token sees, itself among them; None:
-                  all
+    kv_shapes     of the cache of each layer that this rank has, but for layers that read the cache of another one
+    kv_windows    of each such layer of the whole model: how many of the latest tokens a token sees, itself among them;
+                  None: all
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
     kv_dtype      the cache type that the checkpoint asks for ("fp8_e4m3"), or None
     adapters      which layers adapters may change, and the slots of these; None: adapters are not served
@@ -126,7 +127,8 @@ class Model(Protocol):
 
     def entering(self, step: StepInputs) -> Tensor:
         """The residual stream [T, hidden_size] before the first layer: of the embedding, or of the stage before, which
-        hands each step's on once.
+        hands each step's on once. Behind it, in the same rows, is what layers read of tokens besides, in models that
+        have this.
         """
         ...
 

@@ -9,12 +9,16 @@ from itertools import product
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
-from octavo.runtime.model.spec import DecoderSpec, LatentSpec
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
 
 Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+PER_LAYER_TABLE = "embed_tokens_per_layer"
+PER_LAYER_PROJECTION = "per_layer_model_projection"
+PER_LAYER_NORM = "per_layer_projection_norm"
+AFTER_PER_LAYER = "post_per_layer_input_norm"  # of each layer
 NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
     "sandwich": (
@@ -64,15 +68,15 @@ def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[
     """All linear layers of layer `index`, by the names that DecoderLayer.linears has, in the order of computing."""
     layer = f"{prefix}layers.{index}"
     mixer = spec.layers[index].mixer
-    attention = _latent(spec, mixer, layer) if isinstance(mixer, LatentSpec) else _attention(spec, layer)
-    return attention | _mlp(spec, index, layer, has)
+    attention = _latent(spec, mixer, layer) if isinstance(mixer, LatentSpec) else _attention(spec, mixer, layer)
+    return attention | _mlp(spec, index, layer, has) | _per_layer(spec, layer)
 
 
-def _attention(spec: DecoderSpec, layer: str) -> dict[str, LinearParts]:
+def _attention(spec: DecoderSpec, mixer: AttentionSpec, layer: str) -> dict[str, LinearParts]:
     hidden = spec.hidden_size
-    width = spec.num_heads * spec.head_dim
-    kv_width = spec.num_kv_heads * spec.head_dim
-    qkv = dict(zip(QKV, (width, kv_width, kv_width), strict=True))
+    width = spec.num_heads * mixer.head_dim
+    kv_width = mixer.num_kv_heads * mixer.head_dim
+    qkv = dict(zip(QKV[: 1 + mixer.kv_parts], (width, kv_width, kv_width), strict=False))
     if spec.fused:
         qkv = {"qkv_proj": width + 2 * kv_width}
     return {
@@ -112,15 +116,40 @@ def attention_norms(spec: DecoderSpec, index: int) -> dict[str, int]:
         return of_queries | {"kv_a_layernorm": mixer.kv_rank}
     if spec.qk_norm is None or spec.qk_norm == "unweighted":
         return {}
-    heads = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "width" else (1, 1)
-    return {name: count * spec.head_dim for name, count in zip(("q_norm", "k_norm"), heads, strict=True)}
+    heads = (spec.num_heads, mixer.num_kv_heads) if spec.qk_norm == "width" else (1, 1)
+    names = ("q_norm", "k_norm") if mixer.source is None else ("q_norm",)
+    return {name: count * mixer.head_dim for name, count in zip(names, heads, strict=False)}
+
+
+def unread_modules(spec: DecoderSpec, prefix: str) -> list[str]:
+    """Modules that checkpoints have and no layer reads: what made keys and values where another layer's are read."""
+    kinds = (*QKV[1:], "k_norm", "v_norm")
+    layers = [index for index, layer in enumerate(spec.layers) if layer.mixer.source is not None]
+    return [f"{prefix}layers.{index}.self_attn.{kind}" for index in layers for kind in kinds]
+
+
+def _per_layer(spec: DecoderSpec, layer: str) -> dict[str, LinearParts]:
+    """Of a layer that reads inputs of its own: from the hidden state to their size, and back."""
+    if spec.per_layer is None:
+        return {}
+    size = spec.per_layer.size
+    return {
+        "per_layer_gate": LinearParts({f"{layer}.per_layer_input_gate": size}, spec.hidden_size),
+        "per_layer_projection": LinearParts({f"{layer}.per_layer_projection": spec.hidden_size}, size),
+    }
+
+
+def layer_norms(spec: DecoderSpec) -> list[str]:
+    """Norms of a layer over the hidden state."""
+    norms = [norm for norm in NORMS[spec.norms] if norm is not None]
+    return norms if spec.per_layer is None else [*norms, AFTER_PER_LAYER]
 
 
 def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, LinearParts]:
     hidden = spec.hidden_size
     if spec.moe is not None and spec.layers[index].sparse:
         return _experts(spec.moe, hidden, layer, expert_names(spec.moe, layer, has))
-    inner = spec.intermediate_size
+    inner = spec.layers[index].intermediate_size
     owner = f"{layer}.{spec.dense_owner}"
     gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
     return {
@@ -163,7 +192,9 @@ def routers(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, i
 def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
     """Every module that must have a weight."""
     names = [f"{prefix}embed_tokens"]
-    norms = [norm for norm in NORMS[spec.norms] if norm is not None]
+    if spec.per_layer is not None:
+        names += [f"{prefix}{name}" for name in (PER_LAYER_TABLE, PER_LAYER_PROJECTION, PER_LAYER_NORM)]
+    norms = layer_norms(spec)
     for i in range(len(spec.layers)):
         names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
         names += [] if (expanded := expansion(spec, i, prefix)) is None else expanded.modules

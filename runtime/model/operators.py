@@ -75,7 +75,7 @@ class ClampedSwiglu(Protocol):
 class RopeAndCache(Protocol):
     """Split qkv, normalize q and k (when weights are given), rotate both, write k and v into the cache; return q.
 
-    qkv        [T, (Hq + 2 Hkv) * D]
+    qkv        [T, (Hq + kv_parts Hkv) * D], see AttentionShape
     cos_sin    None (this layer has no positions), or [max_position, rotary_dim] float32: cos in the first half, sin
                in the second; the first rotary_dim elements of each head rotate, in pairs as shape.interleaved says
     q_norm, k_norm  None, or float32 RMSNorm weights, [D] (over each head) or [Hq * D], [Hkv * D] (over all heads)

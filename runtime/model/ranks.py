@@ -179,6 +179,8 @@ def over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
 def _norming_over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
     """For norms of queries and keys over all heads, whose sums of squares are those of all ranks."""
     counts = float(rank.own.owns_kv_heads)  # each KV head once
+    mixer = spec.layers[0].mixer  # as of all layers of a model that is divided
+    num_heads = torch.tensor([spec.num_heads, mixer.num_kv_heads])
 
     def rope_and_attention(
         qkv: Tensor,
@@ -195,7 +197,7 @@ def _norming_over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
         assert k_norm is not None
         query, key, value = torch.split(qkv.float(), [len(q_norm), len(k_norm), len(k_norm)], dim=1)
         squares = torch.stack([query.square().sum(1), key.square().sum(1) * counts], dim=1)
-        mean = rank.group.all_reduce(squares) / torch.tensor([spec.num_heads, spec.num_kv_heads]) / spec.head_dim
+        mean = rank.group.all_reduce(squares) / num_heads / mixer.head_dim
         factors = torch.rsqrt(mean + eps)
         normed = torch.cat([query * factors[:, :1] * q_norm, key * factors[:, 1:] * k_norm, value], dim=1)
         return ops.rope_and_attention(normed.to(qkv.dtype), step, cache, shape, cos_sin, None, None, eps, input_quant)

@@ -14,7 +14,7 @@ One isn't in transformers: ntk, of GTE's own code, which stretches every sequenc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ PARAMETERS: dict[str, frozenset[str]] = {
     "longrope": frozenset(
         {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"}
     ),
+    "proportional": frozenset({"factor"}),
 }
 FIRST_ROWS = 4096  # of a RopeTable, computed when the model is loaded
 ROWS_AT_ONCE = 1 << 14  # so that what is computed on the way stays small
@@ -55,6 +56,7 @@ class RopeSpec:
     max_position           the config's max_position_embeddings
     original_max_position  positions of pretraining, before scaling
     attention_factor       what cosines and sines are multiplied by
+    turning_pairs          of "proportional": all elements are paired, and so many first pairs turn
     """
 
     rope_type: str
@@ -71,6 +73,7 @@ class RopeSpec:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    turning_pairs: int = 0
 
     @property
     def longest(self) -> int:
@@ -109,6 +112,10 @@ class RopeSpec:
             match rope_type:
                 case "linear" | "dynamic" | "ntk":
                     return cls(*common, factor=float(rope["factor"]))
+                case "proportional":
+                    turning = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+                    factor = float(rope.get("factor", 1.0))
+                    return replace(cls(*common, factor=factor, turning_pairs=turning), rotary_dim=head_dim)
                 case "llama3":
                     low = float(rope["low_freq_factor"])
                     high = float(rope["high_freq_factor"])
@@ -178,6 +185,10 @@ def _refuse_impossible(spec: RopeSpec, head_dim: int) -> None:
         raise ModelConfigError(
             f"config.json: head_dim {head_dim} is more than any model's; at most {MAX_ROTARY_DIM} elements rotate"
         )
+    if not 0 <= spec.turning_pairs <= head_dim // 2:
+        raise ModelConfigError(
+            f"config.json: partial_rotary_factor turns {spec.turning_pairs} of {head_dim // 2} pairs; 0 to 1 works"
+        )
     if spec.rope_type == "yarn":
         if spec.theta <= 1:
             raise ModelConfigError(
@@ -189,7 +200,8 @@ def _refuse_impossible(spec: RopeSpec, head_dim: int) -> None:
                     f"config.json: yarn: {name} {beta} is not from 1e-6 to 1e6; 32 for beta_fast and 1 for beta_slow"
                 )
     lengths = (spec.original_max_position, spec.original_max_position + 1)  # longrope's short and long factors
-    for frequencies in (inverse_frequencies(spec, length) for length in lengths):
+    turning = spec.turning_pairs if spec.rope_type == "proportional" else spec.rotary_dim // 2
+    for frequencies in (inverse_frequencies(spec, length)[:turning] for length in lengths):
         if not bool(((frequencies > 0) & (frequencies <= MAX_FREQUENCY)).all()):
             raise ModelConfigError(
                 f"config.json: rope type {spec.rope_type!r} with rope_theta {spec.theta} and factor {spec.factor} "
@@ -242,6 +254,9 @@ def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
     plain = 1.0 / (spec.theta**exponents)
     match spec.rope_type:
         case "linear":
+            return plain / spec.factor
+        case "proportional":
+            plain[spec.turning_pairs :] = 0
             return plain / spec.factor
         case "llama3":
             return _llama3(spec, plain)

@@ -22,8 +22,8 @@ PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")  # t
 
 # Tensors that some writers store and no decoder here needs. Anything else that is left unread is an error.
 UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.q_scale", ".self_attn.attn.q_scale")
-_VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.")
-VISION_PREFIXES = (*_VISION, *(f"model.{name}" for name in _VISION))
+_TOWERS = ("vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision.", "audio_tower.", "embed_audio.")
+TOWER_PREFIXES = (*_TOWERS, *(f"model.{tower}" for tower in _TOWERS))
 
 
 class LoadError(ValueError):
@@ -129,13 +129,20 @@ class CheckpointSource:
         self.checkpoint.leave_all(tuple(f"{name}." for name in found))
         return found
 
+    def leave_modules(self, modules: Iterable[str]) -> list[str]:
+        """Count the tensors of these as read; returns those of which there are any."""
+        found = [module for module in modules if self.has(module)]
+        for module in found:
+            self.checkpoint.leave(module)
+        return found
+
     def check_complete(self, *, tied: bool, text_only: bool, has_mtp: bool = False) -> list[str]:
         """Raise LoadError with the names of tensors that nothing read; return the harmless ones that were skipped.
 
         has_mtp: there is a head among them, which is loaded by who drafts with it (runtime/speculation).
         """
         unread = self.checkpoint.unread()
-        skipped = [name for name in unread if text_only and name.startswith(VISION_PREFIXES)]
+        skipped = [name for name in unread if text_only and name.startswith(TOWER_PREFIXES)]
         harmless = {name for name in unread if name.endswith(UNUSED_SUFFIXES)} | set(skipped)
         if has_mtp:
             harmless |= {name for name in unread if name.startswith(f"{self.prefix}mtp_layers.")}

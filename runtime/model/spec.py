@@ -13,10 +13,18 @@ from typing import Any, Literal
 from octavo.kernels.attention.cache import QueryScale
 from octavo.runtime.model.config_types import ModelConfigError, check_types, config_struct
 from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
-from octavo.runtime.model.families.family import Architecture, Config, LayerKind, QKNorm, has_window
+from octavo.runtime.model.families.family import Architecture, Config, QKNorm
 from octavo.runtime.model.families.family import UnsupportedModelError as UnsupportedModelError
 from octavo.runtime.model.families.keys import DEFAULTS, HARMLESS, NEUTRAL, SIZES
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
+from octavo.runtime.model.layer_kinds import (
+    LayerRopes,
+    heads_of,
+    inner_sizes,
+    sliding_layers,
+    sources_of,
+    window_of,
+)
 from octavo.runtime.model.rope import RopeError, RopeSpec, yarn_magnitude
 
 _KEY_TYPES = config_struct({key: kind for row in ARCHITECTURES.values() for key, kind in row.reads.items()})
@@ -42,16 +50,28 @@ class AttentionSpec:
     """Attention over a sequence's earlier tokens.
 
     window  how many of the latest tokens are seen at most; None: all
-    query_scale  what queries are multiplied by, by their positions
     rope    the rotation, if any
+    num_kv_heads, head_dim  of keys and values; queries have heads of the same size
+    query_scale  what queries are multiplied by, by their positions
     is_chunked, interleaved  as of AttentionShape
+    values_are_keys  values are what keys are made of, too, before it is normed and rotated
+    source  the layer whose keys and values are read; None: it has its own
     """
 
     window: int | None
     rope: RopeSpec | None
+    num_kv_heads: int
+    head_dim: int
     query_scale: QueryScale | None = None
     is_chunked: bool = False
     interleaved: bool = False
+    values_are_keys: bool = False
+    source: int | None = None
+
+    @property
+    def kv_parts(self) -> int:
+        """As of `AttentionShape`."""
+        return 0 if self.source is not None else 1 if self.values_are_keys else 2
 
 
 @dataclass(frozen=True)
@@ -73,10 +93,17 @@ class LatentSpec:
     interleaved: bool
     query_scale: QueryScale | None = None
     window: None = None
+    source: None = None
+    num_kv_heads: int = 1  # of the cache
 
     @property
     def query_dim(self) -> int:
         return self.plain_dim + self.rotary_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Of the cache: a latent and its key."""
+        return self.kv_rank + self.rotary_dim
 
 
 Mixer = AttentionSpec | LatentSpec  # what lets tokens know of each other
@@ -86,19 +113,33 @@ Mixer = AttentionSpec | LatentSpec  # what lets tokens know of each other
 class LayerSpec:
     """What differs between layers.
 
+    intermediate_size  of a dense MLP
     sparse  the MLP is a choice of experts, DecoderSpec.moe
     """
 
     mixer: Mixer
+    intermediate_size: int
     sparse: bool = False
+
+
+@dataclass(frozen=True)
+class PerLayerSpec:
+    """What each layer reads of a token beside the residual stream (runtime/model/per_layer.py).
+
+    size        numbers of each layer
+    vocab_size  rows of the table; tokens behind them have the first row
+    """
+
+    size: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
     """A decoder-only transformer with RMSNorm and a gated MLP.
 
-    num_kv_heads, head_dim  of the cache: latents are one head there
-    norms, qk_norm       as in `Architecture`
+    norms, qk_norm, norms_values, has_layer_scalars  as in `Architecture`
+    per_layer            what layers read of tokens besides; None: nothing
     norm_offset          added to each norm's stored weight (Gemma stores w, applies 1 + w)
     attention_scale      what q . k is multiplied by
     embedding_scale      what embeddings are multiplied by; Gemma rounds it to the model's type first
@@ -110,7 +151,7 @@ class DecoderSpec:
     has_head             it has a language model's head; else a pooler follows its layers
     dense_owner          where a dense MLP is in a layer
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
-    moe                  what the layers that are `sparse` have; intermediate_size is the others'
+    moe                  what the layers that are `sparse` have
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
     further_layers       layers of that kind which lie behind these in a checkpoint, and aren't served
     dtype                the type that the config names ("bfloat16"), or None
@@ -120,10 +161,7 @@ class DecoderSpec:
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
     layers: tuple[LayerSpec, ...]
     max_position: int
     norm_eps: float
@@ -133,6 +171,9 @@ class DecoderSpec:
     norms: Literal["pre", "sandwich", "post"] = "pre"
     norm_offset: float = 0.0
     qk_norm: QKNorm | None = None
+    norms_values: bool = False
+    has_layer_scalars: bool = False
+    per_layer: PerLayerSpec | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -173,10 +214,22 @@ class DecoderSpec:
         return any(isinstance(layer.mixer, AttentionSpec) and layer.mixer.interleaved for layer in self.layers)
 
     @property
+    def cached_layers(self) -> list[int]:
+        """Those with a cache of their own, one of which each layer reads."""
+        return [index for index, layer in enumerate(self.layers) if layer.mixer.source is None]
+
+    @property
     def cached_numbers(self) -> int:
         """That the cache has of each token: keys and values, or a latent and its key."""
-        copies = sum(1 if isinstance(layer.mixer, LatentSpec) else 2 for layer in self.layers)
-        return copies * self.num_kv_heads * self.head_dim
+        mixers = [self.layers[index].mixer for index in self.cached_layers]
+        return sum((1 if isinstance(m, LatentSpec) else 2) * m.num_kv_heads * m.head_dim for m in mixers)
+
+    @property
+    def reads_more(self) -> str | None:
+        """What layers read beside the residual stream and a cache of their own; None: nothing."""
+        if len(self.cached_layers) < len(self.layers):
+            return "layers that read the cache of others"
+        return None if self.per_layer is None else "inputs of each layer"
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], *, is_pooled: bool = False) -> DecoderSpec:
@@ -192,17 +245,13 @@ class DecoderSpec:
         for key in SIZES:
             if key not in settings:
                 raise ModelConfigError(f"config.json has no {key}, which {name} needs")
-        heads, kv_heads, head_dim = _heads(settings, name, row)
         moe = read_moe(settings, config, row)
-        layers = _layers(settings, config, name, row, head_dim, moe)
+        layers = _layers(settings, config, name, row, moe)
         return cls(
             architecture=name,
             vocab_size=settings["vocab_size"],
             hidden_size=settings["hidden_size"],
-            intermediate_size=settings[row.dense_size_key],
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
+            num_heads=settings["num_attention_heads"],
             layers=layers,
             max_position=_longest(layers, settings["max_position_embeddings"], row),
             norm_eps=float(settings["rms_norm_eps"]),
@@ -212,13 +261,16 @@ class DecoderSpec:
             norms=row.norms,
             norm_offset=row.norm_offset,
             qk_norm=row.qk_norm if settings.get("use_qk_norm", True) else None,
+            norms_values=row.norms_values,
+            has_layer_scalars=row.has_layer_scalars,
+            per_layer=_per_layer(settings, row),
             qkv_bias=_bias(settings, row.qkv_bias),
             o_bias=_bias(settings, row.o_bias),
             mlp_bias=_bias(settings, row.mlp_bias),
             swiglu_alpha=settings.get("swiglu_alpha", 0.0),
             swiglu_limit=settings.get("swiglu_limit", 0.0),
             has_sinks=row.has_sinks,
-            **_multipliers(settings, row, head_dim),
+            **_multipliers(settings, row, layers[0].mixer.head_dim),
             fused=row.fused,
             dense_owner=row.dense_owner,
             text_only=text_only,
@@ -263,7 +315,7 @@ def _refuse_unread(config: Config, name: str, row: Architecture) -> None:
     for key, neutral in NEUTRAL.items():
         value = config.get(key)
         full = key == "layer_types" and set(value or ()) == {"full_attention"}
-        if full or key in row.reads or value in neutral:
+        if full or key in row.reads or value in neutral or value in row.neutral.get(key, ()):
             continue
         raise UnsupportedModelError(f"{name}: {key} = {value!r} changes the computation in a way that isn't known here")
 
@@ -282,10 +334,17 @@ def _activation(settings: Config, row: Architecture) -> Activation:
     return "clamped_swiglu" if row.clamps_swiglu else ACTIVATIONS[name]
 
 
+def _per_layer(settings: Config, row: Architecture) -> PerLayerSpec | None:
+    size = settings.get("hidden_size_per_layer_input") if "hidden_size_per_layer_input" in row.reads else None
+    return PerLayerSpec(size, settings["vocab_size_per_layer_input"]) if size else None
+
+
 def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str, Any]:
     scale = head_dim**-0.5
     if row.latent:
         scale = _latent_scale(settings)
+    elif row.attention_scale is not None:
+        scale = row.attention_scale
     elif "query_pre_attn_scalar" in row.reads:
         scale = settings["query_pre_attn_scalar"] ** -0.5
     elif "attention_multiplier" in row.reads:
@@ -315,35 +374,40 @@ def _longest(layers: tuple[LayerSpec, ...], max_position: int, row: Architecture
 
 
 def _layers(
-    settings: Config, config: Config, name: str, row: Architecture, head_dim: int, moe: MoeSpec | None
+    settings: Config, config: Config, name: str, row: Architecture, moe: MoeSpec | None
 ) -> tuple[LayerSpec, ...]:
     rotates = row.rotating_layers(settings, settings["num_hidden_layers"])
-    sliding = _sliding_layers(settings, row, rotates)
-    window_key = "attention_chunk_size" if row.windows == "chunks" else "sliding_window"
-    window = settings.get(window_key)
-    if any(sliding) and (not isinstance(window, int) or window < 1):
-        raise UnsupportedModelError(f"{name}: layers have a sliding window, but {window_key} is {window!r}")
-    try:
-        turning = settings["qk_rope_head_dim"] if row.latent else head_dim
-        ropes = _ropes(settings, config, name, row, turning)
-    except RopeError as error:
-        raise UnsupportedModelError(f"{name}: {error}") from error
+    sliding = sliding_layers(settings, row, rotates)
+    window = window_of(settings, name, row, sliding)
+    heads = heads_of(settings, name, row, sliding)
+    sources = sources_of(settings, row, sliding)
+    inner = inner_sizes(settings, row, sources)
+    sparse = sparse_layers(settings, moe, row)
     layers = []
     mixer: Mixer
-    for slides, turns, sparse in zip(sliding, rotates, sparse_layers(settings, moe, row), strict=True):
-        rope = ropes["sliding_attention" if slides else "full_attention"]
-        scale = row.query_scale(config, settings, turns)
-        if row.latent:
-            mixer = _latent(settings, rope, scale)
-        else:
-            mixer = AttentionSpec(
-                window if slides else None,
-                rope if turns else None,
-                scale,
-                is_chunked=slides and row.windows == "chunks",
-                interleaved=turns and row.interleaved,
-            )
-        layers.append(LayerSpec(mixer, sparse))
+    try:
+        ropes = LayerRopes(settings, config, name, row)
+        for i, (kv_heads, head_dim) in enumerate(heads):
+            turning = settings["qk_rope_head_dim"] if row.latent else head_dim
+            rope = ropes.of("sliding_attention" if sliding[i] else "full_attention", turning)
+            scale = row.query_scale(config, settings, rotates[i])
+            if row.latent:
+                mixer = _latent(settings, rope, scale)
+            else:
+                mixer = AttentionSpec(
+                    window if sliding[i] else None,
+                    rope if rotates[i] else None,
+                    kv_heads,
+                    head_dim,
+                    scale,
+                    is_chunked=sliding[i] and row.windows == "chunks",
+                    interleaved=rotates[i] and row.interleaved,
+                    values_are_keys=not sliding[i] and bool(settings.get("attention_k_eq_v")),
+                    source=sources[i],
+                )
+            layers.append(LayerSpec(mixer, inner[i], sparse[i]))
+    except RopeError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from error
     return tuple(layers)
 
 
@@ -360,23 +424,6 @@ def _latent(settings: Config, rope: RopeSpec, scale: QueryScale | None) -> Laten
     )
 
 
-def _heads(settings: Config, name: str, row: Architecture) -> tuple[int, int, int]:
-    """Query heads, and the cache's heads and their size."""
-    heads = settings["num_attention_heads"]
-    kv_heads = settings["num_key_value_heads"] or heads
-    if row.latent:
-        if kv_heads != heads:
-            raise UnsupportedModelError(
-                f"{name}: num_key_value_heads {kv_heads}: latents make keys and values of all {heads} heads"
-            )
-        if settings["q_lora_rank"] is None and settings["attention_bias"]:
-            raise UnsupportedModelError(f"{name}: attention_bias without q_lora_rank")
-        return heads, 1, settings["kv_lora_rank"] + settings["qk_rope_head_dim"]
-    if heads % kv_heads:
-        raise UnsupportedModelError(f"num_attention_heads {heads} isn't a multiple of num_key_value_heads {kv_heads}")
-    return heads, kv_heads, settings["head_dim"] or settings["hidden_size"] // heads
-
-
 def _latent_scale(settings: Config) -> float:
     """A stretched rope's magnitude is put into the scores instead of cosines and sines: squared, of query and key."""
     scale = float((settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]) ** -0.5)
@@ -384,51 +431,3 @@ def _latent_scale(settings: Config) -> float:
     if rope.get("rope_type", rope.get("type", "default")) == "default" or not rope.get("mscale_all_dim"):
         return scale
     return scale * yarn_magnitude(rope["factor"], rope["mscale_all_dim"]) ** 2
-
-
-def _sliding_layers(settings: Config, row: Architecture, rotates: list[bool]) -> list[bool]:
-    """Which layers have a window."""
-    count = len(rotates)
-    if row.windows == "none":
-        return [False] * count
-    if row.windows == "all":
-        return [has_window(settings)] * count
-    types = settings.get("layer_types")
-    if types is None:
-        return row.sliding_layers(settings, rotates)
-    if len(types) != count:
-        raise UnsupportedModelError(f"layer_types has {len(types)} entries for {count} layers")
-    own = "chunked_attention" if row.windows == "chunks" else "sliding_attention"
-    if unknown := sorted(set(types) - {own, "full_attention"}):
-        raise UnsupportedModelError(f"layer type {unknown[0]!r} is unknown")
-    if own == "sliding_attention" and own in types and not has_window(settings):
-        raise UnsupportedModelError(
-            "layer_types has sliding_attention, but use_sliding_window or sliding_window is off"
-        )
-    return [kind == own for kind in types]
-
-
-def _ropes(settings: Config, config: Config, name: str, row: Architecture, head_dim: int) -> dict[LayerKind, RopeSpec]:
-    """The rope of each kind of layer. Transformers 5 has rope_parameters; 4 has rope_scaling."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    max_position = settings["max_position_embeddings"]
-    ropes = {}
-    for kind, (own, theta) in row.ropes(config, settings, given).items():
-        rope = dict(own)
-        rope_type = str(rope.get("rope_type", rope.get("type")))
-        if rope_type in row.rope_types:
-            rope["rope_type"] = row.rope_types[rope_type]
-        _spread(rope, settings, name, row)
-        ropes[kind] = RopeSpec.parse(rope, theta=theta, head_dim=head_dim, max_position=max_position)
-    return ropes
-
-
-def _spread(rope: dict[str, Any], settings: Config, name: str, row: Architecture) -> None:
-    """Put into the rope's dictionary the keys that some configs have beside it."""
-    scaled = rope.get("rope_type", rope.get("type")) in ("llama3", "yarn", "longrope")
-    if scaled and (original := settings.get("original_max_position_embeddings")):
-        rope["original_max_position_embeddings"] = original
-    if factor := settings.get("partial_rotary_factor"):
-        rope.setdefault("partial_rotary_factor", factor)
-    if "partial_rotary_factor" not in row.reads and rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UnsupportedModelError(f"{name}: partial_rotary_factor = {rope['partial_rotary_factor']}")

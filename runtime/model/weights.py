@@ -44,17 +44,24 @@ from octavo.runtime.model.layers import (
     Head,
     LatentAttention,
     Mlp,
+    PerLayerGate,
 )
 from octavo.runtime.model.mixture_weights import Mixture, Parts
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.names import (
+    AFTER_PER_LAYER,
     NORMS,
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    PER_LAYER_TABLE,
     LinearParts,
     head_name,
     layer_linears,
     required_modules,
+    unread_modules,
 )
 from octavo.runtime.model.operators import GatedActivation, Ops
+from octavo.runtime.model.per_layer import PerLayerInputs
 from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_pooler, with_longest
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
@@ -171,11 +178,14 @@ def _load_decoder(
     checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
     for left in source.leave_layers(len(spec.layers), spec.further_layers):
         model.notes.append(f"{left} is not loaded: it says further tokens, and no drafter is made of it here")
+    if source.leave_modules(unread_modules(spec, source.prefix)):
+        model.notes.append("keys and values of layers that read another layer's are not loaded")
     if spec.num_mtp_layers and config.speculative_config is None:
         model.notes.append("the checkpoint has an MTP head, with which --speculative-config.method mtp drafts")
     is_headless = spec.tied or not spec.has_head
-    if source.check_complete(tied=is_headless, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0):
-        model.notes.append("the vision tower is not loaded: text only")
+    if skipped := source.check_complete(tied=is_headless, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0):
+        towers = "vision and audio towers are" if any("audio" in name for name in skipped) else "vision tower is"
+        model.notes.append(f"the {towers} not loaded: text only")
     return model
 
 
@@ -246,6 +256,7 @@ class DecoderBuilder:
             self._end(table),
             first_layer=stage.layers[0],
             ranks=self._ranks,
+            per_layer=self.per_layer(),
         )
         decoder = Decoder(
             self.spec,
@@ -289,6 +300,25 @@ class DecoderBuilder:
             scale = float(torch.tensor(scale).to(self.dtype))
         return Embedding(self.ops, table, scale)
 
+    def per_layer(self) -> PerLayerInputs | None:
+        """What makes the inputs of layers that have some."""
+        spec = self.spec
+        if spec.per_layer is None:
+            return None
+        prefix = self.source.prefix
+        size = spec.per_layer.size
+        width = len(spec.layers) * size
+        table = self.source.tensor(f"{prefix}{PER_LAYER_TABLE}.weight", (spec.per_layer.vocab_size, width))
+        table = table.to(self.device, self.dtype, copy=True)
+        projection = self.source.linear(f"{prefix}{PER_LAYER_PROJECTION}", width, spec.hidden_size)
+        return PerLayerInputs(
+            self.ops,
+            spec.norm_eps,
+            Embedding(self.ops, table, float(torch.tensor(size**0.5).to(self.dtype))),
+            self.linear([projection], [None]),
+            self.norm_weight(f"{prefix}{PER_LAYER_NORM}", size),
+        )
+
     def final_norm(self) -> AddNorm:
         return self.norm(f"{self.source.prefix}norm", self.spec.hidden_size)
 
@@ -318,13 +348,28 @@ class DecoderBuilder:
         before_attention, after_attention, before_mlp, after_mlp = (
             self.norm_weight(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]
         )
+        gate = None
+        if spec.per_layer is not None:
+            gate = self._gate(parts, after_mlp)
+            after_mlp = self.norm_weight(f"{name}.{AFTER_PER_LAYER}", spec.hidden_size)
+        leave = self._add_norm(None, after=after_mlp)
+        if spec.has_layer_scalars:
+            scalar = float(self.source.tensor(f"{name}.layer_scalar", (1,)))
+            leave = replace(leave, multiplier=leave.multiplier * scalar, carry=scalar)
         return DecoderLayer(
             enter=self._add_norm(before_attention, input_quant=attention.input_quant),
             attention=attention,
             middle=self._add_norm(before_mlp, after=after_attention, input_quant=mlp.input_quant),
             mlp=mlp,
-            leave=self._add_norm(None, after=after_mlp),
+            leave=leave,
+            gate=gate,
         )
+
+    def _gate(self, parts: dict[str, LinearParts], after_mlp: Tensor | None) -> PerLayerGate:
+        """Of a layer with inputs of its own."""
+        gate = self.linear(*self.read(parts["per_layer_gate"]))
+        projection = self.linear(*self.read(parts["per_layer_projection"]))
+        return PerLayerGate(self._add_norm(None, after=after_mlp), gate, projection, self.act)
 
     def _add_norm(
         self, weight: Tensor | None, *, after: Tensor | None = None, input_quant: ActivationQuant | None = None

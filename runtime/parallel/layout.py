@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from octavo.quant.shard import UNIT, WHOLE, Range, Shard
-from octavo.runtime.model.spec import DecoderSpec, LatentSpec
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
 
 LEAST_UNIT = 8  # columns or rows: narrower groups of integers are not multiplied as integers by any kernel
 UNEVEN = 1.25  # a note says where the largest share is more than so many times the smallest
@@ -97,7 +97,7 @@ class RankLayout:
         """What this rank reads of each module of a linear layer, by the layer's name: 'qkv', 'experts.3.down'."""
         if kind == "qkv":
             return self._qkv(spec)
-        mixer = spec.layers[self.layers[0]].mixer
+        mixer = spec.layers[0].mixer
         if kind == "o":
             size = mixer.value_dim if isinstance(mixer, LatentSpec) else self.head_dim
             return (Shard("columns", (_times(self.query_heads, size),), self.place == 0),)
@@ -113,7 +113,7 @@ class RankLayout:
         if name == "down":
             return (Shard("columns", (own,), self.place == 0),)
         if spec.fused and not owner:
-            return (Shard("rows", (own, _behind(own, spec.intermediate_size))),)
+            return (Shard("rows", (own, _behind(own, spec.layers[0].intermediate_size))),)
         return (Shard("rows", (own,)),) * 2
 
     def _qkv(self, spec: DecoderSpec) -> tuple[Shard, ...]:
@@ -122,7 +122,7 @@ class RankLayout:
         if not spec.fused:
             return Shard("rows", (query,)), Shard("rows", (key,)), Shard("rows", (key,))
         width = spec.num_heads * self.head_dim
-        kv_width = spec.num_kv_heads * self.head_dim
+        kv_width = spec.layers[0].mixer.num_kv_heads * self.head_dim
         return (Shard("rows", (query, _behind(key, width), _behind(key, width + kv_width))),)
 
     @property
@@ -159,6 +159,7 @@ class ParallelLayout:
         """
         units = units or Units()
         expert_parallel = expert_parallel and spec.moe is not None
+        _refuse_uneven(spec, tp, pp)
         most = _most_ranks(spec, expert_parallel)
         if tp > most.count:
             works = "" if tp > _most_ranks(spec, True).count else f", and {tp} with --enable-expert-parallel"
@@ -233,6 +234,20 @@ def _stages_within(sizes: Sizes, count: int, limit: int) -> list[Range]:
     return [*stages, (begin, len(sizes.layers))] if is_small else []
 
 
+def _refuse_uneven(spec: DecoderSpec, tp: int, pp: int) -> None:
+    """Layers of a stage are divided alike, and a stage has the residual stream of the one before alone."""
+    flag = f"-tp {tp}" if tp > 1 else f"-pp {pp}"
+    if tp * pp > 1 and spec.reads_more is not None:
+        raise LayoutError(f"{flag}: {spec.architecture} has {spec.reads_more}; one rank works, and -dp has several")
+    sizes = {(x.mixer.num_kv_heads, x.mixer.head_dim, x.intermediate_size) for x in spec.layers}
+    from_keys = any(isinstance(x.mixer, AttentionSpec) and x.mixer.values_are_keys for x in spec.layers)
+    if tp > 1 and (len(sizes) > 1 or from_keys):
+        what = "values made of keys" if from_keys else "layers of several sizes"
+        raise LayoutError(
+            f"{flag}: {spec.architecture} has {what}, which are not divided; -pp and -dp have several whole ranks"
+        )
+
+
 @dataclass(frozen=True)
 class _Most:
     count: int
@@ -262,7 +277,7 @@ def _widths(spec: DecoderSpec) -> dict[Literal["inner", "expert_inner", "shared_
     """Columns of each kind of MLP that the model has; 0: it has none."""
     moe = spec.moe
     return {
-        "inner": 0 if all(layer.sparse for layer in spec.layers) else spec.intermediate_size,
+        "inner": 0 if all(layer.sparse for layer in spec.layers) else spec.layers[0].intermediate_size,
         "expert_inner": 0 if moe is None else moe.intermediate_size,
         "shared_inner": 0 if moe is None else moe.shared_intermediate_size or 0,
     }
@@ -272,7 +287,8 @@ def _shares(
     spec: DecoderSpec, tp: int, rank: int, units: Units, expert_parallel: bool
 ) -> Callable[[int, int, Range], RankLayout]:
     """The share of a rank of a stage, but for its number and its layers."""
-    query_heads, kv_heads, owns = _heads(spec.num_heads, spec.num_kv_heads, rank, tp)
+    mixer = spec.layers[0].mixer
+    query_heads, kv_heads, owns = _heads(spec.num_heads, mixer.num_kv_heads, rank, tp)
     widths = _widths(spec)
     whole = {"expert_inner"} if expert_parallel else set()
     inner = {
@@ -289,7 +305,7 @@ def _shares(
             number,
             size,
             rank,
-            spec.head_dim,
+            mixer.head_dim,
             query_heads,
             kv_heads,
             owns,

@@ -111,7 +111,8 @@ def test_neighbors_rotate_as_complex_numbers(body: RopeAndCache) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn, torch.int8], ids=["same", "fp8", "int8"])
 @pytest.mark.parametrize("norm", [None, "head", "all"])
-def test_rope_and_cache(dtype: torch.dtype, stored: torch.dtype | None, norm: str | None) -> None:
+@pytest.mark.parametrize("kv_parts", [2, 1, 0])
+def test_rope_and_cache(dtype: torch.dtype, stored: torch.dtype | None, norm: str | None, kv_parts: int) -> None:
     """Queries within two roundings to their type; stored numbers at most one step of the cache's type apart.
 
     The reference rounds between norm and rotation, the kernel does not; a value near a tie then falls either way.
@@ -119,7 +120,7 @@ def test_rope_and_cache(dtype: torch.dtype, stored: torch.dtype | None, norm: st
     torch.manual_seed(0)
     unit = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}[dtype]
     for heads, kv_heads, dim in HEADS:
-        shape = AttentionShape(heads, kv_heads, dim, 1.0)
+        shape = AttentionShape(heads, kv_heads, dim, 1.0, kv_parts=kv_parts, norms_values=kv_parts < 2)
         inputs = make_step(*MIXED, 16)
         caches = [make_cache(kv_heads, 16, dim, stored or dtype)]
         caches.append(
@@ -127,7 +128,7 @@ def test_rope_and_cache(dtype: torch.dtype, stored: torch.dtype | None, norm: st
                 *(t.clone() for t in (caches[0].key, caches[0].value)), caches[0].key_scale, caches[0].value_scale
             )
         )
-        qkv = torch.randn(sum(MIXED[0]), (heads + 2 * kv_heads) * dim).to(dtype)
+        qkv = torch.randn(sum(MIXED[0]), (heads + kv_parts * kv_heads) * dim).to(dtype)
         angle = torch.rand(64, dim // 4) * 6  # half of each head rotates
         cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1)
         sizes = {None: (0, 0), "head": (dim, dim), "all": (heads * dim, kv_heads * dim)}[norm]

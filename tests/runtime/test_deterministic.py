@@ -221,13 +221,14 @@ def test_an_answer_has_these_bits_in_every_way(name: str, fixtures: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "olmo2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "olmo2", "gemma4_text-small"])
 def test_so_has_one_of_each_family(family: str, dtype: str, tmp_path: Path) -> None:
     """With windows, soft caps and norms of queries. Windows give blocks back, so that nothing has to be preempted."""
     from hf_oracle import CASES, make_hf, save  # transformers, which takes seconds
 
     name, overrides = CASES[family]
     sizes = {"head_dim": 32, "max_position_embeddings": 256}
+    sizes |= {"global_head_dim": 64} if family.startswith("gemma4") else {}
     served = Served(save(make_hf(name, overrides | sizes), tmp_path / family), dtype=dtype)
     cross(served, {way: run for way, run in WAYS.items() if way != "preempted"})
 

@@ -28,16 +28,13 @@ def spec_of(
     moe: MoeSpec | None = None,
     fused: bool = False,
 ) -> DecoderSpec:
-    mixer = AttentionSpec(None, None)
+    mixer = AttentionSpec(None, None, kv_heads, 64)
     return DecoderSpec(
         architecture="llama",
         vocab_size=vocab,
         hidden_size=576,
-        intermediate_size=inner,
         num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=64,
-        layers=tuple(LayerSpec(mixer, sparse=moe is not None) for _ in range(layers)),
+        layers=tuple(LayerSpec(mixer, inner, sparse=moe is not None) for _ in range(layers)),
         max_position=128,
         norm_eps=1e-6,
         activation="silu",

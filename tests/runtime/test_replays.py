@@ -26,7 +26,18 @@ from octavo.runtime.messages import AddRequest
 from octavo.runtime.startup import load_engine
 from octavo.runtime.worker.replays import StepReplays
 
-FAMILIES = ["mistral", "qwen2", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2"]
+GEMMA4 = ("gemma4_text", "gemma4_text-small")
+FAMILIES = [
+    "mistral",
+    "qwen2",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "smollm3",
+    "olmo2",
+    "gemma4_text",
+    "gemma4_text-small",
+]
 VOCAB = 96
 
 
@@ -66,7 +77,8 @@ def check(directory: Path, **settings: Any) -> None:
 def test_answers_are_those_of_the_layers(family: str, dtype: str, tmp_path: Path) -> None:
     """Logprobs too, to the bit."""
     name, overrides = CASES[family]
-    check(save(make_hf(name, overrides | {"head_dim": 32}), tmp_path / family), dtype=dtype)
+    sizes = {"head_dim": 32} | ({"global_head_dim": 64} if family in GEMMA4 else {})
+    check(save(make_hf(name, overrides | sizes), tmp_path / family), dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["tiny--llmc-w8a8", "tiny--llmc-fp8-kv", "tiny--llmc-w4a16-g32", "tiny-qwen2"])

@@ -52,6 +52,17 @@ LATENT = {
 }
 MSCALED = YARN | {"mscale": 0.9, "mscale_all_dim": 0.7}
 
+GEMMA4 = {
+    "head_dim": 24,
+    "sliding_window": 6,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 100.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+
 # One row: name -> (model class, config keys). Windows are shorter than the sequences, scales are far from 1.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24, "rope_theta": 500.0}),
@@ -99,6 +110,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 10, "sliding_window_pattern": 2}
         | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 50.0},
+    ),
+    "gemma4_text": (
+        "Gemma4",
+        GEMMA4
+        | {"global_head_dim": 40, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "attention_bias": True}
+        | {"final_logit_softcapping": 3.0},
+    ),
+    "gemma4_text-small": (
+        "Gemma4",
+        GEMMA4
+        | {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+        | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "global_head_dim": 40}
+        | {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96},
     ),
     "granite": (
         "Granite",
@@ -189,8 +213,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+READS_MORE = ("gemma4_text-small",)
+"""Cases whose layers read more than the residual stream and their own cache."""
+
+
 def make_config(family: str, overrides: dict[str, Any]) -> Any:
-    config_name = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
+    has_text_config = family in ("Gemma3", "Gemma3n", "Gemma4", "Llama4")
+    config_name = f"{family}TextConfig" if has_text_config else f"{family}Config"
     return getattr(transformers, config_name)(**copy.deepcopy(SIZES | overrides))
 
 
@@ -216,6 +245,8 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+        if name.endswith("layer_scalar"):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
 def save(model: Any, directory: Path) -> Path:

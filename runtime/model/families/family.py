@@ -27,6 +27,7 @@ ExpertRule = Literal["none", "all", "sparse_step", "behind_dense", "named"]
 ScoreRule = Literal["softmax", "sigmoid", "corrected_sigmoid"]
 QKNorm = Literal["head", "width", "unweighted"]
 LayerKind = Literal["full_attention", "sliding_attention"]
+KVHeads = tuple[int, int]  # heads of keys and values of a layer, and the size of one
 Ropes = dict[LayerKind, tuple[dict[str, Any], float]]  # of each kind of layer the rope's dictionary and its theta
 
 LATENT_KEYS: Keys = {
@@ -90,6 +91,10 @@ def unscaled(config: Config, settings: Config, turns: bool) -> QueryScale | None
     return None
 
 
+def alike(settings: Config, sliding: list[bool], heads: KVHeads) -> list[KVHeads]:  # noqa: ARG001
+    return [heads] * len(sliding)
+
+
 def has_window(settings: Config) -> bool:
     """Whether a config switches windows on."""
     return settings.get("sliding_window") is not None and bool(settings.get("use_sliding_window", True))
@@ -133,6 +138,10 @@ class Architecture:
                chunks: `attention_chunk_size` on those named, or else on those that rotate; it doesn't slide
     fused      qkv_proj and gate_up_proj are one tensor each on disk
     latent     attention is over latents, whose sizes LATENT_KEYS say
+    attention_scale  what q . k is multiplied by; None: what the head's size or a config key says
+    norms_values  values are normed over each head, without a weight
+    has_layer_scalars  a layer's output, with the residual stream, is multiplied by its `layer_scalar`
+    blocks_alike  no config key makes linear layers of some blocks other ones, experts aside
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
                first_k_dense_replace. named: in those of moe_layers, or in every interleave_moe_layer_step'th
@@ -146,12 +155,14 @@ class Architecture:
                is added for the choice
     expert_names  where experts are in a checkpoint
     defaults   what keys mean where they are absent, and no other architecture's default holds
+    neutral    values of keys that are refused elsewhere, and change nothing here
     reads      config keys that change the computation, beyond the ones that every architecture has, with their types
 
     Oddities, with functions of the settings (the config over its defaults):
 
     rotating_layers    which of so many layers have positions
     sliding_layers     which layers have a window where the config has no layer_types; given which rotate
+    heads              of each layer, given which have a window, and what the keys that all have say
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
     routing            how experts are chosen, given what the keys that all have say of it
     query_scale        what a layer's queries are multiplied by, given the config, it over its defaults, and whether
@@ -171,6 +182,10 @@ class Architecture:
     windows: WindowRule = "none"
     activation_key: str = "hidden_act"
     sqrt_embedding_scale: bool = False
+    attention_scale: float | None = None
+    norms_values: bool = False
+    has_layer_scalars: bool = False
+    blocks_alike: bool = True
     fused: bool = False
     latent: bool = False
     experts: ExpertRule = "none"
@@ -183,9 +198,11 @@ class Architecture:
     has_sinks: bool = False
     clamps_swiglu: bool = False
     expert_names: ExpertNames = MLP_EXPERTS
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     reads: Keys = field(default_factory=dict)
     rotating_layers: Callable[[Config, int], list[bool]] = all_rotate
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
+    heads: Callable[[Config, list[bool], KVHeads], list[KVHeads]] = alike
     ropes: Callable[[Config, Config, dict[str, Any]], Ropes] = one_rope
     routing: Callable[[Config, Routing], Routing] = as_it_is
     query_scale: Callable[[Config, Config, bool], QueryScale | None] = unscaled

@@ -36,7 +36,8 @@ VISION: Mapping[str, tuple[str, ...]] = MappingProxyType(
 def _layout(row: Architecture) -> ModelLayout:
     """What an architecture's files hold; some rules put experts into some blocks and a dense MLP into others."""
     return ModelLayout(
-        experts=None if row.experts == "none" else row.expert_names, blocks_alike=row.experts in ("none", "all")
+        experts=None if row.experts == "none" else row.expert_names,
+        blocks_alike=row.blocks_alike and row.experts in ("none", "all"),
     )
 
 

@@ -117,6 +117,9 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "weights of experts' inputs": ("llama4_text", routing_changed(weighs="outputs")),
     "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
+    "norm of values": ("gemma4_text", changed(norms_values=False)),
+    "pairs that turn": ("gemma4_text", rope_changed(turning_pairs=12)),
+    "whose cache is read": ("gemma4_text-small", lambda spec: source_shifted(spec)),
 }
 
 
@@ -137,6 +140,12 @@ def windows_shifted(spec: DecoderSpec) -> DecoderSpec:
     windows = [mixer.window for mixer in mixers]
     shifted = zip(mixers, windows[-1:] + windows, strict=False)
     return with_mixers(spec, [dataclasses.replace(mixer, window=window) for mixer, window in shifted])
+
+
+def source_shifted(spec: DecoderSpec) -> DecoderSpec:
+    """Layers with a window that read another one's cache with that of the first layer."""
+    mixers = [layer.mixer for layer in spec.layers]
+    return with_mixers(spec, [dataclasses.replace(x, source=0) if x.window and x.source else x for x in mixers])
 
 
 def with_mixers(spec: DecoderSpec, mixers: list[Mixer]) -> DecoderSpec:

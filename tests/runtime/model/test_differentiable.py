@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_oracle import CASES, make_hf, save
+from hf_oracle import CASES, READS_MORE, make_hf, save
 
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.blocks import BlockRunner
@@ -22,7 +22,7 @@ def in_int8(x: torch.Tensor) -> torch.Tensor:
     return (x / step).round() * step
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in READS_MORE])
 def test_its_output_is_the_serving_block_s(name: str, tmp_path: Path) -> None:
     """Every block of every family, in float32: both round some hundred sums, each by a part of EPS."""
     checkpoint = Checkpoint.open(save(make_hf(*CASES[name]), tmp_path), LAYOUTS)

@@ -45,7 +45,7 @@ def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str)
     """With a value that such a key has somewhere: by each architecture that doesn't read it."""
     lists = {"layer_types": ["sliding_attention"] * 4, "no_rope_layers": [1, 0, 1, 0], "mlp_only_layers": [1]}
     flag = key == "norm_topk_prob" or any(value is False for value in NEUTRAL[key])
-    words = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    words = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "per_layer_config": {"1": {"head_dim": 8}}}
     value = (lists | words).get(key, True if flag else 3)
     for name, row in ARCHITECTURES.items():
         if key not in row.reads:
