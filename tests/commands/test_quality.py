@@ -99,6 +99,31 @@ def test_all_figures_equal_those_of_transformers_logits(fixtures: Path, tmp_path
     assert alone.num_tokens == quality.num_tokens
 
 
+def test_layers_with_a_window_shorter_than_the_model_are_measured(fixtures: Path, tmp_path: Path) -> None:
+    """A server gives such layers block tables of their own; here one sequence has all of its tokens in one table."""
+    shutil.copytree(fixtures / "tiny", tmp_path / "gemma3")
+    (tmp_path / "gemma3" / "model.safetensors").unlink()
+    vocab_size = json.loads((fixtures / "tiny" / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Gemma3TextConfig(
+        **shape,
+        vocab_size=vocab_size,
+        head_dim=32,
+        num_hidden_layers=2,
+        sliding_window=24,
+        max_position_embeddings=512,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma3")
+    measured = perplexity_of(EngineConfig(model=str(tmp_path / "gemma3"), dtype="float32"), max_tokens=WINDOW)
+    tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "gemma3", model_max_length=10_000)
+    ids = tokenizer(held_out_text())["input_ids"][:WINDOW]
+    logits = Twin(tmp_path / "gemma3").run(ids)[0]
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(logits[:-1]), torch.tensor(ids[1:])).exp()
+    assert measured.perplexity == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_model_against_itself_loses_nothing(fixtures: Path) -> None:
     quality = measure_quality(fixtures / "tiny-qwen2", fixtures / "tiny-qwen2", max_tokens=300)
     assert quality.mean_kl == 0

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -185,8 +184,10 @@ class _Runner:
         self.model = model
         self.window = window
         self.windows = token_windows
-        sized = msgspec.structs.replace(config, block_size=BLOCK, num_blocks=-(-window // BLOCK))
-        self._caches, _ = kv_cache.create(model, sized, [])
+        notes: list[str] = []
+        dtype = kv_cache.choose_dtype(model, config.kv_cache_dtype, notes)
+        scales = kv_cache.choose_scales(model, dtype, notes)
+        self._caches = kv_cache.allocate(model, -(-window // BLOCK), BLOCK, dtype, scales)  # of one group of layers
         self.facts = _Facts(model.architecture, model.vocab_size, model.num_layers, model.hidden_size)
 
     @property
