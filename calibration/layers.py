@@ -108,7 +108,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
             if match and not head and (checkpoint.layout.is_encoder or not OTHER_TOWERS.search(match["prefix"])):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}, and config.json doesn't say that it is quantized")
-                kind = EXPERT.sub(".experts.*.", match["kind"])
+                kind = EXPERT.sub(".experts.*.", f".{match['kind']}")[1:]
                 found.append(LinearLayer(module, int(match["index"]), kind, *spec.shape))
             elif not EMBEDDING.search(module):
                 others.append(module)
@@ -187,9 +187,10 @@ def portability_warnings(
     warnings: list[str] = []
     if format == "gguf":
         return warnings
-    if model_type == "gpt_oss":
+    has_experts = any("experts." in linear.kind for linear in selection.linears.values())
+    if model_type in ("gpt_oss", "gemma4", "gemma4_text") and has_experts:
         warnings.append(
-            "gpt-oss: each expert is written as linear layers of its own, which transformers 5.24 with "
+            f"{model_type}: each expert is written as linear layers of its own, which transformers 5.24 with "
             "compressed-tensors 0.20 doesn't find"
         )
     block = scheme.weight.granularity.block
@@ -213,7 +214,7 @@ def portability_warnings(
         if any(kept.intersection(joined_with(module)) for module in of_kind):
             warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
     is_int8 = scheme.weight.dtype == "int8" and scheme.activation is not None
-    if is_int8 and format == "compressed-tensors" and any(".experts." in x.kind for x in selection.linears.values()):
+    if is_int8 and format == "compressed-tensors" and any("experts." in x.kind for x in selection.linears.values()):
         warnings.append(
             "int8 experts with int8 inputs: transformers 5.24 with compressed-tensors 0.20 finds none of their tensors "
             "and doesn't load the model; octavo does, and what transformers loads is FP8_DYNAMIC or W4A16"

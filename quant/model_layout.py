@@ -14,6 +14,7 @@ from types import MappingProxyType
 class ExpertNames:
     """Where a layer's experts are: `{owner}.{router}`, `{owner}.experts.3.{gate}`, `{owner}.{shared}.gate_proj`.
 
+    owner  empty: the layer itself
     gate, up, down  an expert's own
     shared          the expert that every token goes to, where there is one
     """
@@ -24,6 +25,10 @@ class ExpertNames:
     down: str
     router: str = "gate"
     shared: str = "shared_expert"
+
+    def within(self, layer: str) -> str:
+        """The owner in a layer."""
+        return f"{layer}.{self.owner}" if self.owner else layer
 
 
 @dataclass(frozen=True)

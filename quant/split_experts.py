@@ -44,6 +44,8 @@ class Fused:
 
 
 LAYOUTS: Mapping[str, Fused] = {
+    "gemma4": Fused(),
+    "gemma4_text": Fused(),
     "gpt_oss": Fused(transposed=True, interleaved=True),
     "llama4": Fused(transposed=True),
     "llama4_text": Fused(transposed=True),

@@ -98,7 +98,7 @@ def by_kind(layers: Iterable[LayerRow]) -> tuple[KindRow, ...]:
     """One row for each kind, in the order of their names."""
     kinds: dict[str, list[LayerRow]] = {}
     for layer in sorted(layers, key=lambda row: row.block):
-        kinds.setdefault(NUMBERED_EXPERT.sub(".experts.*.", layer.kind), []).append(layer)
+        kinds.setdefault(NUMBERED_EXPERT.sub(".experts.*.", f".{layer.kind}")[1:], []).append(layer)
     return tuple(_kind(kind, rows) for kind, rows in sorted(kinds.items()))
 
 

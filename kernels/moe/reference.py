@@ -43,15 +43,17 @@ class Router:
     weight      [E, H]
     bias        [E], added to logits; None: there is none
     correction  [E], added to scores for the choice of experts, and not to their weights; None: there is none
+    scale       [E], what experts' weights are multiplied by; None: nothing
     """
 
     weight: Tensor
     routing: Routing
     bias: Tensor | None = None
     correction: Tensor | None = None
+    scale: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (t for t in (self.weight, self.bias, self.correction) if t is not None)
+        yield from (t for t in (self.weight, self.bias, self.correction, self.scale) if t is not None)
 
 
 def route(x: Tensor, router: Router) -> tuple[Tensor, Tensor]:
@@ -79,6 +81,8 @@ def route_scored(x: Tensor, router: Router) -> tuple[Tensor, Tensor, Tensor]:
     weights = best if choice is scores else scores.gather(-1, chosen)
     if routing.normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
+    if router.scale is not None:
+        weights = weights * router.scale[chosen]
     return chosen, weights if routing.factor == 1.0 else weights * routing.factor, scores
 
 

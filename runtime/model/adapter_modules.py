@@ -26,8 +26,8 @@ EMBEDDING = "embed_tokens"
 # A text model's layers, in a model by itself or in one that sees, too.
 _LAYER = re.compile(r"((?:(?:model|language_model|text_model)\.)*)(layers\.\d+\..+)")
 _ENDS = re.compile(rf"(?:(?:model|language_model|text_model)\.)*({HEAD}|{EMBEDDING})")
-_EXPERT = re.compile(r"(layers\.\d+)\.(\w+)\.experts\.(\d+)\.(\w+)")
-_STACK = re.compile(r"(layers\.\d+)\.(\w+)\.experts(?:\.base_layer)?")
+_EXPERT = re.compile(r"(layers\.\d+)(?:\.(\w+))?\.experts\.(\d+)\.(\w+)")
+_STACK = re.compile(r"(layers\.\d+)(?:\.(\w+))?\.experts(?:\.base_layer)?")
 
 
 @dataclass(frozen=True)

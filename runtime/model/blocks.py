@@ -27,7 +27,7 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.differentiable import DifferentiableBlock
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.layers import DecoderLayer
-from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
+from octavo.runtime.model.names import BEFORE_EXPERTS, NORMS, LinearParts, head_name, layer_linears, routers
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
 from octavo.runtime.model.weights import DecoderBuilder
@@ -152,14 +152,19 @@ class BlockRunner:
         if isinstance(mixer, LatentSpec) and mixer.q_rank is not None:
             folds.append(Fold("q_b", f"{name}.self_attn.q_a_layernorm", "norm", offset=spec.norm_offset))
         sparse = spec.layers[index].sparse
-        also = tuple(self._routers[index])
+        has_both = spec.has_both_mlps(index)
+        also = () if has_both else tuple(self._routers[index])
+        if has_both:  # whose router has a norm of its own
+            folds.append(Fold("experts.gate_up", f"{name}.{BEFORE_EXPERTS}", "norm", offset=spec.norm_offset))
         if before_mlp is not None:
-            group = "experts.gate_up" if sparse else "gate_up"
+            group = "experts.gate_up" if sparse and not has_both else "gate_up"
             folds.append(Fold(group, f"{name}.{before_mlp}", "norm", offset=spec.norm_offset, also=also))
         if spec.activation == "clamped_swiglu":  # is not linear in what up gives
             return folds
         if sparse:
-            return folds + self._expert_folds(index)
+            folds += self._expert_folds(index)
+        if sparse and not has_both:
+            return folds
         *_, up = self._parts[index]["gate_up"].modules
         return [*folds, Fold("down", up, "rows", rows=up_rows)]
 

@@ -21,7 +21,7 @@ from octavo.kernels.norm.reference import add_rms_norm, clamped_swiglu, rms_norm
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp, LatentAttention
-from octavo.runtime.model.moe import MoeMlp
+from octavo.runtime.model.moe import MlpAndMoe, MoeMlp
 from octavo.runtime.model.spec import DecoderSpec
 
 
@@ -114,9 +114,18 @@ class DifferentiableBlock:
         mlp = self._layer.mlp
         if isinstance(mlp, GatedMlp):
             return self._gated("", x, weights)
+        if isinstance(mlp, MlpAndMoe):
+            assert isinstance(mlp.experts, MoeMlp)
+            dense = self._gated("", rms_norm(x, mlp.before_mlp, mlp.eps), weights)
+            routed_by = rms_norm(x, mlp.before_router, mlp.eps)
+            routed = self._experts(mlp.experts, rms_norm(x, mlp.before_experts, mlp.eps), routed_by, weights)
+            return rms_norm(dense, mlp.after_mlp, mlp.eps) + rms_norm(routed, mlp.after_experts, mlp.eps)
         assert isinstance(mlp, MoeMlp)  # calibration's experts aren't stacked
+        return self._experts(mlp, x, x, weights)
+
+    def _experts(self, mlp: MoeMlp, x: Tensor, routed_by: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         rows = x.flatten(0, 1)
-        chosen, shares = moe.route(rows, mlp.router)
+        chosen, shares = moe.route(routed_by.flatten(0, 1), mlp.router)
         total = torch.zeros_like(rows, dtype=torch.float32)
         for expert in range(len(mlp.experts)):
             tokens, rank = (chosen == expert).nonzero(as_tuple=True)

@@ -26,6 +26,7 @@ class MoeSpec:
     has_correction            a router has numbers that are added for the choice alone
     shared_intermediate_size  of the expert that every token goes to; None: there is none
     shared_gate               that one is behind a sigmoid gate
+    beside_mlp                as an Architecture's `experts` says
     """
 
     names: ExpertNames
@@ -36,11 +37,12 @@ class MoeSpec:
     has_correction: bool = False
     shared_intermediate_size: int | None = None
     shared_gate: bool = True
+    beside_mlp: bool = False
 
 
 def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Architecture) -> MoeSpec | None:
     """None for an architecture without experts, or a config that gives it none."""
-    if row.experts == "none":
+    if row.experts == "none" or not settings.get("enable_moe_block", True):
         return None
     given = {key: config[key] for key in COUNT_KEYS if config.get(key) is not None}
     if len(set(given.values())) > 1:
@@ -48,15 +50,19 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
     num_experts = next(iter(given.values()), settings["num_experts"])
     if num_experts == 0:
         return None
-    top_k = settings["num_experts_per_tok"]
+    inner_key = "moe_intermediate_size" if "moe_intermediate_size" in row.reads else "intermediate_size"
+    for key in (row.top_k_key, inner_key):
+        if settings[key] is None:
+            raise ModelConfigError(f"config.json has no {key}, which {num_experts} experts need")
+    top_k = settings[row.top_k_key]
     if top_k > num_experts:
-        raise ModelConfigError(f"config.json: num_experts_per_tok {top_k} is more than the {num_experts} experts")
+        raise ModelConfigError(f"config.json: {row.top_k_key} {top_k} is more than the {num_experts} experts")
     layers = settings["num_hidden_layers"]
     if layers * num_experts > MOST_EXPERTS:
         raise ModelConfigError(
             f"config.json: {layers} layers of {num_experts} experts are more than {MOST_EXPERTS} experts in all"
         )
-    inner = settings["moe_intermediate_size" if "moe_intermediate_size" in row.reads else "intermediate_size"]
+    inner = settings[inner_key]
     num_shared = settings.get("n_shared_experts") or 0  # side by side they are one, so many times as wide
     return MoeSpec(
         row.expert_names,
@@ -67,6 +73,7 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
         has_correction=row.scores == "corrected_sigmoid",
         shared_intermediate_size=num_shared * inner or settings.get("shared_expert_intermediate_size"),
         shared_gate=not num_shared,
+        beside_mlp=row.experts == "beside_mlp",
     )
 
 
@@ -103,7 +110,7 @@ def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Archite
     count = settings["num_hidden_layers"]
     if moe is None:
         return [False] * count
-    if row.experts == "all":
+    if row.experts in ("all", "beside_mlp"):
         return [True] * count
     if row.experts == "behind_dense":
         kinds = settings.get("mlp_layer_types") if "mlp_layer_types" in row.reads else None

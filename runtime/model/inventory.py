@@ -66,11 +66,15 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
         kinds = {"bias": spec.moe.has_bias, "e_score_correction_bias": spec.moe.has_correction}
         for kind in (kind for kind, is_there in kinds.items() if is_there):
             source.tensor(f"{next(iter(gates))}.{kind}", (spec.moe.num_experts,))
+        if spec.moe.beside_mlp:
+            router = next(iter(gates)).removesuffix(".proj")
+            source.tensor(f"{router}.scale", (spec.hidden_size,))
+            source.tensor(f"{router}.per_expert_scale", (spec.moe.num_experts,))
     if spec.has_sinks:
         source.tensor(f"{name}.self_attn.sinks", (spec.num_heads,))
     if spec.has_layer_scalars:
         source.tensor(f"{name}.layer_scalar", (1,))
-    for norm in layer_norms(spec):
+    for norm in layer_norms(spec, index):
         source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))
     for norm, size in attention_norms(spec, index).items():
         source.tensor(f"{name}.self_attn.{norm}.weight", (size,))

@@ -19,8 +19,9 @@ from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.quant.target import Target
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.layers import GatedMlp
-from octavo.runtime.model.moe import GroupedMoe, MoeMlp
-from octavo.runtime.model.names import LinearParts, routers
+from octavo.runtime.model.moe import GroupedMoe, MlpAndMoe, MoeMlp
+from octavo.runtime.model.names import BESIDE_NORMS, NORMS, LinearParts, routers
+from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.parallel.layout import RankLayout
@@ -35,8 +36,11 @@ class MlpReader(Protocol):
     source: Source
     own: RankLayout | None
     target: Target
+    ops: Ops
     device: torch.device
     dtype: torch.dtype
+
+    def norm_weight(self, module: str, size: int) -> Tensor: ...
 
     def read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
         """gate and up, and down, of '', 'shared.' or 'experts.3.'."""
@@ -56,6 +60,7 @@ class Mixture:
         self._mlps = mlps
         self._moe = moe
         self._source = mlps.source
+        self._layer = f"{mlps.source.prefix}layers.{index}"
         self._modules = routers(mlps.spec, index, mlps.source.prefix, mlps.source.has)
 
     def read(self, parts: dict[str, LinearParts], *, stacks_experts: bool) -> MoeMlp | GroupedMoe:
@@ -74,10 +79,24 @@ class Mixture:
         is_whole = mlps.own is not None and mlps.own.whole_experts
         alone = tuple(mlps.gated(*expert, is_whole=is_whole) for expert in experts)
         first_expert = 0 if mlps.own is None else mlps.own.experts[0]
-        bias = self._of_experts("bias") if self._moe.has_bias else None
-        correction = self._of_experts("e_score_correction_bias") if self._moe.has_correction else None
-        router = Router(gates[0], self._moe.routing, bias, correction)
+        bias = self._of_router("bias", self._moe.num_experts) if self._moe.has_bias else None
+        correction = None
+        if self._moe.has_correction:
+            correction = self._of_router("e_score_correction_bias", self._moe.num_experts)
+        scale = self._of_router("per_expert_scale", self._moe.num_experts) if self._moe.beside_mlp else None
+        router = Router(gates[0], self._moe.routing, bias, correction, scale)
         return MoeMlp(router, alone, first_expert, None if shared is None else mlps.gated(*shared), *gates[1:])
+
+    def beside(self, mlp: GatedMlp, experts: MoeMlp) -> MlpAndMoe:
+        """Both, with their norms."""
+        mlps = self._mlps
+        hidden = mlps.spec.hidden_size
+        before_mlp = NORMS[mlps.spec.norms][2]
+        norms = (mlps.norm_weight(f"{self._layer}.{norm}", hidden) for norm in (before_mlp, *BESIDE_NORMS))
+        before, after, before_experts, after_experts = norms
+        before_router = self._of_router("scale", hidden) * hidden**-0.5
+        eps = mlps.spec.norm_eps
+        return MlpAndMoe(mlps.ops, eps, mlp, experts, before, after, before_experts, after_experts, before_router)
 
     def _experts(self, parts: dict[str, LinearParts]) -> Iterator[tuple[Parts, Parts]]:
         """Those that this rank has, one by one; nothing of the others is read."""
@@ -140,9 +159,10 @@ class Mixture:
             raise LoadError(f"{module} is a router whose input is to be rounded, which isn't served")
         return weight.dequantize().to(device)
 
-    def _of_experts(self, kind: str) -> Tensor:
-        """[num_experts] float32, the router's."""
-        numbers = self._source.tensor(f"{next(iter(self._modules))}.{kind}", (self._moe.num_experts,))
+    def _of_router(self, kind: str, size: int) -> Tensor:
+        """[size] float32, the router's, which may have its weight in a module of its own."""
+        router = next(iter(self._modules)).removesuffix(".proj")
+        numbers = self._source.tensor(f"{router}.{kind}", (size,))
         return numbers.to(self._mlps.device, torch.float32, copy=True)
 
 

@@ -22,6 +22,7 @@ from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.experts import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.layers import Change, GatedMlp, GroupedExperts, Mlp
+from octavo.runtime.model.operators import Ops
 
 
 class _Plain:
@@ -65,9 +66,10 @@ class MoeMlp(_Plain):
     def observed(self, counts: Tensor) -> ObservedMoe:
         return ObservedMoe(self, counts)
 
-    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None, routed_by: Tensor | None = None) -> Tensor:
+        """routed_by: what the router reads; None: x."""
         assert isinstance(x, Tensor)
-        chosen, weights = moe.route(x, self.router)
+        chosen, weights = moe.route(x if routed_by is None else routed_by, self.router)
         run = self._run if step is None or step.adapters is None else partial(self._run_adapted, step)
         weighs = self.router.routing.weighs
         routed = moe.grouped(x, chosen, weights, len(self.experts), run, self.first_expert, weighs=weighs)
@@ -208,10 +210,10 @@ class ObservedMoe(_Plain):
     def observed(self, counts: Tensor) -> ObservedMoe:
         return ObservedMoe(self.block, counts)
 
-    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None, routed_by: Tensor | None = None) -> Tensor:
         assert isinstance(x, Tensor)
         block = self.block
-        chosen, weights, scores = moe.route_scored(x, block.router)
+        chosen, weights, scores = moe.route_scored(x if routed_by is None else routed_by, block.router)
         self.counts.add_(moe.tokens_per_expert(chosen, len(block.experts)))
         total = torch.zeros_like(x, dtype=torch.float32)
         for i, expert in enumerate(block.experts):
@@ -237,6 +239,53 @@ def _weighed_inside(expert: GatedMlp, x: Tensor, weight: Tensor) -> Tensor:
     """expert(weight * x) in float32, for linear layers without biases: weight [T, 1] float32."""
     gate_up = moe.weigh(expert.gate_up.forward(x, None), weight)
     return expert.down.forward(expert.act(gate_up), None).float()
+
+
+@dataclass(frozen=True, slots=True)
+class MlpAndMoe(_Plain):
+    """A dense MLP and a mixture of experts, each of the residual stream by a norm of its own; their normed sum.
+
+    before_mlp, after_mlp, before_experts, after_experts, before_router  [H] float32
+    """
+
+    ops: Ops
+    eps: float
+    mlp: GatedMlp
+    experts: MoeMlp | ObservedMoe
+    before_mlp: Tensor
+    after_mlp: Tensor
+    before_experts: Tensor
+    after_experts: Tensor
+    before_router: Tensor
+
+    @property
+    def observable_experts(self) -> int:
+        return self.experts.observable_experts
+
+    def observed(self, counts: Tensor) -> MlpAndMoe:
+        return replace(self, experts=self.experts.observed(counts))
+
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
+        assert isinstance(x, Tensor)
+        dense = self.mlp.forward(self._norm(x, self.before_mlp), step)
+        routed_by = self._norm(x, self.before_router)
+        routed = self.experts.forward(self._norm(x, self.before_experts), step, routed_by)
+        return self._norm(dense, self.after_mlp) + self._norm(routed, self.after_experts)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        normed = self.ops.rms_norm(x, weight, self.eps)
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def linears(self) -> dict[str, Linear]:
+        return self.mlp.linears() | self.experts.linears()
+
+    def map_linears(self, change: Change) -> MlpAndMoe:
+        return replace(self, mlp=self.mlp.map_linears(change), experts=self.experts.map_linears(change))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.before_mlp, self.after_mlp, self.before_experts, self.after_experts, self.before_router)
+        yield from self.experts.tensors()
 
 
 def _within(owner: str, change: Change) -> Callable[[str, Linear], Linear]:

@@ -18,6 +18,9 @@ GATE_UP = ("gate_proj", "up_proj")
 PER_LAYER_TABLE = "embed_tokens_per_layer"
 PER_LAYER_PROJECTION = "per_layer_model_projection"
 PER_LAYER_NORM = "per_layer_projection_norm"
+BEFORE_EXPERTS = "pre_feedforward_layernorm_2"
+BESIDE_NORMS = ("post_feedforward_layernorm_1", BEFORE_EXPERTS, "post_feedforward_layernorm_2")
+"""Of a layer with experts beside a dense MLP: after the MLP, before and after the experts."""
 AFTER_PER_LAYER = "post_per_layer_input_norm"  # of each layer
 NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -61,7 +64,7 @@ def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
         replace(moe.names, owner=owner, gate=gate, up=up, down=down)
         for owner, (gate, up, down) in product(_OWNERS, _SPELLINGS)
     )
-    return next((n for n in known if has(f"{layer}.{n.owner}.experts.0.{n.gate}")), moe.names)
+    return next((n for n in known if has(f"{n.within(layer)}.experts.0.{n.gate}")), moe.names)
 
 
 def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, LinearParts]:
@@ -139,35 +142,40 @@ def _per_layer(spec: DecoderSpec, layer: str) -> dict[str, LinearParts]:
     }
 
 
-def layer_norms(spec: DecoderSpec) -> list[str]:
+def layer_norms(spec: DecoderSpec, index: int) -> list[str]:
     """Norms of a layer over the hidden state."""
     norms = [norm for norm in NORMS[spec.norms] if norm is not None]
+    norms += BESIDE_NORMS if spec.has_both_mlps(index) else ()
     return norms if spec.per_layer is None else [*norms, AFTER_PER_LAYER]
 
 
 def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, LinearParts]:
     hidden = spec.hidden_size
+    experts = {}
     if spec.moe is not None and spec.layers[index].sparse:
-        return _experts(spec.moe, hidden, layer, expert_names(spec.moe, layer, has))
+        experts = _experts(spec.moe, hidden, layer, expert_names(spec.moe, layer, has))
+        if not spec.moe.beside_mlp:
+            return experts
     inner = spec.layers[index].intermediate_size
     owner = f"{layer}.{spec.dense_owner}"
     gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
-    return {
+    dense = {
         "gate_up": LinearParts(_within(owner, gate_up), hidden, spec.mlp_bias),
         "down": LinearParts(_within(owner, {"down_proj": hidden}), inner, spec.mlp_bias),
     }
+    return dense | experts
 
 
 def _experts(moe: MoeSpec, hidden: int, layer: str, names: ExpertNames) -> dict[str, LinearParts]:
     parts = {}
     for i in range(moe.num_experts):
         gate_up = dict.fromkeys((names.gate, names.up), moe.intermediate_size)
-        expert = f"{layer}.{names.owner}.experts.{i}"
+        expert = f"{names.within(layer)}.experts.{i}"
         parts[f"experts.{i}.gate_up"] = LinearParts(_within(expert, gate_up), hidden, moe.has_bias)
         down = _within(expert, {names.down: hidden})
         parts[f"experts.{i}.down"] = LinearParts(down, moe.intermediate_size, moe.has_bias)
     if (inner := moe.shared_intermediate_size) is not None:
-        shared = f"{layer}.{names.owner}.{names.shared}"
+        shared = f"{names.within(layer)}.{names.shared}"
         parts["shared.gate_up"] = LinearParts(_within(shared, dict.fromkeys(GATE_UP, inner)), hidden)
         parts["shared.down"] = LinearParts(_within(shared, {"down_proj": hidden}), inner)
     return parts
@@ -183,7 +191,7 @@ def routers(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, i
         return {}
     layer = f"{prefix}layers.{index}"
     names = expert_names(spec.moe, layer, has)
-    owner = f"{layer}.{names.owner}"
+    owner = names.within(layer)
     has_gate = spec.moe.shared_intermediate_size is not None and spec.moe.shared_gate
     shared = {f"{owner}.{names.shared}_gate": 1} if has_gate else {}
     return {f"{owner}.{names.router}": spec.moe.num_experts, **shared}
@@ -194,12 +202,11 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
     names = [f"{prefix}embed_tokens"]
     if spec.per_layer is not None:
         names += [f"{prefix}{name}" for name in (PER_LAYER_TABLE, PER_LAYER_PROJECTION, PER_LAYER_NORM)]
-    norms = layer_norms(spec)
     for i in range(len(spec.layers)):
         names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
         names += [] if (expanded := expansion(spec, i, prefix)) is None else expanded.modules
         names += [f"{prefix}layers.{i}.self_attn.{norm}" for norm in attention_norms(spec, i)]
-        names += [*routers(spec, i, prefix, has), *(f"{prefix}layers.{i}.{norm}" for norm in norms)]
+        names += [*routers(spec, i, prefix, has), *(f"{prefix}layers.{i}.{norm}" for norm in layer_norms(spec, i))]
     return [*names, f"{prefix}norm", *([head_name(prefix)] if spec.has_head and not spec.tied else [])]
 
 

@@ -224,6 +224,10 @@ class DecoderSpec:
         mixers = [self.layers[index].mixer for index in self.cached_layers]
         return sum((1 if isinstance(m, LatentSpec) else 2) * m.num_kv_heads * m.head_dim for m in mixers)
 
+    def has_both_mlps(self, index: int) -> bool:
+        """Whether a layer has experts and a dense MLP beside them."""
+        return self.moe is not None and self.moe.beside_mlp and self.layers[index].sparse
+
     @property
     def reads_more(self) -> str | None:
         """What layers read beside the residual stream and a cache of their own; None: nothing."""

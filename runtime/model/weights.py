@@ -48,6 +48,7 @@ from octavo.runtime.model.layers import (
 )
 from octavo.runtime.model.mixture_weights import Mixture, Parts
 from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.model.moe import MoeMlp
 from octavo.runtime.model.names import (
     AFTER_PER_LAYER,
     NORMS,
@@ -356,6 +357,8 @@ class DecoderBuilder:
         if spec.has_layer_scalars:
             scalar = float(self.source.tensor(f"{name}.layer_scalar", (1,)))
             leave = replace(leave, multiplier=leave.multiplier * scalar, carry=scalar)
+        if spec.has_both_mlps(index):
+            before_mlp = None  # they have it themselves
         return DecoderLayer(
             enter=self._add_norm(before_attention, input_quant=attention.input_quant),
             attention=attention,
@@ -379,7 +382,12 @@ class DecoderBuilder:
     def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
         if self.spec.moe is None or not self.spec.layers[index].sparse:
             return self.gated(*self.read_gated(parts, ""))
-        return Mixture(self, self.spec.moe, index).read(parts, stacks_experts=self.stacks_experts)
+        mixture = Mixture(self, self.spec.moe, index)
+        experts = mixture.read(parts, stacks_experts=self.stacks_experts)
+        if not self.spec.moe.beside_mlp:
+            return experts
+        assert isinstance(experts, MoeMlp)  # as `check_attention` has seen to
+        return mixture.beside(self.gated(*self.read_gated(parts, "")), experts)
 
     def gated(self, gate_up: Parts, down: Parts, *, is_whole: bool = False) -> GatedMlp:
         """is_whole: an expert that no other rank has columns of."""

@@ -240,6 +240,11 @@ def _refuse_uneven(spec: DecoderSpec, tp: int, pp: int) -> None:
     if tp * pp > 1 and spec.reads_more is not None:
         raise LayoutError(f"{flag}: {spec.architecture} has {spec.reads_more}; one rank works, and -dp has several")
     sizes = {(x.mixer.num_kv_heads, x.mixer.head_dim, x.intermediate_size) for x in spec.layers}
+    if tp > 1 and spec.moe is not None and spec.moe.beside_mlp:
+        raise LayoutError(
+            f"{flag}: {spec.architecture} has experts beside an MLP, which are not divided; -pp and -dp have several "
+            "whole ranks"
+        )
     from_keys = any(isinstance(x.mixer, AttentionSpec) and x.mixer.values_are_keys for x in spec.layers)
     if tp > 1 and (len(sizes) > 1 or from_keys):
         what = "values made of keys" if from_keys else "layers of several sizes"

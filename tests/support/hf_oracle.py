@@ -117,6 +117,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"global_head_dim": 40, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "attention_bias": True}
         | {"final_logit_softcapping": 3.0},
     ),
+    "gemma4_text-moe": (
+        "Gemma4",
+        GEMMA4
+        | {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 40}
+        | {"global_head_dim": 24, "rms_norm_eps": 1e-3},
+    ),
     "gemma4_text-small": (
         "Gemma4",
         GEMMA4

@@ -26,6 +26,7 @@ EXPERTS = {
     "sparse_step": "as the config says",
     "behind_dense": "behind dense layers",
     "named": "as the config says",
+    "beside_mlp": "beside each MLP, if the config says",
 }
 
 BF16 = torch.bfloat16

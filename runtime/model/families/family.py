@@ -23,7 +23,7 @@ Keys = dict[str, Any]
 NormPlacement = Literal["pre", "sandwich", "post"]
 BiasRule = Literal["never", "always", "attention_bias", "mlp_bias", "qkv_bias"]
 WindowRule = Literal["none", "all", "layer_types", "chunks"]
-ExpertRule = Literal["none", "all", "sparse_step", "behind_dense", "named"]
+ExpertRule = Literal["none", "all", "sparse_step", "behind_dense", "named", "beside_mlp"]
 ScoreRule = Literal["softmax", "sigmoid", "corrected_sigmoid"]
 QKNorm = Literal["head", "width", "unweighted"]
 LayerKind = Literal["full_attention", "sliding_attention"]
@@ -145,11 +145,14 @@ class Architecture:
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
                first_k_dense_replace. named: in those of moe_layers, or in every interleave_moe_layer_step'th
+               beside_mlp: in each layer beside a dense MLP, each with norms of its own; a router has a norm, too, and
+               numbers that experts' weights are multiplied by
     weighs_inputs  what multiplies the output of an expert elsewhere multiplies its input
     interleaved  rotations turn neighbors of a head
     dense_owner, dense_size_key  where a dense MLP is in a layer, and the key that says how large it is inside
     expert_bias  experts and routers have biases
     has_sinks  each head of attention has a sink, `self_attn.sinks`
+    top_k_key      the key that says how many experts a token goes to
     clamps_swiglu  an MLP's activation is clamped_swiglu, with the config's swiglu_alpha and swiglu_limit
     scores     what a router makes of logits: a softmax, or a sigmoid of each. corrected_sigmoid: to which a correction
                is added for the choice
@@ -195,6 +198,7 @@ class Architecture:
     interleaved: bool = False
     dense_owner: str = "mlp"
     dense_size_key: str = "intermediate_size"
+    top_k_key: str = "num_experts_per_tok"
     has_sinks: bool = False
     clamps_swiglu: bool = False
     expert_names: ExpertNames = MLP_EXPERTS

@@ -1,12 +1,14 @@
 """Gemma 4, the text part: global layers with heads of their own size, and values that may be made of keys.
 
-The smaller models have inputs of each layer, and layers that read the keys and values of earlier ones.
+The smaller models have inputs of each layer, and layers that read the keys and values of earlier ones. The mixture has
+experts beside each dense MLP.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index, ModelConfigError, Positive
 from octavo.runtime.model.families.family import (
     WINDOW_KEYS,
@@ -71,6 +73,11 @@ FAMILY = Family(
                 "use_double_wide_mlp": False,
                 "hidden_size_per_layer_input": 256,
                 "vocab_size_per_layer_input": 262144,
+                "enable_moe_block": False,
+                "num_experts": 0,
+                "top_k_experts": None,
+                "moe_intermediate_size": None,
+                "norm_topk_prob": True,
             },
             norms="sandwich",
             qk_norm="head",
@@ -83,6 +90,9 @@ FAMILY = Family(
             norms_values=True,
             has_layer_scalars=True,
             blocks_alike=False,
+            experts="beside_mlp",
+            expert_names=ExpertNames("", "gate_proj", "up_proj", "down_proj", router="router.proj"),
+            top_k_key="top_k_experts",
             neutral={"use_bidirectional_attention": ("vision",)},  # among the tokens of an image
             reads=WINDOW_KEYS
             | {
@@ -96,6 +106,10 @@ FAMILY = Family(
                 "use_double_wide_mlp": bool,
                 "hidden_size_per_layer_input": Index,
                 "vocab_size_per_layer_input": Count,
+                "enable_moe_block": bool,
+                "num_experts": Index,
+                "top_k_experts": Count,
+                "moe_intermediate_size": Count,
             },
             sliding_layers=_all_but_every_sixth,
             heads=_heads,

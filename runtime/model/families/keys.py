@@ -74,6 +74,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "sliding_window": (None,),
         "sliding_window_pattern": (None,),
         "topk_method": (None, "greedy"),
+        "top_k_experts": (None,),
         "use_alibi": (None, False),
         "use_bidirectional_attention": (None, False),
         "use_double_wide_mlp": (None, False),

@@ -119,6 +119,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
     "norm of values": ("gemma4_text", changed(norms_values=False)),
     "pairs that turn": ("gemma4_text", rope_changed(turning_pairs=12)),
+    "scales of experts' weights": ("gemma4_text-moe", routing_changed(normalize=False)),
     "whose cache is read": ("gemma4_text-small", lambda spec: source_shifted(spec)),
 }
 
