@@ -67,6 +67,14 @@ class PoolerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.pooling_type or self.seq_pooling_type
 
 
+class MediaLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many of each kind a prompt may have: vLLM's keys. There are images alone."""
+
+    image: Annotated[int, Meta(ge=0)] = 16
+    video: Literal[0] = 0
+    audio: Literal[0] = 0
+
+
 def _parse_length(text: str) -> int | None:
     return None if text in ("auto", "-1") else parse_count(text)
 
@@ -230,6 +238,19 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     enable_prefix_caching: Annotated[
         bool, Meta(description="keep the blocks of finished requests for prompts that begin in the same way")
     ] = True
+    limit_mm_per_prompt: Annotated[
+        MediaLimits,
+        Meta(
+            description="images that a prompt of a model that sees may have, such as '{\"image\": 4}'; 0: its tower "
+            "is not loaded",
+            extra={
+                "aliases": ("--limit-mm-data-per-request",),
+                "metavar": "JSON",
+                "parse": configuration(MediaLimits, "media"),
+                "default": "16 images",
+            },
+        ),
+    ] = MediaLimits()
     kv_offloading_size: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(

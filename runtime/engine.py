@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from octavo.runtime.parallel.followers import Followers
 
 
+NO_IMAGES = "this model reads text alone, and no images"
+
+
 class Engine:
     """Token ids in, token ids out. Not thread-safe: one loop owns it.
 
@@ -95,6 +98,9 @@ class Engine:
         wanted = request.request_ids if request_ids is None else request_ids
         pooler = self.worker.model.pooler
         problem = problem_of(request, self.worker.model.vocab_size, () if pooler is None else pooler.tasks)
+        if problem is None and request.images:
+            tower = self.worker.model.tower
+            problem = NO_IMAGES if tower is None else tower.problem_of(request.token_ids, request.images)
         if problem is not None:
             return [TokenOutput(request_id, [], finish_reason="error", error=problem) for request_id in wanted]
         chosen = frozenset(wanted)

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from octavo.runtime.vision.recipes import PromptImage, VisionModel
+
 FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
@@ -161,6 +163,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     another engine has generated: max_tokens, min_tokens, penalties and random draws count them.
     adapter: the digest of a LoadAdapter that came before; empty: the model alone.
     pooling: what is wanted instead of an answer; None: an answer.
+    images: of the prompt, in their order.
     """
 
     request_id: str
@@ -174,6 +177,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     num_prompt: int | None = None
     adapter: str = ""
     pooling: PoolingParams | None = None
+    images: tuple[PromptImage, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -204,6 +208,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
             owner=self.owner,
             num_prompt=self.num_prompt,
             adapter=self.adapter,
+            images=self.images,
         )
 
 
@@ -443,7 +448,10 @@ class PooledModel(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """Sent once, when the engine can serve. `report` is what the start-up table prints. pooled: None: it generates."""
+    """Sent once, when the engine can serve. `report` is what the start-up table prints.
+
+    pooled: None: it generates. vision: None: it reads text alone.
+    """
 
     max_model_len: int
     num_blocks: int
@@ -451,6 +459,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     vocab_size: int
     report: StartupReport
     pooled: PooledModel | None = None
+    vision: VisionModel | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

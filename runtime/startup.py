@@ -104,13 +104,19 @@ def load_engine(
         ranks=list(model.ranks),
         deterministic=config.deterministic,
     )
-    return engine, Ready(
+    return engine, _ready(rank, report)
+
+
+def _ready(rank: LoadedRank, report: StartupReport) -> Ready:
+    model = rank.model
+    return Ready(
         rank.limits.max_model_len,
         rank.plan.num_blocks,
         rank.plan.block_size,
         model.vocab_size,
         report,
         pooled_model(model),
+        None if model.tower is None else model.tower.facts,
     )
 
 

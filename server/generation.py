@@ -215,6 +215,10 @@ def make_choices(
         sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0, request.user_name)
         if adapter is not None:
             sent = msgspec.structs.replace(sent, adapter=adapter.digest)
+        if prompt.images:
+            if request.use_beam_search:
+                raise bad_request("use_beam_search: prompts with images are not searched", "use_beam_search")
+            sent = msgspec.structs.replace(sent, images=prompt.images)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
             parser = (

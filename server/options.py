@@ -172,6 +172,13 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "JSON", "parse": _parse_template_variables, "default": "none"},
         ),
     ] = {}
+    allowed_local_media_path: Annotated[
+        str | None,
+        Meta(
+            description="images of requests may be file:// URLs of files below this directory",
+            extra={"metavar": "DIR", "default": "requests can name no file"},
+        ),
+    ] = None
     tool_call_parser: Annotated[
         str | None,
         Meta(

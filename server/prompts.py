@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import re2
 
 from octavo.runtime.messages import Constraint, RepetitionDetection, SamplingParams
+from octavo.runtime.vision.recipes import PromptImage
 from octavo.server.dialects.fields import ALL_LOGPROBS, MAX_TOKENS_SENT, GenerationRequest
 from octavo.server.errors import bad_request, too_long
 from octavo.server.served_model import ServedModel
@@ -41,6 +42,7 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None = None
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from octavo.server.draft_metrics import DraftReports
 from octavo.server.errors import explain
 from octavo.server.fleet.adapters import AdapterNames, ServedAdapter
 from octavo.server.hints import ALL_HINTS
+from octavo.server.media.images import Images
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import SAMPLING_DEFAULTS, StructuredOutputsConfig
 from octavo.server.pooled_text import PooledText
@@ -58,6 +59,7 @@ class ServedModel:
     adapters       those that are served beside the model itself; None: there are none
     draft_reports  what answers tell of their drafts
     pooled         what it does instead of generating; None: it generates
+    images         how images of its prompts are read; None: it reads text alone
     server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
                  (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
     """
@@ -91,6 +93,7 @@ class ServedModel:
     response_ending: str = ""
     adapters: AdapterNames | None = None
     pooled: PooledText | None = None
+    images: Images | None = None
     weights: WeightVersion = field(default_factory=WeightVersion)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -31,6 +31,22 @@ class GroupTables(NamedTuple):
     block_tables: Tensor
 
 
+class ImageRows(NamedTuple):
+    """Embeddings of images' tokens: which of a step's tokens they are, [N] int64, and the embeddings, [N, H].
+
+    Where they are [N, (1 + L) * H], what is behind the first H is added to the residual stream behind each of the first
+    L layers (DeepStack).
+    """
+
+    rows: Tensor
+    values: Tensor
+
+    def behind(self, layer: int, hidden_size: int) -> Tensor | None:
+        """[N, H] that are added behind a layer; None: nothing is."""
+        begin = (1 + layer) * hidden_size
+        return self.values[:, begin : begin + hidden_size] if begin < self.values.shape[1] else None
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """Everything that a forward pass over a mixed batch of prefill chunks and decodes needs.
@@ -50,6 +66,11 @@ class StepInputs:
                    tokens; those above are the first group's
     adapters       which of the tokens that are computed use which adapter; None: none of them uses one
     token_types    [T] int64      of an encoder's tokens; None: all are of the first type
+    images         what stands in place of the embeddings of some tokens; None: of none
+    axes           [3, T] int64   positions in time, height and width, by which tokens are rotated where those of images
+                                  are in the step; None: by `positions`
+    cos_sin        [T, rotary_dim] float32, in place of the layers' own table, of which `positions` say the rows; a
+                                  decoder makes it of axes
     max_query_len  1 when every sequence has one token: a pure decode step
     max_seq_len    largest of seq_lens
     """
@@ -66,6 +87,9 @@ class StepInputs:
     more_groups: tuple[GroupTables, ...] = ()
     adapters: AdapterRows | None = None
     token_types: Tensor | None = None
+    images: ImageRows | None = None
+    axes: Tensor | None = None
+    cos_sin: Tensor | None = None
 
     def of_rows(self, rows: Tensor) -> StepInputs:
         """The step as layers see it that compute some of its tokens, [L] int64, alone."""
@@ -182,6 +206,8 @@ class StepInputs:
         )
         if self.adapters is not None:
             values["adapters"] = AdapterRows(*(x.to(device, non_blocking=True) for x in self.adapters))
+        if self.images is not None:
+            values["images"] = ImageRows(*(x.to(device, non_blocking=True) for x in self.images))
         return StepInputs(**values)
 
 

@@ -10,7 +10,7 @@ their `forward` (no hooks), and nothing is computed in a step that could be comp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
+from octavo.runtime.vision.towers import VisionTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,10 @@ class Decoder:
         self.taps_all_rows = False
         self.pooler: Pooler | None = None
         self.num_token_types = 0
+        self.tower: VisionTower | None = None
         self.ranks = stack.ranks
         self.ops = ops
+        self._axis_of_pairs = torch.tensor(spec.axis_of_pairs, dtype=torch.int64, device=self.device)
         self._embedding = stack.embedding
         self._per_layer = stack.per_layer
         self._final_norm = stack.final_norm
@@ -141,6 +144,8 @@ class Decoder:
         entering = self._embedding.forward(step.token_ids)
         if self.adapters is not None and step.adapters is not None:
             self.adapters.embedding.add(entering, step.token_ids, step.adapters)
+        if step.images is not None:
+            entering[step.images.rows] = step.images.values[:, : self.hidden_size].to(entering.dtype)
         return entering if self._per_layer is None else self._per_layer.beside(entering, step.token_ids)
 
     @torch.inference_mode()
@@ -154,6 +159,8 @@ class Decoder:
         cuts_early = some_rows and step.max_query_len > 1 and not self.taps_all_rows
         for table in self._growing_tables:
             table.cover(step.max_seq_len)
+        if step.axes is not None:
+            step = self._with_rotation(step, step.axes)
         last = self._layers[-1]
         residual = self.entering(step) if entering is None else entering
         given: Sequence[Tensor | None] = [None] * len(self._layers)
@@ -165,10 +172,23 @@ class Decoder:
             cache = caches[self._places[i]]
             rows = step.logits_index if cuts_early and layer is last else None
             hidden, residual = layer.forward(hidden, residual, groups[cache.group], cache, rows, given[i])
+            if step.images is not None and (deep := step.images.behind(i, self.hidden_size)) is not None:
+                residual[step.images.rows] += deep.to(residual.dtype)
+                hidden = self._layers[i + 1].enter.norm(residual)
             if tap is not None:
                 tap(i, residual)
         assert isinstance(hidden, Tensor)  # the head's input isn't quantized
         return hidden[step.logits_index] if some_rows and not cuts_early else hidden
+
+    def _with_rotation(self, step: StepInputs, axes: Tensor) -> StepInputs:
+        """The step with the rotation of its own tokens: each of M-RoPE's pairs turns by the position of its axis."""
+        table = self._layers[0].attention.cos_sin
+        assert table is not None
+        half = table.shape[1] // 2
+        pairs = torch.arange(half, device=table.device)
+        rows = axes[self._axis_of_pairs].T  # [T, half]
+        cos_sin = torch.cat((table[rows, pairs], table[rows, half + pairs]), dim=1)
+        return replace(step, cos_sin=cos_sin, positions=torch.arange(len(cos_sin), device=table.device), axes=None)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, step: StepInputs | None = None) -> Tensor:

@@ -273,6 +273,7 @@ class Encoder:
         self.vocab_size = self.spec.vocab_size
         self.hidden_size = self.spec.hidden_size
         self.num_token_types = self.spec.num_types
+        self.tower = None
         self.dtype = self.stack.embedding.words.dtype
         self.device = self.stack.embedding.words.device
         self.weight_bytes = distinct_bytes(self.tensors())

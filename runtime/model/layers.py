@@ -120,8 +120,9 @@ class Attention:
         rows: the tokens whose output is wanted, of a step with prompts in it; None: all.
         """
         qkv = self.qkv.partial(x, step)
+        cos_sin = self.cos_sin if step.cos_sin is None else step.cos_sin
         hidden = self.ops.rope_and_attention(
-            qkv, step, cache, self.shape, self.cos_sin, self.q_norm, self.k_norm, self.eps, self.o.input_quant
+            qkv, step, cache, self.shape, cos_sin, self.q_norm, self.k_norm, self.eps, self.o.input_quant
         )
         if rows is not None:
             assert isinstance(hidden, Tensor)  # quantized in decode steps alone

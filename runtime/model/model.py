@@ -18,6 +18,7 @@ from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.pooling import Pooler
+from octavo.runtime.vision.towers import VisionTower
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
 KVScales = list[tuple[Tensor | None, Tensor]]
@@ -55,6 +56,7 @@ class Model(Protocol):
     taps_all_rows a tap gets all tokens of a step from the last layer, too; a prompt then costs all of that layer
     pooler        makes embeddings or scores of hidden states; such a model generates nothing. None: it generates
     num_token_types  that a token of a prompt may have; 0: none
+    tower         makes embeddings of images; None: it reads text alone
     notes         lines that a person who starts it must see
     ranks         a line for each rank of the engine, of what it holds; none where there is one
     """
@@ -82,6 +84,9 @@ class Model(Protocol):
 
     @property
     def pooler(self) -> Pooler | None: ...
+
+    @property
+    def tower(self) -> VisionTower | None: ...
 
     def tensors(self) -> Iterable[Tensor]:
         """Weights and tables on its device; those that layers share may come more than once."""

@@ -18,11 +18,26 @@ from octavo.quant.formats.select import parse_quantization
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
-PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")  # the last: of a model without a head
+# The last is of a model without a head.
+PREFIXES = ("model.", "language_model.model.", "model.language_model.", "model.text_model.", "")
 
 # Tensors that some writers store and no decoder here needs. Anything else that is left unread is an error.
-UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.q_scale", ".self_attn.attn.q_scale")
-_TOWERS = ("vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision.", "audio_tower.", "embed_audio.")
+UNUSED_SUFFIXES = (
+    ".rotary_emb.inv_freq",
+    ".self_attn.q_scale",
+    ".self_attn.attn.q_scale",
+    ".embeddings.position_ids",
+)
+_TOWERS = (
+    "vision_tower.",
+    "vision_model.",
+    "visual.",
+    "multi_modal_projector.",
+    "connector.",
+    "embed_vision.",
+    "audio_tower.",
+    "embed_audio.",
+)
 TOWER_PREFIXES = (*_TOWERS, *(f"model.{tower}" for tower in _TOWERS))
 
 

@@ -16,7 +16,7 @@ from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
 from octavo.runtime.model.families.family import Architecture, Config, QKNorm
 from octavo.runtime.model.families.family import UnsupportedModelError as UnsupportedModelError
 from octavo.runtime.model.families.keys import DEFAULTS, HARMLESS, NEUTRAL, SIZES
-from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
+from octavo.runtime.model.families.registry import ARCHITECTURES, OF_IMAGES, TEXT_DEFAULTS, VISION
 from octavo.runtime.model.layer_kinds import (
     LayerRopes,
     heads_of,
@@ -154,6 +154,8 @@ class DecoderSpec:
     moe                  what the layers that are `sparse` have
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
     further_layers       layers of that kind which lie behind these in a checkpoint, and aren't served
+    axis_of_pairs        by which of a token's positions each pair of a head turns (M-RoPE): in time (0), height (1) and
+                         width (2); (): all turn by the one that a token has
     dtype                the type that the config names ("bfloat16"), or None
     unknown_keys         config keys that nothing here knows; to be shown, since they may mean something
     """
@@ -193,6 +195,7 @@ class DecoderSpec:
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
     further_layers: int = 0
+    axis_of_pairs: tuple[int, ...] = ()
     dtype: str | None = None
     unknown_keys: tuple[str, ...] = ()
 
@@ -281,6 +284,7 @@ class DecoderSpec:
             num_mtp_layers=0 if row.further_layers else settings.get("num_nextn_predict_layers", 0),
             further_layers=settings[row.further_layers] if row.further_layers else 0,
             moe=moe if any(layer.sparse for layer in layers) else None,
+            axis_of_pairs=_axis_of_pairs(config, name, row, layers),
             dtype=stored_dtype(config),
             unknown_keys=tuple(sorted(config.keys() - _known_keys(row))),
         )
@@ -292,7 +296,9 @@ def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any],
     classes = config.get("architectures") or []
     if name in VISION:  # keys outside text_config that concern the text half too
         outer = ("dtype", "torch_dtype", "tie_word_embeddings")
-        config = {key: config[key] for key in outer if key in config} | dict(config.get("text_config") or {})
+        text = config.get("text_config") or {key: value for key, value in config.items() if key not in OF_IMAGES}
+        defaults = dict(TEXT_DEFAULTS.get(name, {}))
+        config = defaults | {key: config[key] for key in outer if key in config} | dict(text)
         inner = str(config.get("model_type", VISION[name][0]))
         if inner not in VISION[name]:
             raise UnknownArchitectureError(inner)
@@ -302,6 +308,27 @@ def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any],
     elif classes and not is_pooled and not str(classes[0]).endswith("ForCausalLM"):
         raise UnsupportedModelError(f"architecture {classes[0]!r} is not a decoder with a language-model head")
     return config, name, ARCHITECTURES[name]
+
+
+def _axis_of_pairs(config: Config, name: str, row: Architecture, layers: tuple[LayerSpec, ...]) -> tuple[int, ...]:
+    """Read from the rope's dictionary. Raises UnsupportedModelError for sections that don't divide a head's pairs.
+
+    Sections stand one behind the other, or interleaved: time, height, width, time and so on, as far as each one goes.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    sections = tuple(rope.get("mrope_section") or ())
+    if row.mrope is None or not sections:
+        return ()
+    rotating = {layer.mixer.rope.rotary_dim for layer in layers if layer.mixer.rope is not None}
+    if len(sections) != 3 or rotating != {2 * sum(sections)}:
+        raise UnsupportedModelError(f"{name}: mrope_section {list(sections)} doesn't divide a head's pairs in three")
+    if row.mrope == "divided":
+        return tuple(axis for axis, count in enumerate(sections) for _ in range(count))
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        for pair in range(axis, min(3 * sections[axis], len(axes)), 3):
+            axes[pair] = axis
+    return tuple(axes)
 
 
 def _given(config: Config) -> dict[str, Any]:

@@ -71,6 +71,7 @@ from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadErro
 from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
+from octavo.runtime.vision.loading import tower_of
 
 OnLayer = Callable[[int, int], None]  # told how many layers have been loaded, of how many
 
@@ -183,8 +184,14 @@ def _load_decoder(
         model.notes.append("keys and values of layers that read another layer's are not loaded")
     if spec.num_mtp_layers and config.speculative_config is None:
         model.notes.append("the checkpoint has an MTP head, with which --speculative-config.method mtp drafts")
+    if spec.text_only:
+        is_alone = group.size == 1 and model.pooler is None
+        model.tower, why_not = tower_of(config, source, model.dtype, model.device, is_alone=is_alone)
+        model.notes += [why_not] if why_not else []
+        model.weight_bytes += 0 if model.tower is None else model.tower.weight_bytes
     is_headless = spec.tied or not spec.has_head
-    if skipped := source.check_complete(tied=is_headless, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0):
+    text_only = spec.text_only and model.tower is None
+    if skipped := source.check_complete(tied=is_headless, text_only=text_only, has_mtp=spec.num_mtp_layers > 0):
         towers = "vision and audio towers are" if any("audio" in name for name in skipped) else "vision tower is"
         model.notes.append(f"the {towers} not loaded: text only")
     return model

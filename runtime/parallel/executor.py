@@ -23,6 +23,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.sampling.best import Best
 from octavo.runtime.parallel.order import Int32s, StepOrder
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
+from octavo.runtime.vision.steps import with_images
 from octavo.runtime.worker.pooled_steps import with_token_types
 from octavo.runtime.worker.step_inputs import with_tokens
 from octavo.runtime.worker.worker import Worker
@@ -178,6 +179,8 @@ class _Driver:
         inputs = with_tokens(step.inputs, order)
         if self.worker.model.num_token_types > 1:
             inputs = with_token_types(inputs, step.plan)
+        if self.worker.model.tower is not None:
+            inputs = with_images(inputs, step.plan, self.worker.model.tower)
         logits = self.worker.compute(inputs, order.wants)
         result = self.sampler.sample(logits, step.plan)
         step.seconds = time.perf_counter() - begin

@@ -27,12 +27,16 @@ def salted_root(salt: str, adapter: str = "") -> bytes:
     return root + b"adapter" + sha256(adapter.encode()).digest() if adapter else root
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def hash_block(parent: bytes, token_ids: Sequence[int], images: Iterable[bytes] = ()) -> bytes:
     """Name a full block by its tokens and, through its parent's name, by all tokens before them.
+
+    images: digests of those that some of the tokens stand for, in order. They are told from a parent by what is in
+    front of each, as in `salted_root`.
 
     A cryptographic hash, since a collision would be another request's answer; Python's own `hash` collides on demand.
     """
-    return sha256(parent + array("I", token_ids).tobytes()).digest()
+    seen = b"".join(b"image" + digest for digest in images)
+    return sha256(parent + array("I", token_ids).tobytes() + seen).digest()
 
 
 class BlockPool:

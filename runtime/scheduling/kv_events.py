@@ -87,6 +87,10 @@ class KVEvents:
             extra_keys: list[tuple[str, ...] | None] = [named or None] * (end - begin)
             if begin == 0 and sequence.cache_salt:
                 extra_keys[0] = (*named, sequence.cache_salt)
+            for place in range(begin, end) if sequence.images else ():
+                if seen := sequence.images_among(place * size, (place + 1) * size):
+                    digests = [image.digest.hex() for image in seen]
+                    extra_keys[place - begin] = (*(extra_keys[place - begin] or ()), *digests)
             event = BlockStored(
                 block_hashes=[_short(name) for name in hashes[begin:end]],
                 parent_block_hash=_short(hashes[begin - 1]) if begin else None,

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, Pooled, SamplingParams, TokenOutput
+from octavo.runtime.messages import (
+    AddRequest,
+    FinishReason,
+    Logprobs,
+    Pooled,
+    SamplingParams,
+    TokenOutput,
+)
 from octavo.runtime.scheduling.adapter_slots import Adapter
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
 from octavo.runtime.scheduling.kv_groups import BlockTables
+from octavo.runtime.vision.recipes import PromptImage
 
 
 class Sequence:
@@ -39,12 +47,15 @@ class Sequence:
     may_fetch        whether it has still to ask for blocks of its prefix that lie in a file
     num_fetched      of its cached tokens, those that came from there
     pooling          what is wanted instead of tokens; None: tokens
+    images           of its prompt
+    axes             positions of its prompt's tokens where they are no line; for whoever makes steps' inputs alone
     """
 
     __slots__ = (
         "_hashes",
         "adapter",
         "arrival_time",
+        "axes",
         "blocks",
         "cache_salt",
         "checks_drafts",
@@ -53,6 +64,7 @@ class Sequence:
         "first_token_time",
         "grammar",
         "has_ended",
+        "images",
         "is_plain_greedy",
         "is_ready",
         "may_fetch",
@@ -91,6 +103,8 @@ class Sequence:
         self.request_id = request.request_id
         self.params = request.params
         self.pooling = request.pooling
+        self.images = request.images
+        self.axes: object = None
         self.token_ids = list(request.token_ids)
         self.num_prompt = request.prompt_length
         self.arrival_time = request.arrival_time
@@ -205,8 +219,14 @@ class Sequence:
         while len(hashes) < count:
             begin = len(hashes) * block_size
             parent = hashes[-1] if hashes else self.root
-            hashes.append(hash_block(parent, self.token_ids[begin : begin + block_size]))
+            tokens = self.token_ids[begin : begin + block_size]
+            seen = self.images_among(begin, begin + block_size) if self.images else ()
+            hashes.append(hash_block(parent, tokens, [image.digest for image in seen]))
         return hashes[:count]
+
+    def images_among(self, begin: int, end: int) -> list[PromptImage]:
+        """The images that some of the tokens begin .. end stand for."""
+        return [image for image in self.images if image.start < end and image.start + image.length > begin]
 
 
 def is_stop(params: SamplingParams, token: int, num_outputs: int) -> bool:

@@ -105,6 +105,8 @@ class StepReplays:
             return None
         if inputs.adapters is not None and not self._records_adapters:
             return None
+        if inputs.images is not None or inputs.axes is not None:
+            return None
         query_class = QUERY_CLASSES[bisect_left(QUERY_CLASSES, inputs.max_query_len)]
         return Size(tokens, inputs.max_seq_len.bit_length(), query_class, inputs.adapters is not None)
 

@@ -22,7 +22,7 @@ from octavo.server.dialects.anthropic_request import (
     chat_of,
 )
 from octavo.server.dialects.chat_request import ChatCompletionRequest, begin, in_words_of
-from octavo.server.dialects.conversation import chat_token_ids, render_request, rendered
+from octavo.server.dialects.conversation import chat_token_ids, images_of, render_request, rendered
 from octavo.server.dialects.system_turns import SystemProbe
 from octavo.server.dialects.thinking import takes_effort
 from octavo.server.dialects.tools import shown_tools
@@ -76,9 +76,11 @@ def routes(service: Service) -> APIRouter:
         """How many tokens the prompt of a conversation has."""
         service.check_name(body.model)
         asked = await chat(body, http)
+        with in_words_of(OPENAI_NAMES):
+            images = await images_of(asked, model)
         job = await service.off_loop(http, lambda: render_request(asked, model, None, shown_tools(asked, model)))
         text = await rendered(job, model)
-        ids = await service.off_loop(http, lambda: chat_token_ids(text, asked, model, must_fit=False))
+        ids = await service.off_loop(http, lambda: chat_token_ids(text, asked, model, images, must_fit=False))
         return JsonResponse(encode_json({"input_tokens": len(ids)}))
 
     return router

@@ -1,7 +1,7 @@
 """The messages of Anthropic's dialect: content blocks as values, checked and bounded.
 
-What a block means for the prompt is decided in anthropic_request.py. A block that octavo can't read (an image, a result
-of a server's own tool) is refused by its type.
+What a block means for the prompt is decided in anthropic_request.py. A block that octavo can't read (a result of a
+server's own tool) is refused by its type.
 """
 
 from __future__ import annotations
@@ -30,6 +30,32 @@ class TextBlock(Block):
     type: Literal["text"]
     text: Text
     citations: Hint = None
+
+
+class Base64Source(Strict):
+    """An image itself."""
+
+    type: Literal["base64"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
+    data: Text
+
+    @property
+    def url(self) -> str:
+        return f"data:{self.media_type};base64,{self.data}"
+
+
+class UrlSource(Strict):
+    """Where an image is."""
+
+    type: Literal["url"]
+    url: Text
+
+
+class ImageBlock(Block):
+    """An image, for a model that sees."""
+
+    type: Literal["image"]
+    source: Annotated[Base64Source | UrlSource, Field(discriminator="type")]
 
 
 class TextSource(Strict):
@@ -159,7 +185,7 @@ class UnknownBlock(Open):
         raise ValueError(f"octavo does not support blocks of type {self.type[:40]!r} here")
 
 
-_IN_RESULTS = frozenset({"<text>", "<document>", "<search_result>", "<tool_reference>"})
+_IN_RESULTS = frozenset({"<text>", "<image>", "<document>", "<search_result>", "<tool_reference>"})
 _OTHERS = {"<thinking>", "<redacted_thinking>", "<tool_use>", "<tool_result>", "<tool_addition>", "<tool_removal>"}
 _KNOWN = _IN_RESULTS | _OTHERS
 
@@ -176,6 +202,7 @@ def _kind_in_result(value: object) -> str:
 
 ResultContent = Annotated[
     Annotated[TextBlock, Tag("<text>")]
+    | Annotated[ImageBlock, Tag("<image>")]
     | Annotated[DocumentBlock, Tag("<document>")]
     | Annotated[SearchResultBlock, Tag("<search_result>")]
     | Annotated[ToolReferenceBlock, Tag("<tool_reference>")]
@@ -201,6 +228,7 @@ class ToolResultBlock(Block):
 
 Content = Annotated[
     Annotated[TextBlock, Tag("<text>")]
+    | Annotated[ImageBlock, Tag("<image>")]
     | Annotated[DocumentBlock, Tag("<document>")]
     | Annotated[SearchResultBlock, Tag("<search_result>")]
     | Annotated[ThinkingBlock, Tag("<thinking>")]

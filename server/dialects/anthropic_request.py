@@ -1,7 +1,8 @@
 """POST /v1/messages: Anthropic's fields, and the conversation of OpenAI's that they mean.
 
-A turn's blocks become messages in their order: results of calls become messages of the role tool, text and documents a
-message of the user, thoughts, text and calls one message of the assistant. Successive turns of one role are one turn.
+A turn's blocks become messages in their order: results of calls become messages of the role tool, text, images and
+documents a message of the user, thoughts, text and calls one message of the assistant. Successive turns of one role are
+one turn.
 """
 
 from __future__ import annotations
@@ -355,7 +356,7 @@ def _assistant_turn(content: Sequence[Any], names: dict[str, str]) -> Turn:
                 arguments = msgspec.json.encode(block.input).decode()
                 function = {"name": block.name, "arguments": arguments}
                 calls.append({"id": _model_id(block.id), "type": "function", "function": function})
-    turn: Turn = {"role": "assistant", "content": _content(texts)}
+    turn: Turn = {"role": "assistant", "content": _content([_part(text) for text in texts])}
     if thoughts:
         turn["reasoning_content"] = "\n".join(thoughts)
     if calls:
@@ -364,44 +365,49 @@ def _assistant_turn(content: Sequence[Any], names: dict[str, str]) -> Turn:
 
 
 def _user_turns(content: Sequence[Any], names: dict[str, str]) -> Iterator[Turn]:
-    texts: list[str] = []
+    parts: list[Json] = []
     for block in content:
         if not isinstance(block, blocks.ToolResultBlock):
-            texts += _texts_of(block)
+            parts += _parts_of(block)
             continue
-        if texts:
-            yield {"role": "user", "content": _content(texts)}
-            texts = []
+        if parts:
+            yield {"role": "user", "content": _content(parts)}
+            parts = []
         yield _tool_turn(block, names)
-    if texts or not content:
-        yield {"role": "user", "content": _content(texts)}
+    if parts or not content:
+        yield {"role": "user", "content": _content(parts)}
 
 
 def _tool_turn(block: blocks.ToolResultBlock, names: dict[str, str]) -> Turn:
-    texts: list[str] = []
+    parts: list[Json] = []
     if isinstance(block.content, str):
-        texts = [block.content]
+        parts = [_part(block.content)]
     elif block.content is not None:
-        texts = [text for inner in block.content for text in _texts_of(inner)]
-    text = "\n".join(texts)
-    if block.is_error:
-        text = f"Error: {text}"
-    turn: Turn = {"role": "tool", "tool_call_id": _model_id(block.tool_use_id), "content": text}
+        parts = [part for inner in block.content for part in _parts_of(inner)]
+    content: str | list[Json] = parts
+    if all(part["type"] == "text" for part in parts):
+        content = ("Error: " if block.is_error else "") + "\n".join(part["text"] for part in parts)
+    elif block.is_error:
+        content = [_part("Error: "), *parts]
+    turn: Turn = {"role": "tool", "tool_call_id": _model_id(block.tool_use_id), "content": content}
     if block.tool_use_id in names:
         turn["name"] = names[block.tool_use_id]
     return turn
 
 
-def _texts_of(block: Any) -> list[str]:
+def _parts_of(block: Any) -> list[Json]:
     match block:
         case blocks.TextBlock():
-            return [block.text]
+            return [_part(block.text)]
+        case blocks.ImageBlock():
+            return [{"type": "image_url", "image_url": block.source.url}]
         case blocks.DocumentBlock():
-            return ["\n".join(text for text in (block.title, block.context, *_source_texts(block.source)) if text)]
+            texts = (block.title, block.context, *_source_texts(block.source))
+            return [_part("\n".join(text for text in texts if text))]
         case blocks.SearchResultBlock():
-            return ["\n".join([block.title, block.source, *(part.text for part in block.content)])]
+            return [_part("\n".join([block.title, block.source, *(part.text for part in block.content)]))]
         case blocks.ToolReferenceBlock():
-            return [f"The tool {block.tool_name} is available now."]
+            return [_part(f"The tool {block.tool_name} is available now.")]
         case _:
             return []
 
@@ -413,10 +419,14 @@ def _source_texts(source: Any) -> list[str]:
     return [content] if isinstance(content, str) else [part.text for part in content]
 
 
-def _content(texts: Sequence[str]) -> str | list[Json]:
-    if len(texts) < 2:
-        return "".join(texts)
-    return [{"type": "text", "text": text} for text in texts]
+def _part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def _content(parts: Sequence[Json]) -> str | list[Json]:
+    if len(parts) < 2 and all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return list(parts)
 
 
 def call_id_of(call_id: str) -> str:

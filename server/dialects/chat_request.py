@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -13,13 +13,21 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
+from octavo.server.dialects.conversation import (
+    ChatOptions,
+    bounded_json,
+    chat_token_ids,
+    images_of,
+    render_request,
+    rendered,
+)
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest, LogprobCount
 from octavo.server.dialects.thinking import effort_variables
 from octavo.server.dialects.tools import ToolOptions, reading_of, shown_tools
 from octavo.server.errors import ApiError, bad_request, explain, field_error
 from octavo.server.generation import Choice, make_choices
 from octavo.server.hints import ChatHints
+from octavo.server.media.prompt import ReadImage
 from octavo.server.prompts import Prompt, Wanted, check_total, fitted
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
@@ -95,12 +103,13 @@ async def begin(body: ChatCompletionRequest, http: Request, service: Service, *,
     model = service.model
     if variables := effort_variables(body, model):
         body = body.model_copy(update={"chat_template_kwargs": variables | (body.chat_template_kwargs or {})})
+    images = await images_of(body, model)
     asked = await service.off_loop(http, lambda: render_request(body, model, body.documents, shown_tools(body, model)))
     text = await rendered(asked, model)
     reading = reading_of(text, body, body.messages, model)
 
     def choices() -> list[Choice]:
-        prompt, wanted = prompt_of(text, body, model, clamps=clamps)
+        prompt, wanted = prompt_of(text, body, model, images, clamps=clamps)
         return make_choices([prompt], body, wanted, model, reading)
 
     return await service.off_loop(http, choices, body.work_of_a_byte)
@@ -118,11 +127,20 @@ def wanted_of(request: ChatCompletionRequest) -> Wanted:
 
 
 def prompt_of(
-    text: str, request: ChatCompletionRequest, model: ServedModel, *, clamps: bool = False
+    text: str,
+    request: ChatCompletionRequest,
+    model: ServedModel,
+    images: Sequence[ReadImage] = (),
+    *,
+    clamps: bool = False,
 ) -> tuple[Prompt, Wanted]:
     """The prompt out of the text that the chat template made of the messages, and what is wanted of its answer."""
-    ids = chat_token_ids(text, request, model, must_fit=request.truncate_prompt_tokens is None)
+    if images and request.truncate_prompt_tokens is not None:
+        raise bad_request("truncate_prompt_tokens: a prompt with images is not cut", "truncate_prompt_tokens")
+    ids = chat_token_ids(text, request, model, images, must_fit=request.truncate_prompt_tokens is None)
     wanted = replace(wanted_of(request), clamps=clamps)
     prompt = Prompt(fitted(ids, request, wanted, model, "messages"))
+    if images and model.images is not None:
+        prompt = replace(prompt, images=model.images.placed(prompt.token_ids, images))
     check_total([prompt], request, "messages")
     return prompt, wanted

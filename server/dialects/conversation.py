@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,6 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Stri
 from octavo.server.dialects.custom_input import wrapped
 from octavo.server.dialects.fields import Flag, Open, Strict, Text, TextOption, text_or_list
 from octavo.server.errors import ApiError, bad_request, field_error
+from octavo.server.media.images import NO_IMAGES
+from octavo.server.media.prompt import ReadImage
+from octavo.server.media.sources import ImageSource
 from octavo.server.message.probe import History
 from octavo.server.prompts import encode, max_text_bytes
 from octavo.server.served_model import ServedModel
@@ -44,10 +48,30 @@ def bounded_parts(value: Any) -> Any:
 
 
 class TextPart(Open):
-    """A piece of a message, under the names that OpenAI's two dialects have for it; images and audio are refused."""
+    """A piece of a message, under the names that OpenAI's two dialects have for it; audio is refused."""
 
     type: Literal["text", "input_text", "output_text"]
     text: Text
+
+
+class ImageUrl(Open):
+    """Where an image is: in a data: URL itself, or in a file that the server may read."""
+
+    url: Text
+
+
+class ImagePart(Open):
+    """An image, for a model that sees. What clients say of how closely to look changes nothing."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: Annotated[
+        Annotated[Text, Tag("<text>")] | Annotated[ImageUrl, Tag("<object>")],
+        Discriminator(lambda value: "<text>" if isinstance(value, str) else "<object>"),
+    ]
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
 class RefusalPart(Open):
@@ -82,7 +106,7 @@ def _as_json(value: object) -> object:
 
 
 THOUGHTS = (ThinkingPart, ReasoningPart)
-AnyPart = Annotated[TextPart | RefusalPart | ThinkingPart | ReasoningPart, Field(discriminator="type")]
+AnyPart = Annotated[TextPart | ImagePart | RefusalPart | ThinkingPart | ReasoningPart, Field(discriminator="type")]
 Part = Annotated[AnyPart, BeforeValidator(_as_part, json_schema_input_type=AnyPart | str)]
 Parts = Annotated[list[Part], Field(fail_fast=True)]
 Arguments = Annotated[Text, BeforeValidator(_as_json, json_schema_input_type=str | dict[str, Any])]
@@ -202,8 +226,24 @@ async def rendered(request: RenderRequest, model: ServedModel) -> str:
         raise ApiError(503, str(error)) from error
 
 
-def chat_token_ids(text: str, options: ChatOptions, model: ServedModel, *, must_fit: bool) -> list[int]:
-    """Tokenize what the chat template made of the messages."""
+async def images_of(options: ChatOptions, model: ServedModel) -> list[ReadImage]:
+    """The images of a conversation, decoded. Raises ApiError, also where the model reads text alone."""
+    contents = [message.content for message in options.messages if isinstance(message.content, list)]
+    urls = [part.url for content in contents for part in content if isinstance(part, ImagePart)]
+    sources = [ImageSource(url, "messages", number) for number, url in enumerate(urls, 1)]
+    if not sources:
+        return []
+    if model.images is None:
+        raise sources[0].refusal(NO_IMAGES)
+    return await model.images.read(sources)
+
+
+def chat_token_ids(
+    text: str, options: ChatOptions, model: ServedModel, images: Sequence[ReadImage], *, must_fit: bool
+) -> list[int]:
+    """Tokenize what the chat template made of the messages, with all that stands for their images."""
+    if images and model.images is not None:
+        text = model.images.expanded(text, images)
     return encode(text, "messages", model, add_special_tokens=options.add_special_tokens, must_fit=must_fit)
 
 
@@ -243,14 +283,15 @@ def _thoughts(message: ChatMessage) -> str:
 
 
 def text_of_message(message: ChatMessage) -> str | list[dict[str, str]]:
-    """Text, or parts of text: thoughts are no part of it, and a refusal is what was said."""
+    """Text, or parts of text and images: thoughts are no part of it, and a refusal is what was said."""
     if isinstance(message.content, str):
         return message.content
-    texts = [
-        part.refusal if isinstance(part, RefusalPart) else part.text
-        for part in message.content or ()
-        if not isinstance(part, THOUGHTS)
-    ]
-    if not texts:
-        return message.refusal or ""
-    return [{"type": "text", "text": text} for text in texts]
+    parts = [_shown(part) for part in message.content or () if not isinstance(part, THOUGHTS)]
+    return parts or message.refusal or ""
+
+
+def _shown(part: TextPart | ImagePart | RefusalPart) -> dict[str, str]:
+    """A part as chat templates know it: the image itself is none of theirs."""
+    if isinstance(part, ImagePart):
+        return {"type": "image"}
+    return {"type": "text", "text": part.refusal if isinstance(part, RefusalPart) else part.text}

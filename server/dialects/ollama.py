@@ -85,7 +85,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/api/generate", responses=LINES)
     async def generate(body: GenerateRequest, http: Request) -> Response:
         """Answer one prompt, through the chat template or, with raw, as it is."""
-        if not body.prompt and not body.suffix:
+        if not body.prompt and not body.suffix and not body.images:
             return _loaded(body, http, service, {"response": ""})
         return await answered(body, http, GenerateAnswer)
 

@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from octavo.server.dialects.chat_request import ChatCompletionRequest, chat_request_of
-from octavo.server.dialects.conversation import bounded_json, bounded_parts
+from octavo.server.dialects.conversation import MAX_PARTS, bounded_json, bounded_parts
 from octavo.server.dialects.fields import (
     Count,
     Flag,
@@ -31,7 +31,7 @@ from octavo.server.hints import OllamaHints, OllamaOptionHints
 from octavo.server.served_model import ServedModel
 
 Json = dict[str, Any]
-Images = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+Images = Annotated[list[Text], Field(max_length=MAX_PARTS, fail_fast=True)]
 Think = bool | Literal["low", "medium", "high"]
 OPENAI_NAMES = {
     "max_tokens": "options.num_predict",
@@ -183,8 +183,12 @@ class GenerateRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _check_raw(self) -> GenerateRequest:
-        if self.raw and (self.system or self.think is not None):
-            raise field_error("raw", "raw: the prompt goes to the model as it is; system and think need the template")
+        if self.raw and (self.system or self.think is not None or self.images):
+            raise field_error(
+                "raw", "raw: the prompt goes to the model as it is; system, think and images need the template"
+            )
+        if self.suffix and self.images:
+            raise field_error("images", "images: a prompt with a suffix has none")
         return self
 
 
@@ -194,7 +198,7 @@ def chat_of(request: ChatRequest | GenerateRequest, takes: SystemTurns, model: S
         turns = list(_turns(request.messages or []))
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     else:
-        turns = [{"role": "user", "content": request.prompt}]
+        turns = [{"role": "user", "content": _content(request.prompt, request.images)}]
         if request.system:
             turns.insert(0, {"role": "system", "content": request.system})
         tools = []
@@ -234,7 +238,7 @@ def _turns(messages: Sequence[Message]) -> Iterator[Turn]:
     open_calls: deque[tuple[str, str]] = deque()
     num_calls = 0
     for message in messages:
-        turn: Turn = {"role": message.role, "content": message.content}
+        turn: Turn = {"role": message.role, "content": _content(message.content, message.images)}
         if message.thinking:
             turn["reasoning_content"] = message.thinking
         if message.tool_calls:
@@ -254,6 +258,14 @@ def _turns(messages: Sequence[Message]) -> Iterator[Turn]:
             if name:
                 turn["name"] = name
         yield turn
+
+
+def _content(text: str, images: Sequence[str] | None) -> str | list[Json]:
+    """Text, or its images, which are base64 without a word of what they are, and the text behind them."""
+    if not images:
+        return text
+    parts: list[Json] = [{"type": "image_url", "image_url": f"data:;base64,{image}"} for image in images]
+    return [*parts, {"type": "text", "text": text}] if text else parts
 
 
 def _call_of(result: Message, open_calls: deque[tuple[str, str]]) -> tuple[str, str]:

@@ -118,4 +118,4 @@ def _last_words(request: ChatCompletionRequest) -> str:
     if last.role != "assistant":
         return ""
     content = text_of_message(last)
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if "text" in part)

@@ -32,6 +32,13 @@ class TextContent(Open):
     text: Text
 
 
+class ImageContent(Open):
+    """An image, for a model that sees: in a data: URL itself, or in a file that the server may read."""
+
+    type: Literal["input_image"]
+    image_url: Text
+
+
 class RefusalContent(Open):
     """What an assistant said instead of an answer."""
 
@@ -39,7 +46,7 @@ class RefusalContent(Open):
     refusal: Text
 
 
-Content = Annotated[TextContent | RefusalContent, Field(discriminator="type")]
+Content = Annotated[TextContent | ImageContent | RefusalContent, Field(discriminator="type")]
 Contents = Annotated[list[Content], Field(max_length=MAX_ITEMS, fail_fast=True)]
 TextOrContents = Annotated[TextOption | Annotated[Contents, Tag("<list>")], Discriminator(text_or_list)]
 
@@ -214,16 +221,18 @@ def messages_of(items: Iterable[Json], instructions: str | None) -> list[Json]:
                         "input",
                     )
                 turn = {"role": "tool", "tool_call_id": item["call_id"], "name": calls[item["call_id"]]}
-                messages.append({**turn, "content": _text(item["output"])})
+                messages.append({**turn, "content": _content(item["output"])})
     return messages
 
 
 def _add_message(messages: list[Json], item: Json) -> None:
     """A developer is a system to templates; of several such messages in a row they get one."""
-    text = _text(item["content"])
+    text = _content(item["content"])
     role = "system" if item["role"] == "developer" else item["role"]
     last = messages[-1] if messages else {"role": ""}
-    if role == "system" and last["role"] == "system":
+    if isinstance(text, list):
+        messages.append({"role": role, "content": text})
+    elif role == "system" and last["role"] == "system" and isinstance(last["content"], str):
         last["content"] += "\n\n" + text
     elif role == "assistant" and last["role"] == "assistant" and not (last["content"] or last.get("tool_calls")):
         last["content"] = text
@@ -244,6 +253,13 @@ def _thought(item: Json) -> str:
     """The reasoning itself; where only its summary was kept, that."""
     sealed = _unsealed(item.get("encrypted_content") or "")
     return _text(item.get("content") or []) or sealed or _text(item.get("summary") or [])
+
+
+def _content(content: str | list[Json]) -> str | list[Json]:
+    """Text, or parts where images are among them."""
+    if isinstance(content, str) or all(part["type"] != "input_image" for part in content):
+        return _text(content)
+    return [part if part["type"] == "input_image" else {"type": "text", "text": _text([part])} for part in content]
 
 
 def _text(content: str | list[Json]) -> str:

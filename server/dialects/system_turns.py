@@ -112,7 +112,7 @@ def folded(turns: Sequence[Turn], takes: SystemTurns) -> list[Turn]:
             _say(result, waiting, takes)
             waiting = []
         if turn["role"] == "user" and _may_not_follow(result, takes):
-            result[-1] = {**result[-1], "content": f"{_text(result[-1]['content'])}\n\n{_text(turn['content'])}"}
+            result[-1] = {**result[-1], "content": _joined(result[-1]["content"], turn["content"])}
         else:
             result.append(turn)
     if waiting:
@@ -139,6 +139,16 @@ def _say(turns: list[Turn], waiting: Sequence[str], takes: SystemTurns) -> None:
 
 def _before(text: str, content: Any) -> Any:
     return [_part(text), *content] if isinstance(content, list) else f"{text}\n\n{content}"
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """One content of two: text, unless there are images in them."""
+    parts = [*_parts(first), *_parts(second)]
+    return f"{_text(first)}\n\n{_text(second)}" if all(part["type"] == "text" for part in parts) else parts
+
+
+def _parts(content: Any) -> list[Mapping[str, str]]:
+    return content if isinstance(content, list) else [_part(content)]
 
 
 def _part(text: str) -> Mapping[str, str]:

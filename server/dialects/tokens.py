@@ -9,11 +9,12 @@ from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from octavo.server.dialects.conversation import ChatOptions, chat_token_ids, render_request, rendered
+from octavo.server.dialects.conversation import ChatOptions, chat_token_ids, images_of, render_request, rendered
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, Flag, Strict, Text, TokenId
 from octavo.server.dialects.tools import Tools, as_functions, templated
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES
+from octavo.server.media.prompt import ReadImage
 from octavo.server.prompts import encode, in_vocabulary
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
@@ -80,11 +81,13 @@ def routes(service: Service) -> APIRouter:
         """The token ids of a text, or of the prompt that the chat template makes of messages."""
         service.check_name(body.model)
         text = None
+        images: list[ReadImage] = []
         if isinstance(body, TokenizeChatRequest):
+            images = await images_of(body, model)
             tools = templated(as_functions(body.tools or []), model)
             asked = await service.off_loop(http, partial(render_request, body, model, None, tools))
             text = await rendered(asked, model)
-        return JsonResponse(await service.off_loop(http, lambda: _tokenized(body, text, model)))
+        return JsonResponse(await service.off_loop(http, lambda: _tokenized(body, text, images, model)))
 
     @router.post("/v1/detokenize", response_model=DetokenizeResponse, include_in_schema=False)
     @router.post("/detokenize", response_model=DetokenizeResponse)
@@ -97,12 +100,15 @@ def routes(service: Service) -> APIRouter:
 
 
 def _tokenized(
-    body: TokenizeCompletionRequest | TokenizeChatRequest, chat_text: str | None, model: ServedModel
+    body: TokenizeCompletionRequest | TokenizeChatRequest,
+    chat_text: str | None,
+    images: list[ReadImage],
+    model: ServedModel,
 ) -> bytes:
     """The answer to /tokenize; chat_text is what the chat template made of a TokenizeChatRequest."""
     if isinstance(body, TokenizeChatRequest):
         assert chat_text is not None
-        ids = chat_token_ids(chat_text, body, model, must_fit=False)
+        ids = chat_token_ids(chat_text, body, model, images, must_fit=False)
     else:
         ids = encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens, must_fit=False)
     strings = [model.tokenizer.token_name(token_id) for token_id in ids] if body.return_token_strs else None

@@ -328,7 +328,7 @@ def begun_turn(prompt: str, messages: Sequence[ChatMessage]) -> str:
 
 def _text_of(message: ChatMessage) -> str:
     text = text_of_message(message)
-    return (text if isinstance(text, str) else text[-1]["text"]).strip()
+    return (text if isinstance(text, str) else text[-1].get("text", "")).strip()
 
 
 def message_fields(parts: Sequence[Part], echo: str, options: ToolOptions | None = None) -> Json:

@@ -137,6 +137,8 @@ class Slot:
         if self.metrics is not None:
             self.metrics.unregister(loaded.collector)
         loaded.text.renderer.stop(UNLOADED)
+        if loaded.model.images is not None:
+            loaded.model.images.close()
         await loaded.fleet.close()
         logger.info("model %r is unloaded", self.name)
 

@@ -48,7 +48,8 @@ DRAFTS = (
     "--speculative-config with the methods ngram, suffix, auto, draft_model, eagle3 and mtp is what there is, and "
     "--speculative-algorithm NGRAM, STANDALONE, EAGLE3 or NEXTN; answers are the same without it"
 )
-NO_IMAGES = "only text is supported: leave it out, and serve a text model"
+NOTHING_FETCHED = "nothing is fetched for a request: images come in it, or lie below --allowed-local-media-path"
+NO_MEDIA_KNOBS = "images are read as the checkpoint's processor says, and there is no other media: leave it out"
 ONE_DEVICE = (
     "-dp runs several engines behind one server, -tp and -pp divide a model over the cores of a CPU, --nnodes over "
     "machines, --distributed-executor-backend ray over a Ray cluster's nodes; "
@@ -73,6 +74,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot("--async-scheduling", "steps are planned while others are computed wherever that is faster"),
     _moot("--scheduler-reserve-full-isl", "a prompt is always admitted only where all of it fits into the cache"),
     _moot("--max-num-partial-prefills --max-long-partial-prefills", "a step prefills as many prompts as fit", "one"),
+    _moot("--enable-multimodal", "images are read wherever the model's tower is known"),
     _moot("--enable-reasoning", "reasoning is told from the answer wherever a model's way to write it is known"),
     _moot("--disable-frontend-multiprocessing", "the engine always has a process of its own, and answers are the same"),
     _moot("--use-v2-block-manager", "there is one block manager"),
@@ -132,7 +134,6 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--tokenizer-backend", "huggingface", "the tokenizer is the checkpoint's own: leave it out"),
     _moot_at("--config-format --model-config-parser", "auto hf", "config.json is what is read: leave it out"),
     _moot_at("--hf-overrides --json-model-override-args --model-loader-extra-config", "{}", EXACT_CHECKPOINT),
-    _moot_at("--limit-mm-per-prompt --limit-mm-data-per-request", "{}", NO_IMAGES),
     _moot_at("--ssl-cert-reqs", "0", "clients' certificates are not checked: leave it out, or check them in a proxy"),
     _moot_at("--allowed-methods --allowed-headers", '["*"]', "--allowed-origins allows all methods and headers"),
     _moot_at("--renderer-num-workers --tokenizer-worker-num --detokenizer-worker-num",
@@ -251,10 +252,11 @@ TABLE: tuple[PeerFlag, ...] = (
              NO_SUCH_ADAPTERS),
     _refused("--speculative-* --spec-* --num-speculative-tokens --speculative-model --enable-multi-layer-eagle",
              DRAFTS),
-    _refused("--mm-* --allowed-local-media-path --allowed-media-domains --media-* --enable-mm-* --enable-multimodal "
-             "--language-model-only --language-only --interleave-mm-strings --skip-mm-profiling --video-pruning-* "
+    _refused("--allowed-media-domains --media-*", NOTHING_FETCHED),
+    _refused("--language-model-only --language-only", "--limit-mm-per-prompt '{\"image\": 0}' loads no tower"),
+    _refused("--mm-* --enable-mm-* --interleave-mm-strings --skip-mm-profiling --video-pruning-* "
              "--trust-mm-* --trust-request-mm-kwargs --image-processor-backend --disable-fast-image-processor "
-             "--enable-broadcast-mm-inputs-process --enable-prefix-mm-cache --asr-*", NO_IMAGES),
+             "--enable-broadcast-mm-inputs-process --enable-prefix-mm-cache --asr-*", NO_MEDIA_KNOBS),
     _refused("--enable-prompt-embeds", "prompts are text or token ids: leave it out"),
     _refused("--enable-return-* --return-hidden-states-mode --return-aux-* --return-sampling-mask "
              "--sampling-mask-max-tokens --aux-output-config --enable-trace-replay",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import Ready
+from octavo.runtime.vision.recipes import VisionModel
 from octavo.server.draft_metrics import DraftReports
 from octavo.server.fleet.adapters import AdapterNames
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.media.images import Images
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.metrics import Metrics
 from octavo.server.pooled_text import read_pooled_text
@@ -60,7 +63,14 @@ def served_model(
         response_ending=names[1],
         adapters=adapters,
         pooled=None if ready.pooled is None else read_pooled_text(text.directory, ready.pooled),
+        images=None if ready.vision is None else _images(options, text, ready.vision),
     )
+
+
+def _images(options: ServeOptions, text: TextSide, vision: VisionModel) -> Images:
+    directory = options.text.allowed_local_media_path
+    placeholder = text.tokenizer.token_name(vision.placeholder_id)
+    return Images(vision, placeholder, None if directory is None else Path(directory))
 
 
 def _draft_reports(options: ServeOptions) -> DraftReports:

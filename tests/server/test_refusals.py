@@ -180,8 +180,10 @@ def test_a_refusal_says_what_is_supported(client: httpx.Client) -> None:
     assert message == "modalities.0: octavo does not support the value 'audio'; supported: 'text'"
     part = {"type": "image_url", "image_url": {"url": "x"}}
     message = refused(client, CHAT, messages=[{"role": "user", "content": [part]}])["message"]
-    assert "'image_url'" in message
-    assert "'text', 'input_text', 'output_text', 'refusal', 'thinking'" in message
+    assert message == "messages: image 1: this model reads text alone: leave images out, or serve a model that sees"
+    message = refused(client, CHAT, messages=[{"role": "user", "content": [{"type": "input_audio"}]}])["message"]
+    assert "'input_audio'" in message
+    assert "'text', 'input_text', 'output_text', 'image_url', 'input_image', 'refusal', 'thinking'" in message
 
 
 @pytest.mark.parametrize(

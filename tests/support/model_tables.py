@@ -41,11 +41,14 @@ SHAPE = LayerShape(4096, 4096)
 
 def architectures() -> str:
     """What octavo's decoder serves, by model_type."""
-    outer = {text: name for name, texts in VISION.items() for text in texts}
+    outer: dict[str, list[str]] = {}
+    for name, texts in VISION.items():
+        for text in texts:
+            outer.setdefault(text, []).append(f"`{name}`")
     heads = ("`model_type`", "norms", "q and k normalized over", "sliding window", "experts")
     rows = [
         (
-            f"`{name}`" + (f", also the text part of `{outer[name]}`" if name in outer else ""),
+            f"`{name}`" + (f", also the text part of {' and '.join(outer[name])}" if name in outer else ""),
             *_traits(architecture),
         )
         for name, architecture in sorted(ARCHITECTURES.items())

@@ -45,6 +45,7 @@ class ToyModel:
     kv_dtype = None
     pooler = None
     num_token_types = 0
+    tower = None
     num_layers = 1
     dtype = torch.float32
     device = torch.device("cpu")

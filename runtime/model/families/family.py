@@ -171,6 +171,8 @@ class Architecture:
     query_scale        what a layer's queries are multiplied by, given the config, it over its defaults, and whether
                        the layer rotates
     further_layers     the key that says how many layers lie behind these in a checkpoint, which aren't served
+    mrope              how mrope_section says which pairs of a head turn by which of three positions: one section behind
+                       the other, or interleaved; None: all turn by one position
     rope_types         other names of rope types that this architecture's configs have
     ropes_stretch_max_position  max_position_embeddings is the length before a rope stretches it
     """
@@ -211,6 +213,7 @@ class Architecture:
     routing: Callable[[Config, Routing], Routing] = as_it_is
     query_scale: Callable[[Config, Config, bool], QueryScale | None] = unscaled
     further_layers: str | None = None
+    mrope: Literal["divided", "interleaved"] | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
     ropes_stretch_max_position: bool = True
 
@@ -221,10 +224,12 @@ class Family:
 
     architectures   by model_type
     vision          model types of vision checkpoints whose `text_config` is one of the architectures, and which; the
-                    first one where it has no model_type
+                    first one where it has no model_type. One without a text_config has that one's keys itself
+    text_defaults   what keys mean that their text_config leaves out, where it isn't what the architecture has
     encoders        those that read a whole text at once, by model_type
     """
 
     architectures: Mapping[str, Architecture]
     vision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    text_defaults: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     encoders: Mapping[str, EncoderArchitecture] = field(default_factory=dict)

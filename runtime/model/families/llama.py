@@ -1,4 +1,7 @@
-"""Llama and what differs from it by little: Mistral (a window), SmolLM3 (layers without positions)."""
+"""Llama and what differs from it by little: Mistral (a window), SmolLM3 (layers without positions).
+
+LLaVA's text half is one of these, or a Qwen 2; Idefics 3's and SmolVLM's is a Llama.
+"""
 
 from __future__ import annotations
 
@@ -57,5 +60,17 @@ FAMILY = Family(
             rotating_layers=rotating_by_flags,
             sliding_layers=_sliding_layers,
         ),
+    },
+    vision={"llava": ("llama", "mistral", "qwen2"), "idefics3": ("llama",), "smolvlm": ("llama",)},
+    text_defaults={
+        "idefics3": {"rms_norm_eps": 1e-5},
+        "smolvlm": {"rms_norm_eps": 1e-5},
+        "llava": {  # Vicuna 7B's, which LLaVA 1.5's config.json leaves out
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
     },
 )

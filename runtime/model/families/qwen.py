@@ -1,9 +1,22 @@
-"""Qwen 2 and Qwen 3, dense and with experts; and MiMo, which is a Qwen 2 with layers for further tokens."""
+"""Qwen 2 and Qwen 3, dense and with experts; MiMo, which is a Qwen 2 with layers for further tokens; and the text
+halves of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, which rotate by three positions where there are images.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from octavo.runtime.model.config_types import Count, Index
-from octavo.runtime.model.families.family import MOE_KEYS, WINDOW_KEYS, Architecture, Config, Family, has_window
+from octavo.runtime.model.families.family import (
+    MOE_KEYS,
+    WINDOW_KEYS,
+    Architecture,
+    Config,
+    Family,
+    Ropes,
+    has_window,
+    one_rope,
+)
 
 _SWITCHED_WINDOW_KEYS = {"sliding_window": Index, "use_sliding_window": bool, "max_window_layers": Index}
 _QWEN_WINDOW_KEYS = WINDOW_KEYS | _SWITCHED_WINDOW_KEYS
@@ -29,6 +42,22 @@ def _every_other_up_to_max_window_layers(settings: Config, rotates: list[bool]) 
     return [has_window(settings) and i % 2 == 0 and i < most for i in range(len(rotates))]
 
 
+def _without_sections(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:
+    """M-RoPE's sections say nothing about how far a pair turns; older configs call the rope by their name."""
+    rope = {key: value for key, value in given.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return one_rope(config, settings, rope)
+
+
+_QWEN_2_VL = Architecture(
+    defaults=_QWEN
+    | {"num_key_value_heads": 8, "max_window_layers": 80, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5},
+    qkv_bias="always",
+    windows="layer_types",
+    reads=_QWEN_WINDOW_KEYS,
+    ropes=_without_sections,
+    rope_types={"mrope": "default"},
+    mrope="divided",
+)
 FAMILY = Family(
     architectures={
         "qwen2": Architecture(
@@ -42,6 +71,22 @@ FAMILY = Family(
             qkv_bias="always",
             windows="layer_types",
             reads=_QWEN_WINDOW_KEYS | {"attention_bias": bool, "num_nextn_predict_layers": Index},
+        ),
+        "qwen2_vl_text": _QWEN_2_VL,
+        "qwen2_5_vl_text": _QWEN_2_VL,
+        "qwen3_vl_text": Architecture(
+            defaults={
+                "num_key_value_heads": 32,
+                "head_dim": 128,
+                "max_position_embeddings": 128000,
+                "rope_theta": 500_000.0,
+            },
+            qk_norm="head",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            reads={"attention_bias": bool},
+            ropes=_without_sections,
+            mrope="interleaved",
         ),
         "qwen3": Architecture(
             defaults=_QWEN | {"head_dim": 128},
@@ -73,4 +118,5 @@ FAMILY = Family(
             reads=_SWITCHED_WINDOW_KEYS | _SPARSE_STEP_KEYS | {"attention_bias": bool},
         ),
     },
+    vision={"qwen2_vl": ("qwen2_vl_text",), "qwen2_5_vl": ("qwen2_5_vl_text",), "qwen3_vl": ("qwen3_vl_text",)},
 )

@@ -33,6 +33,23 @@ VISION: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+TEXT_DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {outer: defaults for family in FAMILIES for outer, defaults in family.text_defaults.items()}
+)
+OF_IMAGES = frozenset(
+    {
+        "image_token_id",
+        "model_type",
+        "video_token_id",
+        "vision_config",
+        "vision_end_token_id",
+        "vision_start_token_id",
+        "vision_token_id",
+    }
+)
+"""Keys of a vision checkpoint's config.json that its text half doesn't have, where both stand in one dictionary."""
+
+
 def _layout(row: Architecture) -> ModelLayout:
     """What an architecture's files hold; some rules put experts into some blocks and a dense MLP into others."""
     return ModelLayout(

@@ -41,6 +41,7 @@ class HFModel:
     adapters: ModelAdapters | None = None
     pooler = None
     num_token_types = 0
+    tower = None
     first_layer = 0
     compiles_kernels = False
     capturable = False

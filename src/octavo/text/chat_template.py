@@ -28,6 +28,7 @@ from octavo.quant.model_files import CheckpointError, read_object_if_any, read_t
 Message = dict[str, Any]
 
 REQUEST_ORIGIN = "the request's chat_template"
+TESTS_OF_TEXT = ("string", "sequence", "iterable", "mapping")  # by which a template tells text from parts
 _CONTINUE_HERE = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
@@ -99,12 +100,14 @@ class ChatTemplate:
         where memory is limited.
         """
         source = self.choose(self.name_for(template, has_tools=bool(tools)))
-        compiled, wants_parts, wants_functions = _compiled(source)
+        compiled, wants_parts, takes_text, wants_functions = _compiled(source)
         try:
             chat = [_with_reasoning_names(message) for message in copy.deepcopy(list(messages))]
             for message in chat:
                 if isinstance(message.get("content"), list) and not wants_parts:
-                    message["content"] = "\n".join(part["text"] for part in message["content"])
+                    message["content"] = _as_text(message["content"])
+                elif isinstance(message.get("content"), str) and not takes_text:
+                    message["content"] = [{"type": "text", "text": message["content"]}]
             text = _mark_end(chat, source.text) if continue_final_message else None
             own = _functions(tools) if wants_functions else {}
             values = self._special_tokens | own | copy.deepcopy(variables or {})
@@ -144,6 +147,12 @@ class ChatTemplate:
         raise ChatTemplateError("this model has no chat template; see --chat-template, or use /v1/completions")
 
 
+def _as_text(parts: list[dict[str, str]]) -> str:
+    if any(part["type"] != "text" for part in parts):
+        raise ChatTemplateError("the chat template takes text alone, and the messages have images: see --chat-template")
+    return "\n".join(part["text"] for part in parts)
+
+
 def _inline_or_file(override: str) -> TemplateSource:
     if any(mark in override for mark in "{}\n"):
         return TemplateSource(override, "--chat-template")
@@ -177,12 +186,13 @@ def _from_config(file: Path) -> dict[str, str]:
 
 
 class _Compiled(NamedTuple):
-    """A template, whether it walks over a message's content, and so wants its parts as a list, and whether it shows
-    tools under their older name.
+    """A template, whether it walks over a message's content, and so wants its parts as a list, whether content that is
+    text may stand there too, and whether it shows tools under their older name.
     """
 
     template: jinja2.Template
     wants_parts: bool
+    takes_text: bool
     wants_functions: bool
 
 
@@ -226,7 +236,8 @@ def _compile(source: str) -> _Compiled:
     if "functions" in source and "datetime" in source:  # to look closer takes as long as to compile it
         named = jinja2.meta.find_undeclared_variables(tree)
         wants_functions = {"functions", "datetime"} <= named and "tools" not in named
-    return _Compiled(environment.from_string(tree), wants_parts, wants_functions)
+    takes_text = not wants_parts or any(test.name in TESTS_OF_TEXT for test in tree.find_all(jinja2.nodes.Test))
+    return _Compiled(environment.from_string(tree), wants_parts, takes_text, wants_functions)
 
 
 def _functions(tools: list[dict[str, Any]] | None) -> dict[str, str]:
@@ -271,6 +282,8 @@ def _mark_end(chat: list[Message], source: str) -> str:
     if isinstance(content, str):
         chat[-1]["content"] = content + _CONTINUE_HERE
         return content
+    if content[-1]["type"] != "text":
+        raise ChatTemplateError("continue_final_message: the final message ends in an image, not in text")
     text: str = content[-1]["text"]
     content[-1]["text"] = text + _CONTINUE_HERE
     return text

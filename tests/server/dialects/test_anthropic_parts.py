@@ -452,10 +452,6 @@ REMOVED = {"type": "tool_reference", "name": "get_weather"}
 REMOVAL = {"role": "system", "content": [{"type": "tool_removal", "tool": REMOVED}]}
 
 
-def image(**_: Any) -> dict[str, Any]:
-    return {"type": "image", "source": {"type": "url", "url": "http://x"}}
-
-
 def said_by_user(*content_blocks: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(content_blocks)}]
 
@@ -469,11 +465,14 @@ MANY = {"type": "document", "source": {"type": "content", "content": [text_block
         ({"temprature": 1}, "temprature: octavo does not support this field"),
         ({"max_tokens": None}, "max_tokens: this field is missing"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"messages": said_by_user(image())}, "messages.0.content.0: octavo does not support blocks of type 'image'"),
+        (
+            {"messages": said_by_user({"type": "image", "source": {"type": "file", "file_id": "x"}})},
+            "messages.0.content.0.source",
+        ),
         ({"messages": said_by_user({"type": "thinking", "thinking": "x"})}, "messages.0: content.0: a block of type"),
         (
-            {"messages": said_by_user({"type": "tool_result", "tool_use_id": "x", "content": [image()]})},
-            "messages.0.content.0.content.0: octavo does not support blocks of type 'image'",
+            {"messages": said_by_user({"type": "tool_result", "tool_use_id": "x", "content": [{"type": "video"}]})},
+            "messages.0.content.0.content.0: octavo does not support blocks of type 'video'",
         ),
         (
             {"messages": said_by_user({"type": "document", "source": {"type": "url", "url": "http://x"}})},

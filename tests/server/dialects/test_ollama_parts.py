@@ -208,7 +208,7 @@ def test_a_prompt_with_its_system_message() -> None:
         ({"options": {"mirostat": 2}}, "options.mirostat: octavo does not support the value 2"),
         ({"options": {"temprature": 2}}, "options.temprature: octavo does not support this field"),
         ({"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "options: repeat_last_n: penalties count all"),
-        ({"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "messages.0.images: octavo does not"),
+        ({"messages": [{"role": "user", "content": "x", "images": [5]}]}, "messages.0.images.0"),
         ({"format": "yaml"}, 'format: must be "json", or a JSON Schema'),
         ({"think": "hard"}, "think: must be true, false, low, medium or high"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools.0.function.name"),

@@ -434,7 +434,7 @@ def test_how_hard_the_model_thinks_is_told_to_it_and_counted() -> None:
         ({"tools": [{"type": "teleport"}]}, "teleport"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]}, "mcp"),
         ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "web_search_call"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "x"}]}]}, "image_url"),
         ({"input": [{"role": "critic", "content": "x"}]}, "critic"),
         ({"input": 5}, "valid string"),
         ({"conversation": "conv_1"}, "conversation"),

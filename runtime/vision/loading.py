@@ -1,0 +1,207 @@
+"""A checkpoint's tower: which one it is, how its images are resized, and its weights.
+
+A model whose tower or preprocessing isn't known here is served without images, with a note that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.quant.checkpoint import read_config
+from octavo.quant.model_files import read_object_if_any
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.sources import CheckpointSource, LoadError, some
+from octavo.runtime.vision.recipes import Recipe, Tiles, VisionModel, WholeImage, WholePatches
+from octavo.runtime.vision.towers import IdeficsModule, LlavaModule, QwenModule, VisionTower
+
+BICUBIC = 3
+LANCZOS = 1
+MAX_LONGEST = 4096  # of an image's longer side, beyond which Idefics 3's processor resizes it once more
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+SIGLIP_PROCESSORS = ("SiglipImageProcessor",)
+CLIP_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
+QWEN_PROCESSORS = ("Qwen2VLImageProcessor",)
+IDEFICS_PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
+
+
+class UnreadImagesError(ValueError):
+    """Why this checkpoint's images can't be read here; its text can."""
+
+
+def tower_of(
+    config: EngineConfig, source: CheckpointSource, dtype: torch.dtype, device: torch.device, *, is_alone: bool
+) -> tuple[VisionTower | None, str]:
+    """The tower of a vision checkpoint, or None and why images are not read; "": its type is not known here.
+
+    is_alone: the engine has one rank, and generates. Raises LoadError.
+    """
+    if read_config(Path(config.model)).get("model_type") not in MAKERS:
+        return None, ""
+    most = config.limit_mm_per_prompt.image
+    try:
+        if most == 0:
+            raise UnreadImagesError("--limit-mm-per-prompt allows no image")
+        if not is_alone:
+            raise UnreadImagesError("images are read by engines of one rank that generate, so far")
+        return load_tower(Path(config.model), source, dtype, device, most), ""
+    except UnreadImagesError as error:
+        return None, f"images are not read: {error}"
+
+
+def load_tower(
+    directory: Path, source: CheckpointSource, dtype: torch.dtype, device: torch.device, most_images: int
+) -> VisionTower:
+    """A checkpoint's tower. Raises UnreadImagesError, and LoadError for weights that don't make it."""
+    from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    given = _Preprocessing(directory)
+    recipe, made = MAKERS[config.model_type](config, given)
+    facts = VisionModel(recipe, config.image_token_id, most_images)
+    with no_init_weights():
+        module = made(config).to(dtype)
+    _fill(module, source)
+    return VisionTower(facts, module.to(device), given.mean, given.std)
+
+
+class _Preprocessing:
+    """What preprocessor_config.json, or transformers 5's processor_config.json, says of images."""
+
+    def __init__(self, directory: Path) -> None:
+        both = read_object_if_any(directory / "processor_config.json").get("image_processor")
+        found = read_object_if_any(directory / "preprocessor_config.json") or both
+        if not isinstance(found, dict) or not found:
+            raise UnreadImagesError("the checkpoint has no preprocessor_config.json, which says how images are resized")
+        self.values: dict[str, Any] = found
+        self.kind = str(found.get("image_processor_type") or found.get("feature_extractor_type"))
+        self.kind = self.kind.removesuffix("Fast").removesuffix("Pil")
+        for key in ("do_resize", "do_rescale", "do_normalize"):
+            if found.get(key) is False:
+                raise UnreadImagesError(f"preprocessor_config.json: {key} false is not supported")
+        if abs(float(found.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
+            raise UnreadImagesError(f"preprocessor_config.json: rescale_factor {found['rescale_factor']} isn't 1 / 255")
+        if found.get("do_pad") and self.kind not in IDEFICS_PROCESSORS:  # which pads prompts with fewer images
+            raise UnreadImagesError("preprocessor_config.json: do_pad true is not supported")
+        is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS
+        self.mean = tuple(found.get("image_mean") or (HALF if is_half else CLIP_MEAN))
+        self.std = tuple(found.get("image_std") or (HALF if is_half else CLIP_STD))
+        resample = found.get("resample")
+        default = LANCZOS if self.kind in IDEFICS_PROCESSORS else BICUBIC
+        self.resample = default if resample is None else int(resample)
+
+    def check_kind(self, known: Sequence[str]) -> None:
+        if self.kind not in known:
+            raise UnreadImagesError(
+                f"preprocessor_config.json: image_processor_type {self.kind!r} is not supported here; "
+                f"{' and '.join(known)} is"
+            )
+
+    def size(self, name: str) -> dict[str, int]:
+        """`size` or `crop_size`; in older files one number, of the shorter side or of both."""
+        given = self.values.get(name)
+        if isinstance(given, int):
+            return {"shortest_edge": given} if name == "size" else {"height": given, "width": given}
+        return dict(given) if isinstance(given, dict) else {}
+
+
+def _llava(config: Any, given: _Preprocessing) -> tuple[WholeImage, type[nn.Module]]:
+    kind = config.vision_config.model_type
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise UnreadImagesError(f"llava with a vision tower of type {kind} is not supported; clip and siglip are")
+    given.check_kind(CLIP_PROCESSORS + SIGLIP_PROCESSORS)
+    size = given.size("size")
+    crops = bool(given.values.get("do_center_crop", given.kind not in SIGLIP_PROCESSORS))
+    box = given.size("crop_size") if crops else size
+    side = config.vision_config.image_size
+    if (box.get("width"), box.get("height")) != (side, side) or not (
+        size == box or (crops and "shortest_edge" in size)
+    ):
+        raise UnreadImagesError(
+            f"preprocessor_config.json: size {size} and crop_size {box if crops else None} don't make each image "
+            f"{side} x {side} pixels, as the tower sees it"
+        )
+    shorter = None if size == box else size["shortest_edge"]
+    patches = (side // config.vision_config.patch_size) ** 2
+    count = patches + (kind == "clip_vision_model") - (config.vision_feature_select_strategy == "default")
+    return WholeImage((side, side), shorter, given.resample, count), LlavaModule
+
+
+def _qwen(config: Any, given: _Preprocessing) -> tuple[WholePatches, type[nn.Module]]:
+    given.check_kind(QWEN_PROCESSORS)
+    vision = config.vision_config
+    if "mrope_section" not in config.text_config.rope_parameters:
+        raise UnreadImagesError("the config's rope has no mrope_section, by which images' tokens are rotated")
+    if len(getattr(vision, "deepstack_visual_indexes", ())) >= config.text_config.num_hidden_layers:
+        raise UnreadImagesError("deepstack_visual_indexes: the decoder has no layer behind those that features go to")
+    for key, have in (
+        ("patch_size", vision.patch_size),
+        ("merge_size", vision.spatial_merge_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+    ):
+        if given.values.get(key, have) != have:
+            raise UnreadImagesError(f"preprocessor_config.json: {key} {given.values[key]} isn't the tower's, {have}")
+    size = given.size("size")
+    least = given.values.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+    most = given.values.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    return WholePatches(vision.patch_size * vision.spatial_merge_size, least, most, given.resample), QwenModule
+
+
+def _idefics(config: Any, given: _Preprocessing) -> tuple[Tiles, type[nn.Module]]:
+    given.check_kind(IDEFICS_PROCESSORS)
+    vision = config.vision_config
+    longest = given.size("size").get("longest_edge")
+    side = (given.values.get("max_image_size") or {}).get("longest_edge")
+    if longest is None or longest > MAX_LONGEST or side != vision.image_size:
+        raise UnreadImagesError(
+            f"preprocessor_config.json: longest_edge {longest} in squares of {side} is not supported; up to "
+            f"{MAX_LONGEST}, in squares of {vision.image_size}, as the tower sees them, is"
+        )
+    count = (side // vision.patch_size) ** 2 // config.scale_factor**2
+    return Tiles(longest, side, given.values.get("do_image_splitting", True), given.resample, count), IdeficsModule
+
+
+Maker = Callable[[Any, _Preprocessing], tuple[Recipe, type[nn.Module]]]
+MAKERS: dict[str, Maker] = {
+    "llava": _llava,
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
+    "idefics3": _idefics,
+    "smolvlm": _idefics,
+}
+"""By model type: what is made of a checkpoint's config and its preprocessing."""
+
+
+def _fill(module: nn.Module, source: CheckpointSource) -> None:
+    """Copy the checkpoint's weights into a tower; those of quantized layers dequantized. Raises LoadError."""
+    missing = []
+    for name, parameter in module.state_dict(keep_vars=True).items():
+        found = next((one for one in _spellings(name) if source.has(one.rpartition(".")[0])), None)
+        if found is None:
+            missing.append(name)
+            continue
+        owner, _, kind = found.rpartition(".")
+        with torch.no_grad():
+            if kind == "weight" and source.is_quantized(owner):
+                weight, _ = source.dense(owner, *parameter.shape)
+                parameter.copy_(weight)
+            else:
+                parameter.copy_(source.tensor(found, tuple(parameter.shape)))
+    if missing:
+        raise LoadError(f"the checkpoint has no weights for {some(missing)} of the vision tower")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Names that a tower's parameter has in checkpoints: transformers 4 had a module more around CLIP and SigLIP."""
+    tower, _, rest = name.partition(".")
+    for prefix in ("model.", ""):
+        yield f"{prefix}{tower}.{rest}"
+        yield f"{prefix}{tower}.vision_model.{rest}"

@@ -1,0 +1,191 @@
+"""How a model's images are resized and cut, and what stands for them in a prompt: arithmetic on sizes alone.
+
+The engine reads a recipe out of a checkpoint (towers.py) and tells the server of it; the process that decodes images
+follows it (server/media). Rescaling and normalizing are the tower's, so that pixels cross the socket as bytes.
+The formulas are those of transformers' PIL processors, so that pixels are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import msgspec
+
+MAX_PIXELS = 1 << 26  # of an image, and of what it is resized to; as RGB it takes 192 MiB
+MAX_RATIO = 200  # of an image's sides, in Qwen's models
+
+Size = tuple[int, int]
+"""Width and height."""
+
+
+class View(NamedTuple):
+    """Pixels that a tower sees: `frame` of the image, after it is resized to each of these sizes in turn.
+
+    corner: where the frame's left upper pixel is; what lies outside of the image is black.
+    """
+
+    sizes: tuple[Size, ...]
+    frame: Size
+    corner: tuple[int, int] = (0, 0)
+
+
+class Layout(NamedTuple):
+    """What an image becomes. text: what stands in the prompt for it, with so many placeholders."""
+
+    views: tuple[View, ...]
+    text: str
+    num_placeholders: int
+
+
+class WholeImage(msgspec.Struct, frozen=True, tag="whole"):
+    """One frame of the same size for every image: CLIP's and SigLIP's.
+
+    shorter: what the image's shorter side is resized to, before `frame` is cut out of its middle; None: the image is
+    resized to `frame`. resample: Pillow's number of the filter. count: placeholders.
+    """
+
+    frame: Size
+    shorter: int | None
+    resample: int
+    count: int
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size. Raises ValueError for one that can't be resized."""
+        resized = self.frame
+        if self.shorter is not None:
+            width, height = size
+            long = int(self.shorter * max(size) / min(size))
+            resized = (self.shorter, long) if width <= height else (long, self.shorter)
+        check_pixels(size, resized)
+        left, top = ((have - wanted) // 2 for have, wanted in zip(resized, self.frame, strict=True))
+        view = View((resized,), self.frame, (left, top))
+        return Layout((view,), placeholder * self.count, self.count)
+
+
+class WholePatches(msgspec.Struct, frozen=True, tag="patches"):
+    """One frame that keeps the image's shape, in multiples of `factor`, a placeholder's side: Qwen2-VL's and later.
+
+    least, most: pixels of the frame.
+    """
+
+    factor: int
+    least: int
+    most: int
+    resample: int
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size. Raises ValueError for one that can't be resized."""
+        if max(size) > MAX_RATIO * min(size):
+            raise ValueError(f"{size[0]} x {size[1]} pixels: one side is more than {MAX_RATIO} times the other")
+        width, height = (round(side / self.factor) * self.factor for side in size)
+        if width * height > self.most:
+            scale = math.sqrt(size[0] * size[1] / self.most)
+            width, height = (max(self.factor, math.floor(x / scale / self.factor) * self.factor) for x in size)
+        elif width * height < self.least:
+            scale = math.sqrt(self.least / (size[0] * size[1]))
+            width, height = (math.ceil(x * scale / self.factor) * self.factor for x in size)
+        check_pixels(size, (width, height))
+        columns, rows = self.grid((width, height))
+        return Layout((View(((width, height),), (width, height)),), placeholder * (columns * rows), columns * rows)
+
+    def grid(self, frame: Size) -> Size:
+        """Columns and rows of a frame's placeholders."""
+        return frame[0] // self.factor, frame[1] // self.factor
+
+
+class Tiles(msgspec.Struct, frozen=True, tag="tiles"):
+    """Squares side by side that cover the image, and the whole of it in one more: Idefics 3's and SmolVLM's.
+
+    longest: what the image's longer side is resized to at first. side: of a square. cuts: whether there is more than
+    one. count: placeholders of each.
+    """
+
+    longest: int
+    side: int
+    cuts: bool
+    resample: int
+    count: int
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size. Raises ValueError for one that can't be resized."""
+        square = (self.side, self.side)
+        longest = self._longest(size)
+        sizes = (longest, self._in_squares(longest) if self.cuts else square)
+        check_pixels(size, sizes[-1])
+        columns, rows = (length // self.side for length in sizes[-1])
+        if (columns, rows) == (1, 1):
+            return Layout((View(sizes, square),), self._said("<global-img>", placeholder) + FAKE, self.count)
+        corners = [(column, row) for row in range(rows) for column in range(columns)]
+        views = [View(sizes, square, (self.side * column, self.side * row)) for column, row in corners]
+        views.append(View((*sizes, square), square))
+        lines = (
+            "".join(self._said(f"<row_{row + 1}_col_{column + 1}>", placeholder) for column in range(columns)) + "\n"
+            for row in range(rows)
+        )
+        text = "".join(lines) + "\n" + self._said("<global-img>", placeholder) + FAKE
+        return Layout(tuple(views), text, len(views) * self.count)
+
+    def _said(self, name: str, placeholder: str) -> str:
+        return FAKE + name + placeholder * self.count
+
+    def _longest(self, size: Size) -> Size:
+        """With the longer side as it should be, and the shorter one even."""
+        width, height = size
+        ratio = width / height
+        if width >= height:
+            short = int(self.longest / ratio)
+            return (self.longest, max(1, short + short % 2))
+        short = int(self.longest * ratio)
+        return (max(1, short + short % 2), self.longest)
+
+    def _in_squares(self, size: Size) -> Size:
+        width, height = size
+        ratio = width / height
+        if width >= height:
+            width = self._whole(width)
+            return (width, self._whole(int(width / ratio)))
+        height = self._whole(height)
+        return (self._whole(int(height * ratio)), height)
+
+    def _whole(self, length: int) -> int:
+        return math.ceil(length / self.side) * self.side
+
+
+Recipe = WholeImage | WholePatches | Tiles
+FAKE = "<fake_token_around_image>"
+
+
+def check_pixels(size: Size, resized: Size) -> None:
+    """Raise ValueError for an image of this size that would be resized to too many pixels."""
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise ValueError(
+            f"{size[0]} x {size[1]} pixels are resized to {resized[0]} x {resized[1]} for this model; {MAX_PIXELS} "
+            "pixels are the most: send it with sides less unlike"
+        )
+
+
+class VisionModel(msgspec.Struct, frozen=True):
+    """What a server needs to know of a model that sees.
+
+    placeholder_id: the token in whose places an image's embeddings go; chat templates write it once for an image.
+    most_images: of a prompt.
+    """
+
+    recipe: Recipe
+    placeholder_id: int
+    most_images: int
+
+
+class PromptImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An image of a prompt: the pixels that the tower sees, and where the prompt has it.
+
+    digest: SHA-256 of `frames` and `pixels`, which names it in the prefix cache. start, length: the tokens that stand
+    for it, those between its placeholders among them. frames: the size of each; pixels: theirs, RGB, row by row.
+    """
+
+    digest: bytes
+    start: int
+    length: int
+    frames: tuple[Size, ...]
+    pixels: bytes

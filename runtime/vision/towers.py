@@ -1,0 +1,183 @@
+"""Towers: what makes embeddings of an image. The modules are transformers' own, with the weights of the checkpoint.
+
+A tower sees each image once: embeddings are kept by the image's digest, up to MAX_KEPT_BYTES.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from octavo.runtime.vision.recipes import PromptImage, Size, Tiles, VisionModel, WholePatches
+
+MAX_KEPT_BYTES = 256 << 20
+
+
+class TowerModule(Protocol):
+    """frames, each [3, H, W] and normalized, of one image -> [placeholders, hidden]."""
+
+    def __call__(self, frames: Sequence[Tensor]) -> Tensor: ...
+
+
+class VisionTower:
+    """A model's tower, on the model's device.
+
+    facts: what the server is told. spreads: placeholders have positions in height and width (M-RoPE).
+    """
+
+    def __init__(self, facts: VisionModel, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.facts = facts
+        self.module = module.eval()
+        first = next(module.parameters())
+        self._dtype = first.dtype
+        self._device = first.device
+        self._scale = 1 / (255 * torch.tensor(std, dtype=torch.float32)).view(3, 1, 1)
+        self._shift = (torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)).view(3, 1, 1)
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._kept_bytes = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.module.parameters())
+
+    def places(self, token_ids: Sequence[int], image: PromptImage) -> NDArray[np.int64]:
+        """Positions of an image's placeholders in its prompt."""
+        tokens = np.asarray(token_ids[image.start : image.start + image.length])
+        return np.flatnonzero(tokens == self.facts.placeholder_id) + image.start
+
+    def problem_of(self, token_ids: Sequence[int], images: Sequence[PromptImage]) -> str | None:
+        """What is wrong with a prompt's images, or None: a bad one must not end everybody's requests."""
+        end = 0
+        for number, image in enumerate(images):
+            if not end <= image.start < image.start + image.length <= len(token_ids):
+                return f"image {number}: it stands for tokens that the prompt doesn't have"
+            end = image.start + image.length
+            if len(image.pixels) != sum(3 * width * height for width, height in image.frames) or not image.frames:
+                return f"image {number}: {len(image.pixels)} bytes are not those of its frames {image.frames}"
+            wanted = self._num_embeddings(image.frames)
+            found = len(self.places(token_ids, image))
+            if found != wanted:
+                return f"image {number}: {found} placeholders in the prompt for {wanted} embeddings"
+        return None
+
+    def _num_embeddings(self, frames: Sequence[Size]) -> int:
+        """Of an image of these frames; -1 where no image of this model has them."""
+        recipe = self.facts.recipe
+        match recipe:
+            case WholePatches():
+                columns, rows = recipe.grid(frames[0])
+                return columns * rows if frames == ((columns * recipe.factor, rows * recipe.factor),) else -1
+            case Tiles():
+                return len(frames) * recipe.count if set(frames) == {(recipe.side, recipe.side)} else -1
+        return recipe.count if frames == (recipe.frame,) else -1
+
+    def grid(self, image: PromptImage) -> Size | None:
+        """Columns and rows of an image's placeholders, by which they are rotated; None: they are text to the rope."""
+        recipe = self.facts.recipe
+        return recipe.grid(image.frames[0]) if isinstance(recipe, WholePatches) else None
+
+    @torch.inference_mode()
+    def embed(self, image: PromptImage) -> Tensor:
+        """[placeholders, hidden] in the model's type, on its device."""
+        kept = self._kept.get(image.digest)
+        if kept is not None:
+            self._kept.move_to_end(image.digest)
+            return kept
+        made: Tensor = self.module(list(self._frames(image))).to(self._dtype)
+        self._kept[image.digest] = made
+        self._kept_bytes += made.nbytes
+        while self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= oldest.nbytes
+        return made
+
+    def _frames(self, image: PromptImage) -> Iterator[Tensor]:
+        begin = 0
+        for width, height in image.frames:
+            end = begin + 3 * width * height
+            pixels = np.frombuffer(image.pixels, np.uint8, end - begin, begin).reshape(height, width, 3)
+            frame = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)
+            yield (frame * self._scale - self._shift).to(self._device, self._dtype)
+            begin = end
+
+
+class LlavaModule(nn.Module):
+    """A CLIP or SigLIP tower, of which one layer's states, or several layers' side by side, are projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self._layer = config.vision_feature_layer
+        self._drops_first = config.vision_feature_select_strategy == "default"
+
+    def forward(self, frames: Sequence[Tensor]) -> Tensor:
+        states = self.vision_tower(torch.stack(list(frames)), output_hidden_states=True, return_dict=True).hidden_states
+        layers = [self._layer] if isinstance(self._layer, int) else self._layer
+        chosen = torch.cat([states[layer][:, self._drops_first :] for layer in layers], dim=-1)
+        projected: Tensor = self.multi_modal_projector(chosen)
+        return projected.flatten(0, 1)
+
+
+class QwenModule(nn.Module):
+    """A tower of Qwen2-VL and later: patches of any number, merged by fours. A still image is two frames of it.
+
+    Qwen3-VL's gives features of its earlier layers too, for the decoder's first ones; they stand behind the others.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+        vision = config.vision_config
+        make = AutoModel.from_config
+        if config.model_type == "qwen2_vl":  # whose tower AutoModel doesn't know
+            make = Qwen2VisionTransformerPretrainedModel._from_config
+        self.visual = make(vision)
+        self._patch = vision.patch_size
+        self._merge = vision.spatial_merge_size
+        self._num_times = vision.temporal_patch_size
+
+    def forward(self, frames: Sequence[Tensor]) -> Tensor:
+        (frame,) = frames
+        rows, columns = (side // self._patch for side in frame.shape[1:])
+        merge = self._merge
+        blocks = frame.reshape(3, rows // merge, merge, self._patch, columns // merge, merge, self._patch)
+        blocks = blocks.permute(1, 4, 2, 5, 0, 3, 6)  # patches that are merged stand together
+        times = blocks.unsqueeze(5).expand(*blocks.shape[:5], self._num_times, *blocks.shape[5:])
+        grid = torch.tensor([[1, rows, columns]], device=frame.device)
+        seen = self.visual(times.reshape(rows * columns, -1), grid_thw=grid, return_dict=True)
+        return torch.cat((seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())), dim=-1)
+
+
+class IdeficsModule(nn.Module):
+    """A tower of Idefics 3 or SmolVLM: tiles of one size, whose patches are put together by squares and projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if config.model_type == "smolvlm":
+            from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector as Connector
+            from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer as Vision
+        else:
+            from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector as Connector
+            from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer as Vision
+        self.vision_model = Vision._from_config(config.vision_config)
+        self.connector = Connector(config)
+        self._num_patches = config.vision_config.image_size // config.vision_config.patch_size
+
+    def forward(self, frames: Sequence[Tensor]) -> Tensor:
+        pixels = torch.stack(list(frames))
+        whole = torch.ones(len(frames), self._num_patches, self._num_patches, dtype=torch.bool, device=pixels.device)
+        seen = self.vision_model(pixel_values=pixels, patch_attention_mask=whole, return_dict=True).last_hidden_state
+        joined: Tensor = self.connector(seen)
+        return joined.flatten(0, 1)

@@ -1,0 +1,96 @@
+"""The images of a model that sees, for the routes: read out of requests, decoded, and put into prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from octavo.runtime.vision.recipes import MAX_PIXELS, PromptImage, VisionModel
+from octavo.server.errors import bad_request
+from octavo.server.frame_process import FrameProcess
+from octavo.server.media import prompt
+from octavo.server.media.jobs import Answer, Job, Refused
+from octavo.server.media.prompt import PlacesError, ReadImage
+from octavo.server.media.sources import ImageSource, content_of
+
+DECODE_SECONDS = 20.0
+NO_IMAGES = "this model reads text alone: leave images out, or serve a model that sees"
+MOST_SENT = 3 * MAX_PIXELS + (1 << 16)  # bytes of an answer
+_GONE = Refused("it takes too much memory or time to decode")
+
+
+class Images:
+    """How one model's images are read. Use from one event loop only.
+
+    placeholder: the token that chat templates write for an image. directory: below which requests may name files.
+    """
+
+    def __init__(self, vision: VisionModel, placeholder: str, directory: Path | None) -> None:
+        self.vision = vision
+        self.placeholder = placeholder
+        self._directory = directory
+        self._process = FrameProcess("octavo.server.media.process")
+        self._lock = asyncio.Lock()
+
+    async def read(self, sources: Sequence[ImageSource]) -> list[ReadImage]:
+        """The images of one prompt. Raises ApiError, which names the image."""
+        most = self.vision.most_images
+        if len(sources) > most:
+            raise sources[most].refusal(f"{len(sources)} are there, and {most} the most (--limit-mm-per-prompt)")
+        return [await self._read(source) for source in sources]
+
+    async def _read(self, source: ImageSource) -> ReadImage:
+        content = await asyncio.to_thread(content_of, source, self._directory)
+        # shielded: a job that has begun is finished; otherwise its answer would be taken for the next job's
+        answer = await asyncio.shield(self._decoded(Job(content, self.vision.recipe)))
+        if not isinstance(answer, ReadImage):
+            raise source.refusal(answer.message)
+        return answer
+
+    async def _decoded(self, job: Job) -> ReadImage | Refused:
+        async with self._lock:
+            try:
+                async with asyncio.timeout(DECODE_SECONDS):
+                    await self._process.connect()
+                    answer = await self._process.exchange(msgspec.msgpack.encode(job), MOST_SENT)
+            except (OSError, EOFError, TimeoutError):
+                self._process.close()
+                return _GONE
+        return await asyncio.to_thread(self._checked, answer)
+
+    def _checked(self, answer: bytes) -> ReadImage | Refused:
+        """What the process says, which may be anything where a decoder was broken into."""
+        try:
+            found = msgspec.msgpack.decode(answer, type=Answer)
+            if isinstance(found, Refused):
+                return found
+            views = self.vision.recipe.layout(found.size, "").views
+        except (msgspec.DecodeError, ValueError, ArithmeticError):
+            return _GONE
+        frames = tuple(view.frame for view in views)
+        if found.frames != frames or len(found.pixels) != sum(3 * width * height for width, height in frames):
+            return _GONE
+        digest = hashlib.sha256(repr(frames).encode() + found.pixels).digest()
+        return ReadImage(digest, found.size, frames, found.pixels)
+
+    def expanded(self, text: str, images: Sequence[ReadImage]) -> str:
+        """The text of a prompt with all placeholders of its images. Raises ApiError."""
+        try:
+            return prompt.expanded(text, images, self.vision.recipe, self.placeholder)
+        except PlacesError as error:
+            raise bad_request(f"messages: {error}", "messages") from None
+
+    def placed(self, token_ids: Sequence[int], images: Sequence[ReadImage]) -> tuple[PromptImage, ...]:
+        """The images of a prompt, where its tokens have them. Raises ApiError."""
+        try:
+            return prompt.placed(token_ids, images, self.vision.recipe, self.vision.placeholder_id)
+        except PlacesError as error:
+            raise bad_request(f"messages: {error}", "messages") from None
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()

@@ -1,0 +1,52 @@
+"""The process that decodes images: `python -m octavo.server.media.process`, started by the server.
+
+It gets jobs from the server and answers with pixels or with why there are none, in msgpack: it reads what nobody has
+checked, so the server takes nothing but bytes and sizes from it. Its memory is bounded, and the server ends it when it
+takes too long. It ends when the server closes the socket, which is its stdin.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+
+import msgspec
+
+from octavo.server.media.frames import ImageError, frames_of
+from octavo.server.media.jobs import TOO_LARGE, Answer, Decoded, Job, Refused
+from octavo.text.frames import frame_of, receive_frame
+from octavo.text.template_process import limit_memory
+
+MEMORY_BYTES = 1 << 30  # beside what the process has at start; MAX_PIXELS with transparency take 800 MiB
+
+
+def main() -> int:
+    """Decode until the socket is closed; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
+        signal.signal(number, signal.SIG_IGN)
+    link = socket.socket(fileno=os.dup(0))
+    limit_memory(MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while (frame := receive_frame(link)) is not None:
+        try:
+            link.sendall(frame_of(msgspec.msgpack.encode(_answer(frame))))
+        except (BrokenPipeError, ConnectionResetError):
+            return 1  # the server was killed meanwhile
+    return 0
+
+
+def _answer(frame: bytes) -> Answer:
+    try:
+        job = msgspec.msgpack.decode(frame, type=Job)
+        return Decoded(*frames_of(job.content, job.recipe))
+    except ImageError as error:
+        return Refused(str(error))
+    except MemoryError:
+        return Refused(TOO_LARGE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Images in a prompt: what stands for each in the text that a chat template wrote, and where its tokens are then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from octavo.runtime.vision.recipes import PromptImage, Recipe, Size
+
+
+class PlacesError(ValueError):
+    """A prompt that doesn't say where its images are; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadImage:
+    """An image of a request, decoded. size: its own; the rest as in PromptImage."""
+
+    digest: bytes
+    size: Size
+    frames: tuple[Size, ...]
+    pixels: bytes
+
+
+def expanded(text: str, images: Sequence[ReadImage], recipe: Recipe, placeholder: str) -> str:
+    """The text with as many placeholders for each image as it has embeddings. Raises PlacesError.
+
+    placeholder: as the template writes it, once for each image.
+    """
+    pieces = text.split(placeholder)
+    if len(pieces) != len(images) + 1:
+        raise PlacesError(
+            f"the prompt has {placeholder!r} {len(pieces) - 1} times for {len(images)} images: the chat template must "
+            "write it once for each, and no message may"
+        )
+    stands = (recipe.layout(image.size, placeholder).text for image in images)
+    return pieces[0] + "".join(stand + piece for stand, piece in zip(stands, pieces[1:], strict=True))
+
+
+def placed(
+    token_ids: Sequence[int], images: Sequence[ReadImage], recipe: Recipe, placeholder_id: int
+) -> tuple[PromptImage, ...]:
+    """The images of a prompt with the places that they have in it. Raises PlacesError."""
+    places = [place for place, token in enumerate(token_ids) if token == placeholder_id]
+    counts = [recipe.layout(image.size, "").num_placeholders for image in images]
+    if sum(counts) != len(places):
+        raise PlacesError(f"the prompt has {len(places)} placeholders for the {sum(counts)} that its images take")
+    left = iter(places)
+    return tuple(_placed(images, counts, left))
+
+
+def _placed(images: Sequence[ReadImage], counts: Sequence[int], places: Iterator[int]) -> Iterator[PromptImage]:
+    for image, count in zip(images, counts, strict=True):
+        own = list(islice(places, count))
+        yield PromptImage(image.digest, own[0], own[-1] + 1 - own[0], image.frames, image.pixels)

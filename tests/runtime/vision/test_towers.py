@@ -1,0 +1,209 @@
+"""Images of prompts by the engine alone, against transformers on the same weights with its own processors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from slow_cases import slow
+from tiny_vision import MARKS, QWEN_MARK, TinyVision, as_png, make_tiny_vision, picture
+from toy_model import run_to_end, tokens_of
+
+from octavo.calibration.prepare import prepare
+from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe
+from octavo.runtime.config import EngineConfig, MediaLimits
+from octavo.runtime.engine import Engine
+from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.startup import load_engine
+from octavo.server.media.frames import frames_of
+from octavo.server.media.prompt import ReadImage, expanded, placed
+
+OTHERS = ("qwen2_vl", "qwen3_vl", "idefics3", "smolvlm")
+KINDS = ("llava", "qwen2_5_vl", *map(slow, OTHERS))
+IN_CHUNKS = [("llava", 7), ("qwen2_5_vl", 7), ("qwen3_vl", 7), ("smolvlm", 7)]
+OTHERWISE = [("qwen2_vl", 7), ("idefics3", 7), *((kind, 2048) for kind in ("llava", "qwen2_5_vl", *OTHERS))]
+BLOCK = 4
+FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyVision:
+    return make_tiny_vision(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def engine_of(directory: Path, chunk: int = 2048, **options: object) -> Engine:
+    config = EngineConfig(
+        model=str(directory),
+        dtype="float32",
+        num_blocks=200,
+        block_size=BLOCK,
+        max_model_len=200,
+        max_num_batched_tokens=chunk,
+        **options,
+    )
+    return load_engine(config, time.time())[0]
+
+
+def mark_of(tiny: TinyVision) -> str:
+    return MARKS.get(tiny.model.config.model_type, QWEN_MARK)
+
+
+def text_of(tiny: TinyVision, count: int) -> str:
+    mark = mark_of(tiny)
+    return "user: look " + f" and {mark}".join(["", *[", then"] * count]) + " what is it?\nassistant: "
+
+
+def request_of(
+    tiny: TinyVision, engine: Engine, pictures: list[Image.Image], name: str = "a", **params: object
+) -> AddRequest:
+    """As the server makes it, out of files."""
+    facts = engine.worker.model.tower.facts
+    read = []
+    for one in pictures:
+        made = frames_of(as_png(one), facts.recipe)
+        digest = hashlib.sha256(repr(made.frames).encode() + made.pixels).digest()
+        read.append(ReadImage(digest, made.size, made.frames, made.pixels))
+    text = expanded(text_of(tiny, len(pictures)), read, facts.recipe, tiny.placeholder)
+    ids = tiny.processor.tokenizer(text)["input_ids"]
+    settings = {"max_tokens": 6, "temperature": 0.0} | params
+    images = placed(ids, read, facts.recipe, facts.placeholder_id)
+    return AddRequest(name, ids, SamplingParams(**settings), 0.0, images=images)
+
+
+def logprobs_of(outputs: list[TokenOutput]) -> torch.Tensor:
+    """[T - 1, vocab] of a prompt's tokens but the first, by token id."""
+    listed = outputs[0].prompt_logprobs
+    assert listed is not None
+    rows = []
+    for entry in listed[1:]:
+        assert entry is not None
+        row = torch.empty(len(entry.top_ids))
+        row[entry.top_ids] = torch.tensor(entry.top_logprobs)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("tiny", "chunk"), [*IN_CHUNKS, *(slow(*case) for case in OTHERWISE)], indirect=["tiny"])
+def test_logits_of_a_prompt_with_images_are_transformers(tiny: TinyVision, chunk: int) -> None:
+    """Whole, and in chunks that cut images."""
+    engine = engine_of(tiny.directory, chunk)
+    vocab = engine.worker.model.vocab_size
+    request = request_of(tiny, engine, [FIRST, SECOND], prompt_logprobs=vocab, max_tokens=1)
+    inputs = tiny.inputs(text_of(tiny, 2), [FIRST, SECOND])
+    assert request.token_ids == inputs["input_ids"][0].tolist()
+    ours = logprobs_of(run_to_end(engine, [request])["a"])
+    truth = tiny.logits(inputs).log_softmax(-1)[:-1]
+    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-4)
+
+
+def test_answers_go_on_from_images_and_out_of_the_prefix_cache(tiny: TinyVision) -> None:
+    """Alone, beside each other and beside text; a second time from what was cached, and another image is another."""
+    engine = engine_of(tiny.directory, 16)
+    cases = {"first": [FIRST], "second": [SECOND], "both": [FIRST, SECOND], "swapped": [SECOND, FIRST], "none": []}
+    truth = {name: tiny.greedy(tiny.inputs(text_of(tiny, len(p)), p), 6) for name, p in cases.items()}
+    assert len({tuple(answer) for answer in truth.values()}) == len(cases)
+    for again in (False, True):
+        requests = [request_of(tiny, engine, pictures, name) for name, pictures in cases.items()]
+        outputs = run_to_end(engine, requests)
+        assert {name: tokens_of(outputs[name]) for name in cases} == truth
+        for request in requests:
+            found = outputs[request.request_id][0].num_cached_tokens
+            if again:
+                assert found == (len(request.token_ids) - 1) // BLOCK * BLOCK
+    seen = len(engine.worker.model.tower._kept)
+    assert seen == 2  # each image once
+
+
+def test_a_prefix_ends_where_another_image_begins(tiny: TinyVision) -> None:
+    """The same tokens, and another image: what stands before it is shared, and nothing of its own."""
+    engine = engine_of(tiny.directory)
+    run_to_end(engine, [request_of(tiny, engine, [picture(3, 50, 37)], "x")])
+    request = request_of(tiny, engine, [FIRST], "y")
+    found = run_to_end(engine, [request])["y"][0].num_cached_tokens
+    assert found == request.images[0].start // BLOCK * BLOCK
+
+
+def test_answers_to_one_prompt_share_its_images(tiny: TinyVision) -> None:
+    engine = engine_of(tiny.directory)
+    one = request_of(tiny, engine, [FIRST], "n0")
+    request = AddRequest("n0", one.token_ids, one.params, 0.0, other_ids=["n1"], images=one.images)
+    answers: dict[str, list[int]] = {"n0": [], "n1": []}
+    assert not engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            answers[output.request_id] += output.token_ids
+    truth = tiny.greedy(tiny.inputs(text_of(tiny, 1), [FIRST]), 6)
+    assert answers == {"n0": truth, "n1": truth}
+
+
+def test_what_is_wrong_with_images_ends_their_request_alone(tiny: TinyVision) -> None:
+    engine = engine_of(tiny.directory)
+    good = request_of(tiny, engine, [FIRST])
+    (image,) = good.images
+    wrong = {
+        "beyond": {"start": len(good.token_ids)},
+        "short": {"pixels": image.pixels[:-1]},
+        "fewer": {"start": image.start + 1, "length": image.length - 1},
+        "flat": {"frames": ()},
+        "other": {"frames": ((len(image.pixels) // 3, 1),)},
+    }
+    fields = {"digest": b"", "start": image.start, "length": image.length} | {"frames": image.frames}
+    fields["pixels"] = image.pixels
+    for name, change in wrong.items():
+        bad = type(image)(**fields | change)
+        (output,) = engine.add(AddRequest(name, good.token_ids, good.params, 0.0, images=(bad,)))
+        assert output.finish_reason == "error"
+        assert output.error.startswith("image 0: ")
+    assert len(tokens_of(run_to_end(engine, [good])["a"])) == 6
+
+
+def test_without_images_allowed_no_tower_is_loaded(tiny: TinyVision) -> None:
+    engine = engine_of(tiny.directory, limit_mm_per_prompt=MediaLimits(image=0))
+    model = engine.worker.model
+    assert model.tower is None
+    assert "images are not read: --limit-mm-per-prompt allows no image" in model.notes
+    assert "the vision tower is not loaded: text only" in model.notes
+    request = AddRequest("t", [5, 6, 7], SamplingParams(max_tokens=2), 0.0)
+    assert len(tokens_of(run_to_end(engine, [request])["t"])) == 2
+
+
+def test_files_of_transformers_4_are_read(tmp_path: Path) -> None:
+    """LLaVA's tower had a module more around it; the image processor had a file of its own, with older keys."""
+    tiny = make_tiny_vision("llava", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    older = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in tensors.items()}
+    older["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(older, tmp_path / "model.safetensors")
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"crop_size": 28, "do_center_crop": true, "do_normalize": true, "do_resize": true, "resample": 3, "size": 28,'
+        ' "feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": "CLIPImageProcessor"}'
+    )
+    engine = engine_of(tmp_path)
+    answer = tokens_of(run_to_end(engine, [request_of(tiny, engine, [FIRST])])["a"])
+    assert answer == tiny.greedy(tiny.inputs(text_of(tiny, 1), [FIRST]), 6)
+
+
+def test_a_quantized_checkpoint_keeps_its_tower(tiny: TinyVision, tmp_path: Path) -> None:
+    """As it was, beside a text half in codes."""
+    quantize_model(prepare(tiny.directory, tmp_path / "out", Recipe("W8A8"), layouts=LAYOUTS))
+    before, after = load_file(tiny.directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert sum("layers" in name and x.dtype == torch.int8 for name, x in after.items()) == 21
+    tower = [name for name in before if re.search("vis|connector|projector", name)]
+    assert tower
+    assert all(torch.equal(before[name], after[name]) for name in tower)
+    engines = [engine_of(directory) for directory in (tiny.directory, tmp_path / "out")]
+    request = request_of(tiny, engines[1], [FIRST])
+    assert len(tokens_of(run_to_end(engines[1], [request])["a"])) == 6
+    first, second = (engine.worker.model.tower.embed(request.images[0]) for engine in engines)
+    assert torch.equal(first, second)

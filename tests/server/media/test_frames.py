@@ -1,0 +1,112 @@
+"""Pixels that a tower sees, against transformers' own processors in Pillow: equal to the last bit."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image, ImageOps
+from tiny_vision import picture
+
+from octavo.runtime.vision.recipes import MAX_PIXELS, Tiles, WholeImage, WholePatches
+from octavo.server.media.frames import ImageError, frames_of
+
+SIZES = [(50, 37), (31, 90), (28, 28), (300, 20), (7, 11), (640, 427)]
+CLIP = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+SIGLIP = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+QWEN = transformers.Qwen2VLImageProcessorPil(
+    patch_size=7, merge_size=2, size={"shortest_edge": 14 * 14 * 4, "longest_edge": 14 * 14 * 24}
+)
+IDEFICS = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 28})
+UNCUT = transformers.SmolVLMImageProcessorPil(
+    size={"longest_edge": 112}, max_image_size={"longest_edge": 28}, do_image_splitting=False
+)
+RECIPES = {
+    "clip": (CLIP, WholeImage((28, 28), 28, 3, 16)),
+    "siglip": (SIGLIP, WholeImage((28, 28), None, int(SIGLIP.resample), 16)),
+    "qwen": (QWEN, WholePatches(14, 14 * 14 * 4, 14 * 14 * 24, 3)),
+    "idefics": (IDEFICS, Tiles(112, 28, True, 1, 4)),
+    "uncut": (UNCUT, Tiles(112, 28, False, 1, 4)),
+}
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def truth_of(processor: Any, image: Image.Image) -> np.ndarray:
+    """[frames, H, W, 3] of bytes; Qwen's patches are put together again."""
+    found = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+    pixels = found["pixel_values"]
+    if "image_grid_thw" not in found:
+        return pixels.reshape(-1, *pixels.shape[-3:]).transpose(0, 2, 3, 1)
+    _, rows, columns = found["image_grid_thw"][0]
+    patches = pixels.reshape(rows // 2, columns // 2, 2, 2, 3, 2, 7, 7)
+    assert (patches[..., 0, :, :] == patches[..., 1, :, :]).all()  # a still image is two frames
+    return patches[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(1, rows * 7, columns * 7, 3)
+
+
+def check(name: str, content: bytes) -> None:
+    processor, recipe = RECIPES[name]
+    made = frames_of(content, recipe)
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    truth = truth_of(processor, image)
+    assert made.size == image.size
+    assert made.frames == (truth.shape[2:0:-1],) * len(truth)
+    assert np.array_equal(np.frombuffer(made.pixels, np.uint8).reshape(truth.shape), truth)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_of_every_shape(name: str, size: tuple[int, int]) -> None:
+    check(name, file_of(picture(1, *size)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_pixels_of_every_kind(name: str) -> None:
+    base = picture(2, 60, 40)
+    faded = base.convert("RGBA")
+    faded.putalpha(picture(3, 60, 40).convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60))
+    for content in (
+        file_of(faded),
+        file_of(faded, "WEBP", lossless=True),
+        file_of(base.convert("L")),
+        file_of(base.convert("LA")),
+        file_of(base.convert("1")),
+        file_of(base.quantize(16), transparency=3),
+        file_of(base, "GIF"),
+        file_of(base, "BMP"),
+        file_of(base, "JPEG", quality=70),
+        file_of(base.convert("CMYK"), "JPEG"),
+        file_of(base, "JPEG", exif=exif),
+        file_of(wide),
+    ):
+        check(name, content)
+
+
+def test_of_several_pictures_the_first_is_seen() -> None:
+    first, second = picture(4, 30, 30), picture(5, 30, 30)
+    moving = file_of(first, "GIF", save_all=True, append_images=[second])
+    recipe = RECIPES["clip"][1]
+    assert frames_of(moving, recipe) == frames_of(file_of(first, "GIF"), recipe)
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "says"),
+    [
+        ((9000, 9000), "clip", f"9000 x 9000 pixels; {MAX_PIXELS} are the most"),
+        ((1, 100_000), "clip", "1 x 100000 pixels are resized to 28 x 2800000 for this model"),
+        ((201, 1), "qwen", "201 x 1 pixels: one side is more than 200 times the other"),
+    ],
+)
+def test_sizes_that_are_refused(size: tuple[int, int], name: str, says: str) -> None:
+    with pytest.raises(ImageError, match=says):
+        frames_of(file_of(Image.new("1", size)), RECIPES[name][1])

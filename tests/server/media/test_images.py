@@ -1,0 +1,250 @@
+"""Images in each dialect, by the official clients over a real socket; and media that nobody should send."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import ollama
+import openai
+import psutil
+import pytest
+from hostile_media import data_url, hostile_url
+from octavo_server import Server, serving
+from PIL import Image
+from tiny_vision import TinyVision, as_png, make_tiny_vision, picture
+
+from octavo.text.chat_template import ChatTemplate, ChatTemplateError
+
+FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
+NUM_TOKENS = 6
+GREEDY = {"temperature": 0, "max_tokens": NUM_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyVision:
+    return make_tiny_vision("llava", tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory whose files requests may name, with one of them."""
+    directory = tmp_path_factory.mktemp("shared")
+    (directory / "first.png").write_bytes(as_png(FIRST))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny: TinyVision, shared: Path) -> Iterator[Server]:
+    flags = ("--allowed-local-media-path", str(shared), "--limit-mm-per-prompt", '{"image": 3}')
+    with serving(*flags, "--served-model-name", "llava", model=tiny.directory) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def official(seeing: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def claude(seeing: Server) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=seeing.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def url_of(image: Image.Image) -> str:
+    return data_url(as_png(image))
+
+
+def image_part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url_of(image), "detail": "low"}}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def truth(tiny: TinyVision, text: str, *pictures: Image.Image) -> str:
+    """What transformers answers to a prompt, in which `*` stands for an image."""
+    ids = tiny.greedy(tiny.inputs(text.replace("*", tiny.placeholder), list(pictures)), NUM_TOKENS)
+    return tiny.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_openai_client(official: openai.OpenAI, tiny: TinyVision) -> None:
+    for pictures in ([FIRST], [SECOND], [FIRST, SECOND]):
+        content = [text_part("what is "), *map(image_part, pictures), text_part(" here?")]
+        answer = official.chat.completions.create(
+            model="llava", messages=[{"role": "user", "content": content}], **GREEDY
+        )
+        prompt = f"user: what is {'*' * len(pictures)} here?\nassistant: "
+        assert answer.choices[0].message.content == truth(tiny, prompt, *pictures)
+        ids = tiny.inputs(prompt.replace("*", tiny.placeholder), pictures)["input_ids"]
+        assert answer.usage.prompt_tokens == ids.shape[1]
+        responded = official.responses.create(
+            model="llava",
+            input=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "input_text", "text": "what is "},
+                        *({"type": "input_image", "image_url": url_of(one), "detail": "auto"} for one in pictures),
+                        {"type": "input_text", "text": " here?"},
+                    ],
+                }
+            ],
+            temperature=0,
+            max_output_tokens=NUM_TOKENS,
+        )
+        assert responded.output_text == answer.choices[0].message.content
+
+
+def test_a_stream_and_a_conversation_that_goes_on(official: openai.OpenAI, tiny: TinyVision) -> None:
+    messages = [
+        {"role": "user", "content": [image_part(FIRST), text_part("this?")]},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": [text_part("and"), image_part(SECOND)]},
+    ]
+    stream = official.chat.completions.create(model="llava", messages=messages, stream=True, **GREEDY)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert said == truth(tiny, "user: *this?\nassistant: yes\nuser: and*\nassistant: ", FIRST, SECOND)
+
+
+def test_the_anthropic_client(claude: anthropic.Anthropic, tiny: TinyVision) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(as_png(FIRST)).decode()}
+    messages = [{"role": "user", "content": [{"type": "image", "source": source}, text_part("see?")]}]
+    limits = {"max_tokens": NUM_TOKENS, "extra_body": {"temperature": 0}}
+    answer = claude.messages.create(model="llava", system="Look.", messages=messages, **limits)
+    prompt = "system: Look.\nuser: *see?\nassistant: "
+    assert answer.content[0].text == truth(tiny, prompt, FIRST)
+    counted = claude.messages.count_tokens(model="llava", system="Look.", messages=messages)
+    ids = tiny.inputs(prompt.replace("*", tiny.placeholder), [FIRST])["input_ids"]
+    assert counted.input_tokens == ids.shape[1]
+    used = {"type": "tool_use", "id": "toolu_1", "name": "shoot", "input": {}}
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "toolu_1",
+        "content": [text_part("it"), {"type": "image", "source": source}],
+    }
+    turns = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": [text_part("ok"), used]},
+        {"role": "user", "content": [result]},
+    ]
+    answer = claude.messages.create(model="llava", messages=turns, **limits)
+    assert answer.content[0].text == truth(tiny, "user: go\nassistant: ok\ntool: it*\nassistant: ", FIRST)
+
+
+def test_the_ollama_client(seeing: Server, tiny: TinyVision) -> None:
+    options = {"temperature": 0, "num_predict": NUM_TOKENS}
+    messages = [{"role": "user", "content": "see?", "images": [as_png(SECOND)]}]
+    expected = truth(tiny, "user: *see?\nassistant: ", SECOND)
+    with ollama.Client(host=seeing.url) as client:
+        assert client.chat(model="llava", messages=messages, options=options).message.content == expected
+        made = client.generate(model="llava", prompt="see?", images=[as_png(SECOND)], options=options)
+    assert made.response == expected
+
+
+def test_a_file_of_the_directory(seeing: Server, tiny: TinyVision, shared: Path) -> None:
+    with seeing.client() as client:
+        answer = asked(client, f"file://{shared}/first.png")
+    assert answer.json()["choices"][0]["message"]["content"] == truth(tiny, "user: *\nassistant: ", FIRST)
+
+
+def asked(client: httpx.Client, *urls: str, **fields: Any) -> httpx.Response:
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    body = {"messages": [{"role": "user", "content": content}], **GREEDY, **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def test_what_is_refused_says_why(seeing: Server, shared: Path, tmp_path: Path) -> None:
+    good = url_of(FIRST)
+    (tmp_path / "secret.png").write_bytes(as_png(FIRST))
+    (shared / "link.png").symlink_to(tmp_path / "secret.png")
+    cases: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+        ((good,) * 4, {}, "messages: image 4: 4 are there, and 3 the most (--limit-mm-per-prompt)"),
+        ((good, "http://example.com/x.png"), {}, "messages: image 2: nothing is fetched from the network here"),
+        ((f"file://{tmp_path}/secret.png",), {}, "the file doesn't lie below --allowed-local-media-path"),
+        ((f"file://{shared}/link.png",), {}, "the file doesn't lie below --allowed-local-media-path"),
+        ((f"file://{shared}/../x.png",), {}, "the file doesn't lie below --allowed-local-media-path"),
+        ((f"file://{shared}/none.png",), {}, "the file can't be read: No such file or directory"),
+        ((data_url(b"hello"),), {}, "messages: image 1: it is no image of a kind that is read: PNG, JPEG"),
+        ((good,), {"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: a prompt with images is not cut"),
+        ((good,), {"use_beam_search": True, "n": 2}, "use_beam_search: prompts with images are not searched"),
+        ((), {"messages": [{"role": "user", "content": [image_part(FIRST), text_part("<image>")]}]}, "2 times for 1"),
+    ]
+    with seeing.client() as client:
+        for urls, fields, says in cases:
+            answer = asked(client, *urls, **fields)
+            assert answer.status_code == 400, answer.text
+            assert says in answer.json()["error"]["message"]
+
+
+def test_a_template_of_text_alone_refuses_images() -> None:
+    template = ChatTemplate({"default": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}, {})
+    with pytest.raises(ChatTemplateError, match="takes text alone, and the messages have images"):
+        template.render([{"role": "user", "content": [text_part("see"), {"type": "image"}]}])
+
+
+def test_a_template_that_wants_parts_gets_them() -> None:
+    """As LLaVA's and SmolVLM's, to which a text would be nothing."""
+    walk = "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    template = ChatTemplate({"default": f"{{% for m in messages %}}{walk}{{% endfor %}}"}, {})
+    assert template.render([{"role": "user", "content": "hello"}]) == "hello"
+
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    """Notes who comes."""
+
+    came: list[str] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.came.append(self.path)
+        self.send_response(302)
+        self.send_header("location", "http://127.0.0.1/")
+        self.end_headers()
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Listener) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(64), pytest.param(range(64, 1064), marks=pytest.mark.slow)], ids=["some", "a thousand"]
+)
+def test_hostile_media(seeing: Server, listener: str, tmp_path: Path, seeds: range) -> None:
+    """Each is a 4xx, or an image after all; no request leaves, memory stays bounded, and the server goes on."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(as_png(FIRST))
+    server = psutil.Process(seeing.process.pid)
+    before = server.memory_info().rss
+    most = 0
+    with seeing.client() as client:
+        for seed in seeds:
+            url, may_be_one = hostile_url(seed, listener, str(secret))
+            answer = asked(client, url, max_tokens=1)
+            known = (200, 400, 413) if may_be_one else (400, 413)
+            assert answer.status_code in known, (seed, url[:80], answer.text[:200])
+            decoders = [child for child in server.children() if _is_decoder(child)]
+            most = max([most, *(child.memory_info().rss for child in decoders)])
+        assert asked(client, url_of(FIRST), max_tokens=1).status_code == 200
+    assert Listener.came == []
+    assert most < 1 << 30
+    assert server.memory_info().rss - before < 256 << 20
+
+
+def _is_decoder(process: psutil.Process) -> bool:
+    try:
+        return "octavo.server.media.process" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False

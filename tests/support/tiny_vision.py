@@ -1,0 +1,213 @@
+"""Tiny random vision-language checkpoints as transformers writes them, with what transformers makes of a prompt.
+
+Their tokenizer is that of the tiny fixture with a few tokens more. Every weight is random, norms and biases too.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from hf_oracle import randomize
+from PIL import Image
+from torch import Tensor
+
+TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
+PLACEHOLDERS = {
+    **dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
+}
+MARKS = dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>")
+QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}MARK"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+@dataclass(frozen=True)
+class TinyVision:
+    """A checkpoint in a directory, the model, and its processor."""
+
+    directory: Path
+    model: Any
+    processor: Any
+    placeholder: str
+
+    @property
+    def placeholder_id(self) -> int:
+        return int(self.processor.tokenizer.convert_tokens_to_ids(self.placeholder))
+
+    def inputs(self, text: str, pictures: list[Image.Image]) -> Any:
+        """What transformers' processor makes of a prompt with a mark for each picture."""
+        return self.processor(text=[text], images=pictures or None, return_tensors="pt")
+
+    @torch.inference_mode()
+    def logits(self, inputs: Any, more: list[int] | None = None) -> Tensor:
+        """[T, vocab] of a prompt, and of tokens behind it."""
+        inputs = dict(inputs)
+        if more:
+            inputs["input_ids"] = torch.cat((inputs["input_ids"], torch.tensor([more])), dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "mm_token_type_ids" in inputs:
+                types = inputs["mm_token_type_ids"]
+                inputs["mm_token_type_ids"] = torch.cat((types, types.new_zeros(1, len(more))), dim=1)
+        return self.model(**inputs, use_cache=False).logits[0]
+
+    def greedy(self, inputs: Any, count: int) -> list[int]:
+        answer: list[int] = []
+        for _ in range(count):
+            answer.append(int(self.logits(inputs, answer)[-1].argmax()))
+        return answer
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """Smooth random colors, so that resizing keeps something of them."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def make_tiny_vision(kind: str, directory: Path, seed: int = 0) -> TinyVision:
+    """A checkpoint of this model type, written into a directory."""
+    placeholder = PLACEHOLDERS[kind]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    is_qwen = kind.startswith("qwen")
+    more = ["<|vision_start|>", "<|vision_end|>", placeholder, "<|video_pad|>"] if is_qwen else [placeholder]
+    tokenizer.add_special_tokens({"additional_special_tokens": more})
+    tokenizer.chat_template = TEMPLATE.replace("MARK", QWEN_MARK if is_qwen else placeholder)
+    config, processor = (_qwen if is_qwen else _llava if kind == "llava" else _idefics)(kind, tokenizer)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    randomize(model, seed)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return TinyVision(directory, model, processor, placeholder)
+
+
+def _llava(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=28, patch_size=7, projection_dim=32),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+    )
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = transformers.LlavaProcessor(
+        images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.chat_template = tokenizer.chat_template
+    return config, processor
+
+
+def _qwen(kind: str, tokenizer: Any) -> tuple[Any, Any]:
+    sizes = {"depth": 3, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    text = TEXT | {"vocab_size": len(tokenizer), "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    text["rope_parameters"] |= {"mrope_section": [4, 2, 2] if kind == "qwen3_vl" else [2, 3, 3]}
+    if kind == "qwen2_vl":
+        vision = sizes | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    elif kind == "qwen2_5_vl":
+        vision = sizes | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+        vision |= {"window_size": 28, "fullatt_block_indexes": [1]}
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    else:
+        vision = sizes | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
+        text |= {"head_dim": 16}
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=7, merge_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 14 * 14 * 24}
+    )
+    return config, QwenProcessor(images, tokenizer)
+
+
+def _idefics(kind: str, tokenizer: Any) -> tuple[Any, Any]:
+    more = ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", *more, "<row_1_col_1>"]})
+    name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
+    text = transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer), rms_norm_eps=1e-5)
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text,
+        vision_config=TOWER | {"image_size": 28, "patch_size": 7},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    images = getattr(transformers, f"{name}ImageProcessorPil")(
+        size={"longest_edge": 56}, max_image_size={"longest_edge": 28}
+    )
+    return config, IdeficsProcessor(images, tokenizer)
+
+
+class IdeficsProcessor:
+    """Transformers' own of SmolVLM wants one of videos, too; Idefics 3's makes the same of an image's text."""
+
+    def __init__(self, images: Any, tokenizer: Any) -> None:
+        self.images = images
+        self.tokenizer = tokenizer
+        self.whole = transformers.Idefics3Processor(
+            transformers.Idefics3ImageProcessorPil(), tokenizer, image_seq_len=4
+        )
+        self.whole.image_processor = images
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> Any:
+        return self.whole(text=text, images=None if images is None else [images], return_tensors=return_tensors)
+
+    def save_pretrained(self, directory: Path) -> None:
+        self.images.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+class QwenProcessor:
+    """Transformers' own wants a processor of videos beside it, which needs torchvision; this one does what it does."""
+
+    def __init__(self, images: Any, tokenizer: Any) -> None:
+        self.images = images
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> dict[str, Tensor]:
+        found = {} if images is None else dict(self.images(images=images, return_tensors=return_tensors))
+        prompt = text[0]
+        for grid in found.get("image_grid_thw", ()):
+            prompt = prompt.replace("<|image_pad|>", "<|again|>" * (int(grid.prod()) // self.images.merge_size**2), 1)
+        ids = self.tokenizer(prompt.replace("<|again|>", "<|image_pad|>"), return_tensors=return_tensors)
+        pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        return {**found, **ids, "mm_token_type_ids": (ids["input_ids"] == pad).int()}
+
+    def save_pretrained(self, directory: Path) -> None:
+        self.images.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
