@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.dense import cpu as dense
+from octavo.kernels.dense import integers_cpu as integers
 from octavo.kernels.int4 import cpu as int4
 from octavo.kernels.int8 import cpu as int8
+from octavo.kernels.native.grouped_tile import FLOAT
 
 N, K, GROUP = 1536, 576, 64
 
@@ -41,14 +43,15 @@ def main() -> None:
     scales, weight = torch.rand(N, K // GROUP), torch.randn(N, K).bfloat16()
     packed8, dense16 = int8.pack(codes, scales[:, :1]), dense.pack_bf16(weight)
     packed4 = int4.pack(codes // 16, scales)
-    dense4, dense8 = (dense.pack_int(c, scales, None, b) for c, b in ((codes // 16, 4), (codes, 8)))
+    dense4 = integers.pack(codes // 16, integers.Scales(FLOAT, scales), 4, -8)
+    dense8 = integers.pack(codes, integers.Scales(FLOAT, scales), 8, -128)
     bodies: dict[str, Callable[[Tensor], Tensor]] = {
         "torch bf16": lambda x: F.linear(x, weight),
         "bf16": lambda x: dense.linear(x, dense16),
         "W8A8": lambda x: int8.linear(x, packed8),
         "W4A8": lambda x: int4.linear(x, packed4),
-        "W4A16": lambda x: dense.linear(x, dense4),
-        "W8A16": lambda x: dense.linear(x, dense8),
+        "W4A16": lambda x: integers.linear(x, dense4),
+        "W8A16": lambda x: integers.linear(x, dense8),
     }
     print(f"torch {torch.__version__}, 1 thread, N {N}, K {K}, group {GROUP}; GOP/s (ratio to torch bf16)")
     print(f"{'M':>5s} " + " ".join(f"{name:>14s}" for name in bodies))

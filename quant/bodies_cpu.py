@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from octavo.kernels.gemm.limits import STEP_OF_INTEGERS
 from octavo.kernels.packed_weight import PackedWeight
 from octavo.quant.body import Body, PackOptions, PermutedColumns, dense_of, rounding, scheme_rounding
 from octavo.quant.input_rounding import Round
 from octavo.quant.qparams import QuantizedWeight, Weight
+from octavo.quant.super_blocks import MOST_SIGNED, SUPER, factored
+
+if TYPE_CHECKING:
+    from octavo.kernels.dense.integers_cpu import Scales
 
 
 def int8() -> Body:
@@ -35,21 +40,21 @@ def int4() -> Body:
 
 def integers() -> Body:
     """Integers decoded to bf16 in registers, 2 and 3 bits in int4's layout."""
-    from octavo.kernels.dense import cpu
+    from octavo.kernels.dense import integers_cpu
 
-    return Body(_pack_integers, cpu.linear)
+    return Body(_pack_integers, integers_cpu.linear)
 
 
 def permuted_integers() -> Body:
     """As `integers`, with act-order: x's columns are put into the order of the groups before each product."""
-    from octavo.kernels.dense import cpu
+    from octavo.kernels.dense import integers_cpu
 
     def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
         sorted_, order = weight.sorted_by_group()
         return PermutedColumns(_pack_integers(sorted_, options), order)
 
     def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        return cpu.linear(x[:, packed.order], packed.inner, out_dtype)
+        return integers_cpu.linear(x[:, packed.order], packed.inner, out_dtype)
 
     return Body(pack, run)
 
@@ -104,29 +109,62 @@ def dequantized_float32_rounding() -> Body:
 
 
 def _pack_integers(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001
-    from octavo.kernels.dense import cpu
+    from octavo.kernels.dense import integers_cpu
 
-    bits = 8 if weight.scheme.weight.bits > 4 else 4
-    if not weight.scheme.weight.minima:
-        return cpu.pack_int(weight.codes, weight.scale, weight.zero_point, bits)
-    codes, scale, zero_point = _over_zero_points(weight)
-    least = 8 if bits == 4 else 0
-    return cpu.pack_int(codes - least, scale, zero_point - least, bits)
+    w = weight.scheme.weight
+    size = w.granularity.tile(*weight.shape)[1]
+    bits = max(w.bits, 4)
+    if min(size, weight.shape[1]) % STEP_OF_INTEGERS.get(bits, 1):
+        bits = 8
+    low = 0 if w.minima else -(1 << (bits - 1))
+    return integers_cpu.pack(weight.codes, _scales(weight, size), bits, low)
 
 
-def _over_zero_points(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes from 0 up, scales and zero points, all float32 but the codes, of a weight over minima.
+def _scales(weight: QuantizedWeight, group_size: int) -> Scales:
+    """Scales, and what is to be taken off, in as few bytes as hold them exactly."""
+    from octavo.kernels.dense.integers_cpu import Scales
+    from octavo.kernels.native.grouped_tile import FLOAT, HALF, ZERO
 
-    Where a scale is 0 its group is a constant: codes of 0, a zero point of 1 and the minimum for a scale.
-    """
     scale = weight.scale.float()
-    assert weight.zero_point is not None
     minima = weight.zero_point
-    empty = scale == 0
-    zero_point = torch.where(empty, 1.0, minima / torch.where(empty, 1.0, scale))
-    size = weight.scheme.weight.granularity.tile(*weight.shape)[1]
-    is_constant = empty.repeat_interleave(size, 1)[:, : weight.shape[1]]
-    return weight.codes.masked_fill(is_constant, 0), torch.where(empty, minima, scale), zero_point
+    if minima is not None and not weight.scheme.weight.minima:
+        storage = HALF if _are_halves(scale) else FLOAT
+        return Scales(storage, scale.half() if storage == HALF else scale, minima, minimum_storage=ZERO)
+    found = [scale] if minima is None else [scale, minima.float()]
+    if weight.scheme.weight.scales == "super" and scale.shape[1] % (SUPER // group_size) == 0:
+        in_super_blocks = _in_super_blocks(found, SUPER // group_size)
+        if in_super_blocks is not None:
+            return in_super_blocks
+    storage = HALF if all(map(_are_halves, found)) else FLOAT
+    if storage == HALF:
+        found = [numbers.half() for numbers in found]
+    return Scales(storage, found[0], found[1] if len(found) > 1 else None)
+
+
+def _are_halves(numbers: Tensor) -> bool:
+    """Whether float16 holds them exactly."""
+    return torch.equal(numbers.half().float(), numbers)
+
+
+def _in_super_blocks(values: list[Tensor], groups: int) -> Scales | None:
+    """Scales and minima [N, G] as integers and units; None where they are no such products."""
+    from octavo.kernels.dense.integers_cpu import Scales
+    from octavo.kernels.native.grouped_tile import SUPER as INTEGERS
+
+    whole = []
+    units = []
+    for numbers in values:
+        blocks = numbers.reshape(-1, groups)
+        try:
+            unit, integers = factored(blocks, MOST_SIGNED, 128, likely=(63, -128, 127, 32, 31, 15))
+        except ValueError:
+            return None
+        if not torch.equal(unit * integers, blocks):  # as of NaN
+            return None
+        whole.append(integers.to(torch.int8).reshape(numbers.shape))
+        units.append(unit.half().reshape(len(numbers), -1))
+    minima, minimum_units = (whole[1], units[1]) if len(values) > 1 else (None, None)
+    return Scales(INTEGERS, whole[0], minima, units[0], minimum_units)
 
 
 def _pack_fp4(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001

@@ -20,6 +20,7 @@ from octavo.kernels.gemm.limits import (
     MAX_INT8_COLUMNS_CPU,
     MAX_INT8_COLUMNS_GPU,
     MIN_GROUP,
+    STEP_OF_INTEGERS,
 )
 from octavo.quant import bodies_cpu, bodies_gpu, bodies_torch
 from octavo.quant.input_rounding import dynamic_rounding
@@ -113,22 +114,25 @@ GPU_WEIGHTS = (
 )
 """Decoded in registers, inputs in 16 bits."""
 
-IN_LARGER = {"int6": "in 8 bits ", "int5": "in 8 bits ", "int3": "in 4 bits ", "int2": "in 4 bits "}
 _CPU_INTEGERS = tuple(
     Kernel(
-        f"{dtype} weights {IN_LARGER.get(dtype, '')}x bf16",
+        f"{dtype} weights {f'in {bits} bits ' if bits != BITS[dtype] else ''}x bf16",
         f"{dtype} weights decoded to bf16 in registers",
         "cpu",
         bodies_cpu.integers,
         (dtype,),
         kinds=GROUPS,
-        group_multiple=2 if dtype in BYTES else 8,
+        group_multiple=STEP_OF_INTEGERS[bits],
         whole_groups=True,
         dtypes=(torch.bfloat16,),
         minima=True,
         batch_invariant=True,
     )
-    for dtype in (*BYTES, *FEW_BITS)
+    for dtype, bits in (
+        ("int8", 8),
+        *((dtype, bits) for dtype in ("int6", "int5") for bits in (BITS[dtype], 8)),
+        *((dtype, 4) for dtype in FEW_BITS),
+    )
 )
 _CPU_BF16 = Kernel(
     "bf16 x bf16",

@@ -138,3 +138,40 @@ def _in_signed_super_blocks(values: Tensor, size: int) -> Tensor:
     unit = (blocks.abs().amax(2, keepdim=True) / MOST_SIGNED).half().float().clamp(min=TINY)
     whole = (blocks / unit).round_().clamp_(-MOST_SIGNED, MOST_SIGNED)
     return (torch.where(whole == 0, 1.0, whole) * unit).reshape(values.shape)
+
+
+def factored(values: Tensor, most: int, lowest: int = 0, likely: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Values [n, groups] as a float16 [n, 1] times integers of at most `most`, both float32; the sign of the largest
+    is the float16's where all have it. lowest: how far integers may go below 0 where that is further than `most`.
+    likely: integers of the value furthest from 0 that are tried first, `-lowest` among them.
+
+    Raises ValueError where they are no such products.
+    """
+    peak = values.gather(1, values.abs().argmax(1, keepdim=True))
+    signs = torch.where((values <= 0).all(1, keepdim=True), -1.0, 1.0)
+    unit = torch.zeros_like(peak)
+    whole = torch.zeros_like(values)
+    left = (peak != 0)[:, 0]
+
+    def settle(count: int) -> None:
+        """Where the furthest value may be `count` units, or `-lowest`, take that unit if all of a row are integers."""
+        furthest = peak[left].abs() * signs[left] if count > 0 else peak[left]
+        tried = (furthest / count).half().float()
+        integers = (values[left] / tried).round_()
+        in_range = (integers >= -max(most, -count)) & (integers <= most)
+        exact = (in_range & (integers * tried == values[left])).all(1)
+        rows = left.nonzero()[:, 0][exact]
+        unit[rows] = tried[exact]
+        whole[rows] = integers[exact]
+        left[rows] = False
+
+    for count in (*likely, *range(most, 0, -1), *([-lowest] if lowest else [])):
+        if not bool(left.any()):
+            return unit, whole
+        settle(count)
+    if bool(left.any()):
+        raise ValueError(
+            f"the scales or minima of a super-block are no integers up to {most} times one float16, which is what it "
+            "holds"
+        )
+    return unit, whole

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the codes of ggml's IQ4 blocks stand for. Source: ggml-org/ggml, `src/ggml-common.h`."""
+
 
 def group_of_column(num_columns: int, group_size: int) -> Tensor:
     """[K] int64: which group each column belongs to; the last group may be short."""

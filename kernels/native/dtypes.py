@@ -31,7 +31,7 @@ _BYTES = (4, 2, 2, 1, 1)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _half_to_float(typingctx: Any, bits: Any) -> Any:
+def half_to_float(typingctx: Any, bits: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
@@ -152,7 +152,7 @@ def load_row(address: Any, kind: Any, out: Any, count: Any) -> None:
     elif kind == FP16:
         h = view(address, (count,), np.uint16)
         for i in range(count):
-            out[i] = _half_to_float(h[i])
+            out[i] = half_to_float(h[i])
     elif kind == FP8:
         e = view(address, (count,), np.uint8)
         for i in range(count):

@@ -7,9 +7,14 @@ step of a lane is
   W8    2 columns, 2 signed bytes, converted to bf16 in registers
   W4    8 columns, an int32: code + 8 of column 2p at bits 4p, of column 2p + 1 at bits 16 + 4p. Masked and joined
         with 0x4300 a nibble q is the bf16 number 128 + q exactly; the 136 is taken off by the sums of x.
+  W5    32 columns: four of W4's words, and an int32 with the fifth bits: of columns 8 i + 2p and 8 i + 2p + 1 at bits
+        4i + p and 16 + 4i + p. A code is q + 16, and 144 is taken off.
+  W6    16 columns: two of W4's words, and an int32 with the fifth and sixth bits: of columns 8 i + 2p and 8 i + 2p + 1
+        at bits 8i + 2p and 16 + 8i + 2p. A code is q + 32, and 160 is taken off.
   FLOAT 1 column, float32
   FP4   8 columns, an int32: e2m1 codes in W4's places, looked up by each halfword's five low bits in a table of 16 bf16
         numbers; it stands there twice, so the fifth bit, which is another code's, makes no difference.
+  IQ4   as FP4, of the 16 integers of ggml's IQ4 blocks
   INT4  8 columns, 4 bytes: code + 8 of column p in byte p's low half, of column 4 + p in its high half. Each half of
         a word is four unsigned bytes, as VNNI multiplies them.
 A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
@@ -22,6 +27,7 @@ prefetched from there meanwhile, -1 being all: a tile of many rows spreads the p
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +37,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.gemm import limits
+from octavo.kernels.int4.reference import IQ4_LEVELS
 from octavo.kernels.native import dtypes
 from octavo.kernels.native.llvm import (
     BF16X16,
@@ -53,16 +61,23 @@ from octavo.kernels.native.llvm import (
     sum_lanes,
 )
 
-INT8, BF16, W8, W4, FLOAT, FP4, INT4 = range(7)
-LANES = 16
-STEP_COLUMNS = (4, 2, 2, 8, 1, 8, 8)
-STEP_BYTES = (64, 64, 32, 64, 64, 64, 64)
-_X_BYTES = (4, 4, 4, 16, 4, 16, 8)  # of a row of x in a step
+INT8, BF16, W8, W4, FLOAT, FP4, INT4, W5, W6, IQ4 = range(10)
+LANES = limits.LANES
+STEP_COLUMNS = (4, 2, 2, 8, 1, 8, 8, 32, 16, 8)
+STEP_BYTES = (64, 64, 32, 64, 64, 64, 64, 320, 192, 64)
+WORDS = {W4: 1, W5: 4, W6: 2, IQ4: 1}  # of W4's in a step
+HIGH_BITS = {W5: 1, W6: 2}  # of a code, in a word of their own behind those
+_X_BYTES = (4, 4, 4, 16, 4, 16, 8, 64, 32, 16)  # of a row of x in a step
+_LINE = 64  # bytes of a cache line
 _E2M1 = [0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0]  # 0, 0.5, 1, 1.5, 2, 3, 4 and 6 in bf16
-_E2M1_TABLE = 2 * [*_E2M1, *(0x8000 | number for number in _E2M1)]
+_TABLES = {
+    FP4: 2 * [*_E2M1, *(0x8000 | number for number in _E2M1)],
+    IQ4: 2 * [int.from_bytes(struct.pack(">f", level)[:2]) for level in IQ4_LEVELS],
+}  # of bf16
 
 
-def _at(builder: Any, base: Any, index: Any, step: int) -> Any:
+def at_step(builder: Any, base: Any, index: Any, step: int) -> Any:
+    """base + index * step."""
     return builder.add(base, builder.mul(index, ir.Constant(I64, step)))
 
 
@@ -81,8 +96,10 @@ def dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
     return dot_pairs(builder, total, spread, w)
 
 
-def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
-    """The vectors of one step of a slab, ready for `dot`: one, but four of two columns for W4 and FP4, two for INT4."""
+def _decode(builder: Any, kind: int, address: Any, word: int) -> list[Any]:
+    """The vectors of a word of a step of a slab, ready for `dot`: one, but four of two columns where a word is of
+    nibbles, two for INT4. Only W5 and W6 have several words.
+    """
     if kind == INT8:
         return [_load(builder, address, I32X16)]
     if kind == BF16:
@@ -95,26 +112,37 @@ def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
             codes = _load(builder, builder.add(address, ir.Constant(I64, offset)), ir.VectorType(I8, 16))
             halves.append(builder.sitofp(builder.sext(codes, I32X16), F32X16))
         return [call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, halves[1], halves[0])]
-    word = _load(builder, address, I32X16)
+    nibbles = _load(builder, builder.add(address, ir.Constant(I64, _LINE * word)), I32X16)
     if kind == INT4:
-        high = builder.lshr(word, ir.Constant(I32X16, [4] * 16))
-        return [builder.and_(half, ir.Constant(I32X16, [0x0F0F0F0F] * 16)) for half in (word, high)]
-    if kind == FP4:
-        table = ir.Constant(I16X32, _E2M1_TABLE)
-        places = [builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word for p in range(4)]
-        indices = [builder.bitcast(place, I16X32) for place in places]
+        high = builder.lshr(nibbles, ir.Constant(I32X16, [4] * 16))
+        return [builder.and_(half, ir.Constant(I32X16, [0x0F0F0F0F] * 16)) for half in (nibbles, high)]
+    if kind in _TABLES:
+        table = ir.Constant(I16X32, _TABLES[kind])
+        indices = [builder.bitcast(_shifted(builder, nibbles, -4 * p), I16X32) for p in range(4)]
         found = [call(builder, "llvm.x86.avx512.permvar.hi.512", I16X32, table, index) for index in indices]
         return [builder.bitcast(numbers, BF16X32) for numbers in found]
     pairs = []
     for p in range(4):
-        nibbles = builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word
-        nibbles = builder.and_(nibbles, ir.Constant(I32X16, [0x000F000F] * 16))
-        nibbles = builder.or_(nibbles, ir.Constant(I32X16, [0x43004300] * 16))
-        pairs.append(builder.bitcast(nibbles, BF16X32))
+        codes = builder.and_(_shifted(builder, nibbles, -4 * p), ir.Constant(I32X16, [0x000F000F] * 16))
+        if kind in HIGH_BITS:
+            bits = HIGH_BITS[kind]
+            plane = _load(builder, builder.add(address, ir.Constant(I64, _LINE * WORDS[kind])), I32X16)
+            high = _shifted(builder, plane, 4 - bits * (4 * word + p))
+            mask = (16 << bits) - 16
+            codes = builder.or_(codes, builder.and_(high, ir.Constant(I32X16, [mask << 16 | mask] * 16)))
+        pairs.append(builder.bitcast(builder.or_(codes, ir.Constant(I32X16, [0x43004300] * 16)), BF16X32))
     return pairs
 
 
-class _Tile:
+def _shifted(builder: Any, word: Any, left: int) -> Any:
+    """Words shifted left, or right where that is below 0."""
+    if left == 0:
+        return word
+    amount = ir.Constant(I32X16, [abs(left)] * 16)
+    return builder.shl(word, amount) if left > 0 else builder.lshr(word, amount)
+
+
+class Tile:
     """Emits one tile: addresses of its rows and slabs, accumulators, and the loop over steps."""
 
     def __init__(self, builder: Any, kind: int, rows: int, vectors: int, args: list[Any]) -> None:
@@ -155,16 +183,23 @@ class _Tile:
                 builder.store(ir.Constant(self.vector, [0] * 16) if starts is None else starts[r], total)
         with cgutils.for_range(builder, steps) as loop:
             step = builder.add(first, loop.index)
-            at = [_at(builder, w, step, STEP_BYTES[kind]) for w in self.w]
+            at = [at_step(builder, w, step, STEP_BYTES[kind]) for w in self.w]
             for address, distance in zip(at, ahead, strict=True):
-                prefetch(builder, builder.add(address, distance), 2)
-            weights = [_decode(builder, kind, address) for address in at]
-            for part in range(len(weights[0])):
-                for x, row in zip(self.x, self.totals, strict=True):
-                    at = builder.add(_at(builder, x, step, _X_BYTES[kind]), ir.Constant(I64, 4 * part))
-                    columns = _load(builder, at, I32)
-                    for w, total in zip(weights, row, strict=True):
-                        builder.store(dot(builder, kind, builder.load(total), columns, w[part]), total)
+                for line in range(0, STEP_BYTES[kind], _LINE):
+                    prefetch(builder, builder.add(builder.add(address, distance), ir.Constant(I64, line)), 2)
+            for word in range(WORDS.get(kind, 1)):
+                self._multiply(step, word, [_decode(builder, kind, address, word) for address in at])
+
+    def _multiply(self, step: Any, word: int, weights: list[list[Any]]) -> None:
+        """Add the products of a word of each slab."""
+        builder = self.builder
+        count = len(weights[0])
+        for part in range(count):
+            for x, row in zip(self.x, self.totals, strict=True):
+                offset = ir.Constant(I64, 4 * (count * word + part))
+                columns = _load(builder, builder.add(at_step(builder, x, step, _X_BYTES[self.kind]), offset), I32)
+                for w, total in zip(weights, row, strict=True):
+                    builder.store(dot(builder, self.kind, builder.load(total), columns, w[part]), total)
 
     def total(self, row: int, vector: int) -> Any:
         return self.builder.load(self.totals[row][vector])
@@ -202,7 +237,7 @@ def _to_bf16(builder: Any, value: Any) -> Any:
     return builder.bitcast(rounded, ir.VectorType(I16, 16))
 
 
-def _emit(operands: Any, body: Callable[[Any, list[Any]], None]) -> Any:
+def emit(operands: Any, body: Callable[[Any, list[Any]], None]) -> Any:
     """What an intrinsic of one tuple of int64 returns: its signature and its code, `body` of the tuple's values."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -220,11 +255,11 @@ def make_tile(rows: int, vectors: int, kind: int = BF16) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, operands: Any) -> Any:
         def body(builder: Any, args: list[Any]) -> None:
-            emitted = _Tile(builder, kind, rows, vectors, args[:6])
+            emitted = Tile(builder, kind, rows, vectors, args[:6])
             emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], *args[6:10])
 
-        return _emit(operands, body)
+        return emit(operands, body)
 
     return tile
 
@@ -238,10 +273,10 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, operands: Any) -> Any:
         def body(builder: Any, args: list[Any]) -> None:
-            emitted = _Tile(builder, INT8, rows, vectors, args[:6])
+            emitted = Tile(builder, INT8, rows, vectors, args[:6])
             emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             x_scales, x_sums, scales = args[13:]
-            at = [_at(builder, scales, emitted.slab(v), 64) for v in range(vectors)]
+            at = [at_step(builder, scales, emitted.slab(v), 64) for v in range(vectors)]
             w_scales = [load16(builder, address, -1) for address in at]
 
             def values(r: int) -> list[Any]:
@@ -254,32 +289,13 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
 
             emitted.store(values, *args[6:10])
 
-        return _emit(operands, body)
-
-    return tile
-
-
-def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
-    """For W4 and W8: as make_tile, with (..., part, groups, scales, offsets, sums) at the end:
-
-    out = sum over groups g of scales[g] * (dot over g - offsets[g] * sums[row, g]), with `steps` steps in a group,
-    scales and offsets float32 [N / 16, groups, 16], and sums float32 [M, groups].
-    """
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def tile(typingctx: Any, operands: Any) -> Any:
-        def body(builder: Any, args: list[Any]) -> None:
-            emitted = _Tile(builder, kind, rows, vectors, args[:6])
-            finals = _sum_groups(builder, emitted, *args[10:])
-            emitted.store(lambda r: [builder.load(final) for final in finals[r]], *args[6:10])
-
-        return _emit(operands, body)
+        return emit(operands, body)
 
     return tile
 
 
 def make_scaled_tile(rows: int, vectors: int) -> Any:
-    """For FP4: as make_tile, with (..., part, groups, scales, row_scales, unused) at the end:
+    """For FP4: as make_tile, with (..., part, groups, scales, row_scales) at the end:
 
     out = row_scales * sum over groups g of scales[g] * (dot over g), with `steps` steps in a group, scales bf16
     [N / 16, groups, 16] and row_scales float32 [N / 16, 16].
@@ -288,10 +304,10 @@ def make_scaled_tile(rows: int, vectors: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, operands: Any) -> Any:
         def body(builder: Any, args: list[Any]) -> None:
-            emitted = _Tile(builder, FP4, rows, vectors, args[:6])
-            groups, scales, row_scales = args[13:16]
+            emitted = Tile(builder, FP4, rows, vectors, args[:6])
+            groups, scales, row_scales = args[13:]
             finals = _sum_scaled(emitted, args[10:13], groups, (scales, dtypes.BF16))
-            at = [_at(builder, row_scales, emitted.slab(v), 64) for v in range(vectors)]
+            at = [at_step(builder, row_scales, emitted.slab(v), 64) for v in range(vectors)]
             whole = [load16(builder, address, -1) for address in at]
 
             def values(r: int) -> list[Any]:
@@ -299,7 +315,7 @@ def make_scaled_tile(rows: int, vectors: int) -> Any:
 
             emitted.store(values, *args[6:10])
 
-        return _emit(operands, body)
+        return emit(operands, body)
 
     return tile
 
@@ -314,7 +330,7 @@ def make_int4_tile(rows: int, vectors: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, operands: Any) -> Any:
         def body(builder: Any, args: list[Any]) -> None:
-            emitted = _Tile(builder, INT4, rows, vectors, args[:6])
+            emitted = Tile(builder, INT4, rows, vectors, args[:6])
             groups, scales, starts, x_scales = args[13:]
             finals = _sum_scaled(emitted, args[10:13], groups, (scales, -1), starts)
 
@@ -325,12 +341,12 @@ def make_int4_tile(rows: int, vectors: int) -> Any:
 
             emitted.store(values, *args[6:10])
 
-        return _emit(operands, body)
+        return emit(operands, body)
 
     return tile
 
 
-def _sum_scaled(tile: _Tile, walk: list[Any], groups: Any, scales: tuple[Any, int], starts: Any = None) -> Any:
+def _sum_scaled(tile: Tile, walk: list[Any], groups: Any, scales: tuple[Any, int], starts: Any = None) -> Any:
     """Where the sums over groups of scale * total stand, as `tile.totals`.
 
     walk: (steps, ahead, part); scales: (address, kind) of [N / 16, groups, 16]; starts: address of int32 [M, groups].
@@ -344,44 +360,18 @@ def _sum_scaled(tile: _Tile, walk: list[Any], groups: Any, scales: tuple[Any, in
     for row in finals:
         for final in row:
             builder.store(ir.Constant(F32X16, [0.0] * 16), final)
-    slabs = [_at(builder, address, builder.mul(tile.slab(v), groups), scale_bytes) for v in range(len(tile.w))]
+    slabs = [at_step(builder, address, builder.mul(tile.slab(v), groups), scale_bytes) for v in range(len(tile.w))]
     rows = range(len(tile.x)) if starts is not None else ()
-    firsts = [_at(builder, starts, builder.mul(tile.row(r), groups), 4) for r in rows]
+    firsts = [at_step(builder, starts, builder.mul(tile.row(r), groups), 4) for r in rows]
     with cgutils.for_range(builder, groups) as loop:
-        begun = [broadcast(builder, _load(builder, _at(builder, first, loop.index, 4), I32)) for first in firsts]
+        begun = [broadcast(builder, _load(builder, at_step(builder, first, loop.index, 4), I32)) for first in firsts]
         tile.accumulate(builder.mul(loop.index, steps), steps, distances, begun or None)
         for v, slab in enumerate(slabs):
-            scale = load16(builder, _at(builder, slab, loop.index, scale_bytes), kind)
+            scale = load16(builder, at_step(builder, slab, loop.index, scale_bytes), kind)
             for r, row in enumerate(finals):
                 total = tile.total(r, v)
                 number = total if starts is None else builder.sitofp(total, F32X16)
                 builder.store(multiply_add(builder, scale, number, builder.load(row[v])), row[v])
-    return finals
-
-
-def _sum_groups(
-    builder: Any, tile: _Tile, steps: Any, ahead: Any, part: Any, groups: Any, scales: Any, offsets: Any, sums: Any
-) -> list[list[Any]]:
-    distances = tile.look_ahead(ahead, part)
-    finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
-    for row in finals:
-        for final in row:
-            builder.store(ir.Constant(F32X16, [0.0] * 16), final)
-    with cgutils.for_range(builder, groups) as loop:
-        group = loop.index
-        tile.accumulate(builder.mul(group, steps), steps, distances)
-        parts = []
-        for v in range(len(tile.w)):
-            slab = builder.mul(tile.slab(v), groups)
-            at = _at(builder, ir.Constant(I64, 0), builder.add(slab, group), 64)
-            parts.append([load16(builder, builder.add(base, at), -1) for base in (scales, offsets)])
-        for r, row in enumerate(finals):
-            at = builder.add(builder.mul(tile.row(r), groups), group)
-            total = broadcast(builder, builder.fneg(_load(builder, _at(builder, sums, at, 4), F32)))
-            for v, final in enumerate(row):
-                scale, offset = parts[v]
-                value = multiply_add(builder, total, offset, tile.total(r, v))
-                builder.store(multiply_add(builder, scale, value, builder.load(final)), final)
     return finals
 
 
@@ -395,7 +385,7 @@ def sum_bf16(typingctx: Any, address: Any, vectors: Any) -> Any:
         total = cgutils.alloca_once(builder, F32X16)
         builder.store(ir.Constant(F32X16, [0.0] * 16), total)
         with cgutils.for_range(builder, vectors) as loop:
-            x = builder.bitcast(_load(builder, _at(builder, address, loop.index, 64), I32X16), BF16X32)
+            x = builder.bitcast(_load(builder, at_step(builder, address, loop.index, 64), I32X16), BF16X32)
             builder.store(dot_pairs(builder, builder.load(total), x, ones), total)
         return sum_lanes(builder, builder.load(total))
 

@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from octavo.kernels.native.dtypes import BF16
+from octavo.kernels.native.dtypes import BF16, FP16, INT8
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
@@ -40,7 +40,13 @@ def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
 
 
 def load16(builder: Any, address: Any, kind: int) -> Any:
-    """16 bf16 or float32 numbers at an i64 address, as <16 x float>."""
+    """16 bf16, fp16, int8 or float32 numbers at an i64 address, as <16 x float>."""
+    if kind == INT8:
+        codes = builder.load(builder.inttoptr(address, ir.VectorType(I8, 16).as_pointer()), align=1)
+        return builder.sitofp(builder.sext(codes, I32X16), F32X16)
+    if kind == FP16:
+        half = ir.VectorType(ir.HalfType(), 16)
+        return builder.fpext(builder.load(builder.inttoptr(address, half.as_pointer()), align=2), F32X16)
     if kind == BF16:
         bits = builder.load(builder.inttoptr(address, ir.VectorType(I16, 16).as_pointer()), align=2)
         wide = builder.zext(bits, ir.VectorType(I32, 16))

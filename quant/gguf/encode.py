@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.quant.formats.format import FormatError
+from octavo.quant.super_blocks import MOST_SCALE, MOST_SIGNED, factored
 
 Encoder = Callable[[Tensor, Tensor, Tensor], Tensor]  # of minima that are empty where a block has none
 
@@ -76,7 +77,7 @@ def _q5_k(codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
 
 
 def _q6_k(codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:  # noqa: ARG001
-    unit, whole = factored(scales, 127, lowest=128)
+    unit, whole = _factored(scales, MOST_SIGNED, lowest=128)
     fields = codes + 32
     low = _nibbles(fields & 15, 64)
     return torch.cat([low, _fields(fields >> 4, 32, 2), whole.to(torch.int8).view(torch.uint8), _half(unit)], 1)
@@ -84,8 +85,8 @@ def _q6_k(codes: Tensor, scales: Tensor, minima: Tensor) -> Tensor:  # noqa: ARG
 
 def _k_scales(scales: Tensor, minima: Tensor) -> Tensor:
     """d, dmin and twelve bytes of eight scales and eight minima of 6 bits."""
-    unit, s = factored(scales, 63)
-    least, m = factored(minima, 63)
+    unit, s = _factored(scales, MOST_SCALE)
+    least, m = _factored(minima, MOST_SCALE)
     if bool((s < 0).any()) or bool((m < 0).any()):
         raise FormatError("a scale or minimum has another sign than others of its super-block")
     s = s.to(torch.uint8)
@@ -96,39 +97,11 @@ def _k_scales(scales: Tensor, minima: Tensor) -> Tensor:
     return torch.cat([_half(unit), _half(least), first, second, last], 1)
 
 
-def factored(values: Tensor, most: int, lowest: int = 0) -> tuple[Tensor, Tensor]:
-    """Values [n, groups] as a float16 [n, 1] times integers of at most `most`, both float32; the sign of the largest
-    is the float16's where all have it. lowest: how far integers may go below 0 where that is further than `most`.
-    """
-    peak = values.abs().amax(1, keepdim=True)
-    signs = torch.where((values <= 0).all(1, keepdim=True), -1.0, 1.0)
-    unit = torch.zeros_like(peak)
-    whole = torch.zeros_like(values)
-    left = (peak > 0)[:, 0]
-
-    def settle(tried: Tensor, least: int) -> None:
-        """Take the units [left rows, 1] of which all values of a row are integers from `least` to `most`."""
-        integers = (values[left] / tried).round_()
-        in_range = (integers >= least) & (integers <= most)
-        exact = (in_range & (integers * tried == values[left])).all(1)
-        rows = left.nonzero()[:, 0][exact]
-        unit[rows] = tried[exact]
-        whole[rows] = integers[exact]
-        left[rows] = False
-
-    for count in range(most, 0, -1):
-        if not bool(left.any()):
-            return unit, whole
-        settle((peak[left] / count).half().float() * signs[left], -most)
-    if lowest and bool(left.any()):
-        peaks = values[left].gather(1, values[left].abs().argmax(1, keepdim=True))
-        settle((-peaks / lowest).half().float(), -lowest)
-    if bool(left.any()):
-        raise FormatError(
-            f"the scales or minima of a super-block are no integers up to {most} times one float16, which is what it "
-            "holds"
-        )
-    return unit, whole
+def _factored(values: Tensor, most: int, lowest: int = 0) -> tuple[Tensor, Tensor]:
+    try:
+        return factored(values, most, lowest)
+    except ValueError as e:
+        raise FormatError(str(e)) from None
 
 
 ENCODERS: dict[str, Encoder] = {
