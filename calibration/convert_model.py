@@ -167,15 +167,17 @@ def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> 
 
 
 def _as_held(weight: QuantizedWeight, target: Format) -> QuantizedWeight:
-    """The same numbers as a format has them: in groups of 32 in GGUF files, where alone integers have 5 and 6 bits."""
+    """The same numbers as a format has them: in groups of 32 in GGUF files, where alone integers have 5 and 6 bits, and
+    scales lie in super-blocks.
+    """
     scheme = weight.scheme
     if target == "gguf":
         size = scheme.weight.granularity.group_size
         is_wider = size is not None and size > GGUF_GROUP and size % GGUF_GROUP == 0
         return regroup(weight, GGUF_GROUP) if is_wider and weight.g_idx is None else weight
-    if scheme.weight.dtype not in ("int5", "int6"):
-        return weight
-    return replace(weight, scheme=replace(scheme, weight=replace(scheme.weight, dtype="int8", scales="float")))
+    dtype = "int8" if scheme.weight.dtype in ("int5", "int6") else scheme.weight.dtype
+    scales = "float" if scheme.weight.scales == "super" else scheme.weight.scales
+    return replace(weight, scheme=replace(scheme, weight=replace(scheme.weight, dtype=dtype, scales=scales)))
 
 
 def _formats(found: Mapping[str, _Found], target: Format) -> dict[str, QuantFormat]:

@@ -8,6 +8,7 @@ Q4_1 Q5_1            32 columns, q * d + m; here the minimum is -m
 Q2_K Q4_K Q5_K       256 columns, q * (d * scale) - dmin * minimum, of 16 or (Q4_K, Q5_K) 32 columns
 Q3_K Q6_K            256 columns, q * (d * scale), of 16 columns
 IQ4_NL IQ4_XS        32 and 256 columns, q from a table of 16 integers; IQ4_XS: q * (d * scale) of 32 columns
+IQ1 IQ2 IQ3 TQ       256 columns, integers times scales (`codebook_blocks`)
 MXFP4                32 columns, e2m1 with a power of two
 """
 
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp4.reference import decode_e2m1, e8m0_to_float
-from octavo.quant.scheme import GGUF, WeightScheme, group
+from octavo.kernels.int4.reference import IQ4_LEVELS
+from octavo.quant.gguf import codebook_blocks
+from octavo.quant.gguf.fields import fields, half, nibbles
+from octavo.quant.scheme import GGUF, WeightDtype, WeightScheme, group
 
 TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
@@ -28,7 +32,6 @@ TYPE_NAMES = {
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
-IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 Integers = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -61,61 +64,43 @@ class BlockType:
         return (tiles if minima is None else tiles - minima[:, :, None]).flatten(1)
 
 
-def _half(raw: Tensor) -> Tensor:
-    """[n, 2] uint8 of a float16, to [n, 1] float32."""
-    return raw.contiguous().view(torch.float16).float()
-
-
-def _nibbles(raw: Tensor, run: int) -> Tensor:
-    """[n, bytes] to [n, 2 bytes] uint8: of each run of bytes first all low nibbles, then all high ones."""
-    runs = raw.reshape(len(raw), -1, 1, run)
-    return torch.cat([runs & 15, runs >> 4], dim=2).flatten(1)
-
-
-def _fields(raw: Tensor, run: int, bits: int) -> Tensor:
-    """[n, bytes] to [n, bytes * 8 / bits] uint8: of each run of bytes first all lowest fields, then the next ones."""
-    runs = raw.reshape(len(raw), -1, 1, run)
-    mask = (1 << bits) - 1
-    return torch.cat([(runs >> shift) & mask for shift in range(0, 8, bits)], dim=2).flatten(1)
-
-
 def _fifth_bits(raw: Tensor) -> Tensor:
     """[n, 4] bytes to 16 times their bits, [n, 32] uint8, the lowest first."""
-    return _fields(raw, 1, 1) << 4
+    return fields(raw, 1, 1) << 4
 
 
 def _q4_0(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    return _nibbles(b[:, 2:], 16).to(torch.int8) - 8, _half(b[:, :2]), None
+    return nibbles(b[:, 2:], 16).to(torch.int8) - 8, half(b[:, :2]), None
 
 
 def _q4_1(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _nibbles(b[:, 4:], 16).to(torch.int8), _half(b[:, :2]), -_half(b[:, 2:4])
+    return nibbles(b[:, 4:], 16).to(torch.int8), half(b[:, :2]), -half(b[:, 2:4])
 
 
 def _q5_0(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    return (_nibbles(b[:, 6:], 16) | _fifth_bits(b[:, 2:6])).to(torch.int8) - 16, _half(b[:, :2]), None
+    return (nibbles(b[:, 6:], 16) | _fifth_bits(b[:, 2:6])).to(torch.int8) - 16, half(b[:, :2]), None
 
 
 def _q5_1(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    codes = _nibbles(b[:, 8:], 16) | _fifth_bits(b[:, 4:8])
-    return codes.to(torch.int8), _half(b[:, :2]), -_half(b[:, 2:4])
+    codes = nibbles(b[:, 8:], 16) | _fifth_bits(b[:, 4:8])
+    return codes.to(torch.int8), half(b[:, :2]), -half(b[:, 2:4])
 
 
 def _q8_0(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    return b[:, 2:].contiguous().view(torch.int8), _half(b[:, :2]), None
+    return b[:, 2:].contiguous().view(torch.int8), half(b[:, :2]), None
 
 
 def _q2_k(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scales = (b[:, :16] & 15).float() * _half(b[:, 80:82])
-    minima = (b[:, :16] >> 4).float() * _half(b[:, 82:84])
-    return _fields(b[:, 16:80], 32, 2).to(torch.int8), scales, minima
+    scales = (b[:, :16] & 15).float() * half(b[:, 80:82])
+    minima = (b[:, :16] >> 4).float() * half(b[:, 82:84])
+    return fields(b[:, 16:80], 32, 2).to(torch.int8), scales, minima
 
 
 def _q3_k(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    high = _fields(b[:, :32], 32, 1)  # a bit that is not set takes 4 off
-    codes = _fields(b[:, 32:96], 32, 2).to(torch.int8) - 4 * (1 - high.to(torch.int8))
-    scales = (_nibbles(b[:, 96:104], 8) | (_fields(b[:, 104:108], 4, 2) << 4)).to(torch.int8) - 32
-    return codes, scales.float() * _half(b[:, 108:110]), None
+    high = fields(b[:, :32], 32, 1)  # a bit that is not set takes 4 off
+    codes = fields(b[:, 32:96], 32, 2).to(torch.int8) - 4 * (1 - high.to(torch.int8))
+    scales = (nibbles(b[:, 96:104], 8) | (fields(b[:, 104:108], 4, 2) << 4)).to(torch.int8) - 32
+    return codes, scales.float() * half(b[:, 108:110]), None
 
 
 def _scales_and_minima(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,36 +113,40 @@ def _scales_and_minima(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales, minima = _scales_and_minima(b[:, 4:16])
-    return _nibbles(b[:, 16:], 32).to(torch.int8), scales * _half(b[:, :2]), minima * _half(b[:, 2:4])
+    return nibbles(b[:, 16:], 32).to(torch.int8), scales * half(b[:, :2]), minima * half(b[:, 2:4])
 
 
 def _q5_k(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales, minima = _scales_and_minima(b[:, 4:16])
-    codes = _nibbles(b[:, 48:], 32) | (_fields(b[:, 16:48], 32, 1) << 4)
-    return codes.to(torch.int8), scales * _half(b[:, :2]), minima * _half(b[:, 2:4])
+    codes = nibbles(b[:, 48:], 32) | (fields(b[:, 16:48], 32, 1) << 4)
+    return codes.to(torch.int8), scales * half(b[:, :2]), minima * half(b[:, 2:4])
 
 
 def _q6_k(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    codes = _nibbles(b[:, :128], 64) | (_fields(b[:, 128:192], 32, 2) << 4)
+    codes = nibbles(b[:, :128], 64) | (fields(b[:, 128:192], 32, 2) << 4)
     scales = b[:, 192:208].contiguous().view(torch.int8).float()
-    return codes.to(torch.int8) - 32, scales * _half(b[:, 208:210]), None
+    return codes.to(torch.int8) - 32, scales * half(b[:, 208:210]), None
 
 
-def _of_iq4(nibbles: Tensor) -> Tensor:
-    return torch.tensor(IQ4, dtype=torch.int8)[nibbles.int()]
+def _of_iq4(indices: Tensor) -> Tensor:
+    return torch.tensor(IQ4_LEVELS, dtype=torch.int8)[indices.int()]
 
 
 def _iq4_nl(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    return _of_iq4(_nibbles(b[:, 2:], 16)), _half(b[:, :2]), None
+    return _of_iq4(nibbles(b[:, 2:], 16)), half(b[:, :2]), None
 
 
 def _iq4_xs(b: Tensor) -> tuple[Tensor, Tensor, None]:
-    scales = (_nibbles(b[:, 4:8], 1) | (_fields(b[:, 2:4], 1, 2) << 4)).to(torch.int8) - 32
-    return _of_iq4(_nibbles(b[:, 8:], 16)), scales.float() * _half(b[:, :2]), None
+    scales = (nibbles(b[:, 4:8], 1) | (fields(b[:, 2:4], 1, 2) << 4)).to(torch.int8) - 32
+    return _of_iq4(nibbles(b[:, 8:], 16)), scales.float() * half(b[:, :2]), None
 
 
 def _mxfp4(b: Tensor) -> Tensor:
-    return decode_e2m1(_nibbles(b[:, 1:], 16)).float() * e8m0_to_float(b[:, :1])
+    return decode_e2m1(nibbles(b[:, 1:], 16)).float() * e8m0_to_float(b[:, :1])
+
+
+def _super(dtype: WeightDtype, size: int, minima: bool = False) -> WeightScheme:
+    return WeightScheme(dtype, group(size), not minima, "super", minima)
 
 
 BLOCK_TYPES = {
@@ -169,12 +158,21 @@ BLOCK_TYPES = {
     "Q5_0": BlockType(32, 22, integers=_q5_0, scheme=GGUF["Q5_0"]),
     "Q5_1": BlockType(32, 24, integers=_q5_1, scheme=GGUF["Q5_1"]),
     "Q8_0": BlockType(32, 34, integers=_q8_0, scheme=GGUF["Q8_0"]),
-    "Q2_K": BlockType(256, 84, integers=_q2_k, scheme=WeightScheme("int2", group(16), symmetric=False, minima=True)),
-    "Q3_K": BlockType(256, 110, integers=_q3_k, scheme=WeightScheme("int3", group(16))),
+    "Q2_K": BlockType(256, 84, integers=_q2_k, scheme=_super("int2", 16, minima=True)),
+    "Q3_K": BlockType(256, 110, integers=_q3_k, scheme=_super("int3", 16)),
     "Q4_K": BlockType(256, 144, integers=_q4_k, scheme=GGUF["Q4_K"]),
     "Q5_K": BlockType(256, 176, integers=_q5_k, scheme=GGUF["Q5_K"]),
     "Q6_K": BlockType(256, 210, integers=_q6_k, scheme=GGUF["Q6_K"]),
     "IQ4_NL": BlockType(32, 18, integers=_iq4_nl, scheme=WeightScheme("int8", group(32))),
-    "IQ4_XS": BlockType(256, 136, integers=_iq4_xs, scheme=WeightScheme("int8", group(32))),
+    "IQ4_XS": BlockType(256, 136, integers=_iq4_xs, scheme=_super("int8", 32)),
+    "IQ3_S": BlockType(256, 110, integers=codebook_blocks.iq3_s, scheme=_super("int5", 32)),
+    "IQ3_XXS": BlockType(256, 98, integers=codebook_blocks.iq3_xxs, scheme=_super("int6", 32)),
+    "IQ2_S": BlockType(256, 82, integers=codebook_blocks.iq2_s, scheme=_super("int8", 16)),
+    "IQ2_XS": BlockType(256, 74, integers=codebook_blocks.iq2_xs, scheme=_super("int8", 16)),
+    "IQ2_XXS": BlockType(256, 66, integers=codebook_blocks.iq2_xxs, scheme=_super("int8", 32)),
+    "IQ1_M": BlockType(256, 56, integers=codebook_blocks.iq1_m, scheme=_super("int5", 16)),
+    "IQ1_S": BlockType(256, 50, integers=codebook_blocks.iq1_s, scheme=_super("int5", 32)),
+    "TQ1_0": BlockType(256, 54, integers=codebook_blocks.tq1_0, scheme=WeightScheme("int2", group(256))),
+    "TQ2_0": BlockType(256, 66, integers=codebook_blocks.tq2_0, scheme=WeightScheme("int3", group(256))),
     "MXFP4": BlockType(32, 17, numbers=_mxfp4),
 }

@@ -38,6 +38,40 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+CODEBOOKS = {Kind[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")}
+"""Kinds that the gguf package reads and doesn't write."""
+UNITS = {"TQ1_0": 52, "TQ2_0": 64, "Q2_K": 80, "Q3_K": 108, "Q6_K": 208}
+"""Where d of a block is, unless it is at its begin."""
+
+
+def random_blocks(count: int, kind: Kind, rng: np.random.Generator, size: float = 0.1) -> np.ndarray:
+    """Blocks [count, bytes] of any bits, but for d (and dmin): their numbers have about this root mean square."""
+    raw = rng.integers(0, 256, (count, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    _set_units(raw, kind, 1.0)
+    numbers = gguf.quants.dequantize(raw, kind)
+    _set_units(raw, kind, size / float(np.sqrt((numbers**2).mean())))
+    return raw
+
+
+def _set_units(raw: np.ndarray, kind: Kind, unit: float) -> None:
+    value = np.array([unit], np.float16)
+    if kind == Kind.IQ1_M:  # a nibble in each of its last words
+        for i in range(4):
+            raw[:, 49 + 2 * i] = (raw[:, 49 + 2 * i] & 15) | (((int(value.view(np.uint16)[0]) >> (4 * i)) & 15) << 4)
+        return
+    begin = UNITS.get(kind.name, 0)
+    count = 2 if kind.name in ("Q2_K", "Q4_K", "Q5_K", "Q4_1", "Q5_1") else 1
+    raw[:, begin : begin + 2 * count] = np.tile(value.view(np.uint8), count)
+
+
+def blocks_of(numbers: np.ndarray, kind: Kind) -> np.ndarray:
+    """Numbers [N, K] rounded to blocks; of a codebook any blocks in their place."""
+    if kind not in CODEBOOKS:
+        return gguf.quants.quantize(numbers, kind)
+    count = numbers.size // gguf.GGML_QUANT_SIZES[kind][0]
+    return random_blocks(count, kind, np.random.default_rng(numbers.size)).reshape(len(numbers), -1)
+
+
 def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -> dict[str, Tensor]:
     """Write a model's GGUF with linear layers in blocks of a kind. Returns what its tensors stand for, by HF's names.
 
@@ -64,15 +98,19 @@ def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -
         numbers = tensor.float().numpy()
         is_linear = re.search(r"(_proj|lm_head|\.w[123])\.weight$", name)
         own = kind if is_linear else embedding if "embed" in name else Kind.F32
-        meaning[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(numbers, own), own).copy())
+        rounded = blocks_of(numbers, own)
+        meaning[name] = torch.from_numpy(gguf.quants.dequantize(rounded, own).copy())
         if arch in ROTATED and ("q_proj" in name or "k_proj" in name):
-            numbers = interleaved(numbers, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+            heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            numbers = interleaved(numbers, heads)
+            rounded = interleaved(rounded, heads)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             numbers = numbers + 1
         if match := EXPERT.search(name):
             experts[name_of(name, arch)].append((int(match[2]), numbers))
         else:
-            writer.add_tensor(name_of(name, arch), gguf.quants.quantize(numbers, own), raw_dtype=own)
+            raw = rounded if own in CODEBOOKS else gguf.quants.quantize(numbers, own)
+            writer.add_tensor(name_of(name, arch), raw, raw_dtype=own)
     for name, parts in experts.items():
         stacked = np.stack([numbers for _, numbers in sorted(parts, key=lambda part: part[0])])
         writer.add_tensor(name, gguf.quants.quantize(stacked, kind), raw_dtype=kind)
