@@ -20,11 +20,13 @@ from octavo.quant.split_experts import LAYOUTS
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)(?P<list>layers?)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
-ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$")
+ROUTER = re.compile(
+    r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$|^altup\."
+)
 EXPANSION = re.compile(r"(^|\.)kv_b_proj$")
 """What makes keys and values of latents: engines multiply queries by it, and serve it dequantized."""
 EXPERT = re.compile(r"\.experts\.\d+\.")
-EMBEDDING = re.compile(r"embed|wte|wpe")
+EMBEDDING = re.compile(r"embed(?!.*projection)|wte|wpe")
 MOST_LAYERS = 10_000
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")  # names of the key, the last two of encoders
 FUSED = (

@@ -22,6 +22,7 @@ from octavo.quant.linear import Linear
 from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
+from octavo.runtime.model.altup import AltUpLayer, Streams
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
 from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
@@ -39,18 +40,20 @@ from octavo.runtime.vision.towers import VisionTower
 class Stack:
     """A decoder's modules. The embedding's table is in the type that the model computes in, and on its device.
 
+    streams             divides and joins the residual stream of layers that have one of several parts
     per_layer           makes what layers read beside the residual stream; None: nothing
     final_norm          of the last stage's; of another one it has no weight, and passes the sum on
     first_layer, ranks  see Model
     """
 
     embedding: Embedding | Received
-    layers: list[DecoderLayer]
+    layers: Sequence[DecoderLayer | AltUpLayer]
     final_norm: AddNorm
     head: Head | RankHead | HandedOn | NoHead
     first_layer: int = 0
     ranks: tuple[str, ...] = ()
     per_layer: PerLayerInputs | None = None
+    streams: Streams | None = None
 
 
 class Decoder:
@@ -96,6 +99,7 @@ class Decoder:
         self._axis_of_pairs = torch.tensor(spec.axis_of_pairs, dtype=torch.int64, device=self.device)
         self._embedding = stack.embedding
         self._per_layer = stack.per_layer
+        self._streams = stack.streams
         self._final_norm = stack.final_norm
         behind = [*(layer.enter for layer in stack.layers[1:]), stack.final_norm]
         self._layers = [layer.followed_by(norm) for layer, norm in zip(stack.layers, behind, strict=True)]
@@ -131,6 +135,8 @@ class Decoder:
 
     @torch.inference_mode()
     def normed(self, residual: Tensor) -> Tensor:
+        if self._streams is not None:
+            residual = self._streams.join(residual)
         hidden = self._final_norm.norm(residual)
         assert isinstance(hidden, Tensor)  # as in `hidden`
         return hidden
@@ -166,6 +172,8 @@ class Decoder:
         given: Sequence[Tensor | None] = [None] * len(self._layers)
         if self._per_layer is not None:
             residual, given = self._per_layer.split(residual)
+        if self._streams is not None:
+            residual = self._streams.divide(residual)
         hidden = self._layers[0].enter.norm(residual)
         groups = step.by_group()
         for i, layer in enumerate(self._layers):
@@ -177,6 +185,8 @@ class Decoder:
                 hidden = self._layers[i + 1].enter.norm(residual)
             if tap is not None:
                 tap(i, residual)
+        if self._streams is not None:
+            hidden = self.normed(residual)
         assert isinstance(hidden, Tensor)  # the head's input isn't quantized
         return hidden[step.logits_index] if some_rows and not cuts_early else hidden
 
@@ -221,8 +231,9 @@ class Decoder:
         if self._head.linear is not None:
             linears.append(self._head.linear)
         yield self._embedding.table
-        if self._per_layer is not None:
-            yield from self._per_layer.tensors()
+        for part in (self._per_layer, self._streams):
+            if part is not None:
+                yield from part.tensors()
         for layer in self._layers:
             yield from layer.tensors()
         for linear in linears:
@@ -249,6 +260,6 @@ def _places(spec: DecoderSpec, stack: Stack) -> list[int]:
     return [cached.index(owner) for owner in owners]
 
 
-def _kv_shape(layer: DecoderLayer) -> KVShape:
+def _kv_shape(layer: DecoderLayer | AltUpLayer) -> KVShape:
     shape = layer.attention.shape
     return KVShape(shape.num_kv_heads, shape.head_dim, layer.attention.caches_latents)

@@ -17,6 +17,8 @@ from octavo.runtime.model.names import (
     layer_norms,
     required_modules,
     routers,
+    stream_ends,
+    stream_tensors,
     unread_modules,
 )
 from octavo.runtime.model.sources import CheckpointSource
@@ -39,6 +41,8 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
         source.tensor(f"{prefix}{PER_LAYER_TABLE}.weight", (spec.per_layer.vocab_size, width))
         source.tensor(f"{prefix}{PER_LAYER_PROJECTION}.weight", (width, spec.hidden_size))
         source.tensor(f"{prefix}{PER_LAYER_NORM}.weight", (spec.per_layer.size,))
+    for module in stream_ends(spec, prefix):
+        source.tensor(f"{module}.weight", (spec.hidden_size, spec.hidden_size))
     for index in range(len(spec.layers)):
         _check_block(spec, source, index)
     source.tensor(f"{prefix}norm.weight", (spec.hidden_size,))
@@ -74,6 +78,8 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
         source.tensor(f"{name}.self_attn.sinks", (spec.num_heads,))
     if spec.has_layer_scalars:
         source.tensor(f"{name}.layer_scalar", (1,))
+    for tensor, shape in stream_tensors(spec).items():
+        source.tensor(f"{name}.{tensor}", shape)
     for norm in layer_norms(spec, index):
         source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))
     for norm, size in attention_norms(spec, index).items():

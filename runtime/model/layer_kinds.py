@@ -102,6 +102,23 @@ def inner_sizes(settings: Config, row: Architecture, sources: list[int | None]) 
     return [2 * inner if widened and source is not None else inner for source in sources]
 
 
+def sparsities_of(settings: Config, row: Architecture) -> list[float]:
+    """Of each layer, the share of gates that its MLP's activation leaves out; 0: none."""
+    count: int = settings["num_hidden_layers"]
+    if "activation_sparsity_pattern" not in row.reads:
+        return [0.0] * count
+    given = settings["activation_sparsity_pattern"]
+    if given is None:
+        sparse = 10 if count > 10 else 0
+        return [0.95] * sparse + [0.0] * (count - sparse)
+    if len(given) != count or not all(0 <= share < 1 for share in given):
+        raise ModelConfigError(
+            f"config.json: activation_sparsity_pattern {given} isn't a share from 0 to below 1 for each of {count} "
+            "layers"
+        )
+    return [float(share) for share in given]
+
+
 class LayerRopes:
     """The rope of each kind of layer. Transformers 5 has rope_parameters; 4 has rope_scaling."""
 

@@ -342,8 +342,12 @@ class PerLayerGate:
     ) -> tuple[Tensor, Tensor]:
         """The MLP's output and the residual stream [T, H], input [T, P] -> what is to be added next, and its sum."""
         x, residual = self.enter.forward(hidden, residual)
+        return self.through(x, given, step), residual
+
+    def through(self, x: Hidden, given: Tensor, step: StepInputs | None) -> Tensor:
+        """x [T, H], what is added next."""
         both = torch.cat([self.gate.forward(x, step), given], dim=1)
-        return self.projection.partial(self.act(both, None), step), residual
+        return self.projection.partial(self.act(both, None), step)
 
     def linears(self) -> dict[str, Linear]:
         return {"per_layer_gate": self.gate, "per_layer_projection": self.projection}

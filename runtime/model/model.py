@@ -25,8 +25,9 @@ KVScales = list[tuple[Tensor | None, Tensor]]
 """Of each layer with a cache: of keys and of values, [num_kv_heads] float32. Keys without a scale stay in the computing
 type."""
 Tap = Callable[[int, Tensor], None]
-"""Called after each layer with its number and the residual stream [num_tokens, hidden_size], for whoever reads it. Of
-the last layer, the rows of logits_index alone, where those are fewer, but for models with taps_all_rows."""
+"""Called after each layer with its number and the residual stream [num_tokens, hidden_size], or all parts of it in a
+row, for whoever reads it. Of the last layer, the rows of logits_index alone, where those are fewer, but for models with
+taps_all_rows."""
 
 
 class KVShape(NamedTuple):

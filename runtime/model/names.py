@@ -21,6 +21,7 @@ PER_LAYER_NORM = "per_layer_projection_norm"
 BEFORE_EXPERTS = "pre_feedforward_layernorm_2"
 BESIDE_NORMS = ("post_feedforward_layernorm_1", BEFORE_EXPERTS, "post_feedforward_layernorm_2")
 """Of a layer with experts beside a dense MLP: after the MLP, before and after the experts."""
+STREAM_ENDS = ("altup_projections", "altup_unembed_projections")
 AFTER_PER_LAYER = "post_per_layer_input_norm"  # of each layer
 NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -72,7 +73,7 @@ def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[
     layer = f"{prefix}layers.{index}"
     mixer = spec.layers[index].mixer
     attention = _latent(spec, mixer, layer) if isinstance(mixer, LatentSpec) else _attention(spec, mixer, layer)
-    return attention | _mlp(spec, index, layer, has) | _per_layer(spec, layer)
+    return attention | _mlp(spec, index, layer, has) | _per_layer(spec, layer) | _laurel(spec, layer)
 
 
 def _attention(spec: DecoderSpec, mixer: AttentionSpec, layer: str) -> dict[str, LinearParts]:
@@ -142,6 +143,39 @@ def _per_layer(spec: DecoderSpec, layer: str) -> dict[str, LinearParts]:
     }
 
 
+def _laurel(spec: DecoderSpec, layer: str) -> dict[str, LinearParts]:
+    """The low-rank layer beside attention."""
+    if spec.streams is None:
+        return {}
+    rank = spec.streams.laurel_rank
+    return {
+        "laurel_left": LinearParts({f"{layer}.laurel.linear_left": rank}, spec.hidden_size),
+        "laurel_right": LinearParts({f"{layer}.laurel.linear_right": spec.hidden_size}, rank),
+    }
+
+
+def stream_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """What else a layer has whose residual stream has parts: names in the layer, and shapes."""
+    if spec.streams is None:
+        return {}
+    count = spec.streams.count
+    hidden = spec.hidden_size
+    return {
+        "altup.router_norm.weight": (hidden,),
+        "altup.modality_router.weight": (count, hidden),
+        "altup.prediction_coefs.weight": (count * count, count),
+        "altup.correction_coefs.weight": (count, count),
+        "altup.correct_output_scale": (hidden,),
+        "laurel.post_laurel_norm.weight": (hidden,),
+    }
+
+
+def stream_ends(spec: DecoderSpec, prefix: str) -> list[str]:
+    """Linear modules [H] -> [H] before the first layer and behind the last, of each part but the first."""
+    count = 0 if spec.streams is None else spec.streams.count - 1
+    return [f"{prefix}{kind}.{i}" for kind in STREAM_ENDS for i in range(count)]
+
+
 def layer_norms(spec: DecoderSpec, index: int) -> list[str]:
     """Norms of a layer over the hidden state."""
     norms = [norm for norm in NORMS[spec.norms] if norm is not None]
@@ -202,7 +236,9 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
     names = [f"{prefix}embed_tokens"]
     if spec.per_layer is not None:
         names += [f"{prefix}{name}" for name in (PER_LAYER_TABLE, PER_LAYER_PROJECTION, PER_LAYER_NORM)]
+    names += stream_ends(spec, prefix)
     for i in range(len(spec.layers)):
+        names += [f"{prefix}layers.{i}.{name.rpartition('.')[0]}" for name in stream_tensors(spec)]
         names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
         names += [] if (expanded := expansion(spec, i, prefix)) is None else expanded.modules
         names += [f"{prefix}layers.{i}.self_attn.{norm}" for norm in attention_norms(spec, i)]

@@ -23,6 +23,7 @@ from octavo.runtime.model.layer_kinds import (
     inner_sizes,
     sliding_layers,
     sources_of,
+    sparsities_of,
     window_of,
 )
 from octavo.runtime.model.rope import RopeError, RopeSpec, yarn_magnitude
@@ -115,11 +116,13 @@ class LayerSpec:
 
     intermediate_size  of a dense MLP
     sparse  the MLP is a choice of experts, DecoderSpec.moe
+    sparsity  the share of gates that a dense MLP's activation leaves out
     """
 
     mixer: Mixer
     intermediate_size: int
     sparse: bool = False
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,26 @@ class PerLayerSpec:
 
 
 @dataclass(frozen=True)
+class StreamSpec:
+    """A residual stream of several parts (runtime/model/altup.py).
+
+    active  the part that layers compute
+    scales_corrected  it is multiplied by numbers of the layer before it goes through the layer's own input
+    laurel_rank  of the linear layers beside attention
+    """
+
+    count: int
+    active: int
+    scales_corrected: bool
+    laurel_rank: int
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """A decoder-only transformer with RMSNorm and a gated MLP.
 
     norms, qk_norm, norms_values, has_layer_scalars  as in `Architecture`
+    streams              the parts of the residual stream; None: it has one
     per_layer            what layers read of tokens besides; None: nothing
     norm_offset          added to each norm's stored weight (Gemma stores w, applies 1 + w)
     attention_scale      what q . k is multiplied by
@@ -176,6 +195,7 @@ class DecoderSpec:
     norms_values: bool = False
     has_layer_scalars: bool = False
     per_layer: PerLayerSpec | None = None
+    streams: StreamSpec | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -271,6 +291,7 @@ class DecoderSpec:
             norms_values=row.norms_values,
             has_layer_scalars=row.has_layer_scalars,
             per_layer=_per_layer(settings, row),
+            streams=_streams(settings, row),
             qkv_bias=_bias(settings, row.qkv_bias),
             o_bias=_bias(settings, row.o_bias),
             mlp_bias=_bias(settings, row.mlp_bias),
@@ -370,6 +391,16 @@ def _per_layer(settings: Config, row: Architecture) -> PerLayerSpec | None:
     return PerLayerSpec(size, settings["vocab_size_per_layer_input"]) if size else None
 
 
+def _streams(settings: Config, row: Architecture) -> StreamSpec | None:
+    if not row.has_streams:
+        return None
+    count = settings["altup_num_inputs"]
+    active = settings["altup_active_idx"]
+    if active >= count:
+        raise ModelConfigError(f"config.json: altup_active_idx {active} is none of altup_num_inputs {count} parts")
+    return StreamSpec(count, active, settings["altup_correct_scale"], settings["laurel_rank"])
+
+
 def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str, Any]:
     scale = head_dim**-0.5
     if row.latent:
@@ -414,6 +445,7 @@ def _layers(
     sources = sources_of(settings, row, sliding)
     inner = inner_sizes(settings, row, sources)
     sparse = sparse_layers(settings, moe, row)
+    sparsities = sparsities_of(settings, row)
     layers = []
     mixer: Mixer
     try:
@@ -436,7 +468,7 @@ def _layers(
                     values_are_keys=not sliding[i] and bool(settings.get("attention_k_eq_v")),
                     source=sources[i],
                 )
-            layers.append(LayerSpec(mixer, inner[i], sparse[i]))
+            layers.append(LayerSpec(mixer, inner[i], sparse[i], sparsities[i]))
     except RopeError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     return tuple(layers)

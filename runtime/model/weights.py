@@ -6,7 +6,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ from octavo.quant.scheme import HEAD_INT8
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.adapter_modules import ModelModules
+from octavo.runtime.model.altup import AltUpLayer, sparse_activation
+from octavo.runtime.model.altup_weights import read_altup, read_streams
 from octavo.runtime.model.at_load import quantized_at_load
 from octavo.runtime.model.attention_weights import AttentionReader
 from octavo.runtime.model.decoder import Decoder, Stack
@@ -44,7 +46,6 @@ from octavo.runtime.model.layers import (
     Head,
     LatentAttention,
     Mlp,
-    PerLayerGate,
 )
 from octavo.runtime.model.mixture_weights import Mixture, Parts
 from octavo.runtime.model.model import KVScales, Model
@@ -52,9 +53,6 @@ from octavo.runtime.model.moe import MoeMlp
 from octavo.runtime.model.names import (
     AFTER_PER_LAYER,
     NORMS,
-    PER_LAYER_NORM,
-    PER_LAYER_PROJECTION,
-    PER_LAYER_TABLE,
     LinearParts,
     head_name,
     layer_linears,
@@ -62,7 +60,7 @@ from octavo.runtime.model.names import (
     unread_modules,
 )
 from octavo.runtime.model.operators import GatedActivation, Ops
-from octavo.runtime.model.per_layer import PerLayerInputs
+from octavo.runtime.model.per_layer_weights import read_gate, read_inputs
 from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_pooler, with_longest
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
@@ -259,12 +257,13 @@ class DecoderBuilder:
         table = self._token_table()
         stack = Stack(
             self.embedding(table) if stage.is_first else Received(stage, table),
-            list(self._layers(range(*stage.layers), on_layer)),
+            self._layers(range(*stage.layers), on_layer),
             self.final_norm() if stage.is_last else self._add_norm(None),
             self._end(table),
             first_layer=stage.layers[0],
             ranks=self._ranks,
-            per_layer=self.per_layer(),
+            per_layer=read_inputs(self),
+            streams=None if self.spec.streams is None else read_streams(self, self.spec.streams),
         )
         decoder = Decoder(
             self.spec,
@@ -286,11 +285,16 @@ class DecoderBuilder:
             return NoHead()
         return self.head(table) if self.stage.is_last else HandedOn(self.stage)
 
-    def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[DecoderLayer]:
+    def _layers(self, indices: range, on_layer: OnLayer) -> list[DecoderLayer] | list[AltUpLayer]:
         on_layer(0, len(indices))
+        layers = []
+        around = []
         for loaded, index in enumerate(indices, start=1):
-            yield self.layer(index)
+            layers.append(self.layer(index))
+            if self.spec.streams is not None:
+                around.append(read_altup(self, self.spec.streams, index, layers[-1]))
             on_layer(loaded, len(indices))
+        return around or layers
 
     def _token_table(self) -> Tensor:
         """This rank's rows of the embedding [vocab, hidden]; no rows in a stage that has no use for them."""
@@ -307,25 +311,6 @@ class DecoderBuilder:
         if self.spec.round_embedding_scale:  # Gemma's is a tensor of its type: 55.4256, sqrt(3072), is 55.5 in bf16
             scale = float(torch.tensor(scale).to(self.dtype))
         return Embedding(self.ops, table, scale)
-
-    def per_layer(self) -> PerLayerInputs | None:
-        """What makes the inputs of layers that have some."""
-        spec = self.spec
-        if spec.per_layer is None:
-            return None
-        prefix = self.source.prefix
-        size = spec.per_layer.size
-        width = len(spec.layers) * size
-        table = self.source.tensor(f"{prefix}{PER_LAYER_TABLE}.weight", (spec.per_layer.vocab_size, width))
-        table = table.to(self.device, self.dtype, copy=True)
-        projection = self.source.linear(f"{prefix}{PER_LAYER_PROJECTION}", width, spec.hidden_size)
-        return PerLayerInputs(
-            self.ops,
-            spec.norm_eps,
-            Embedding(self.ops, table, float(torch.tensor(size**0.5).to(self.dtype))),
-            self.linear([projection], [None]),
-            self.norm_weight(f"{prefix}{PER_LAYER_NORM}", size),
-        )
 
     def final_norm(self) -> AddNorm:
         return self.norm(f"{self.source.prefix}norm", self.spec.hidden_size)
@@ -358,7 +343,7 @@ class DecoderBuilder:
         )
         gate = None
         if spec.per_layer is not None:
-            gate = self._gate(parts, after_mlp)
+            gate = read_gate(self, parts, self._add_norm(None, after=after_mlp), self.act)
             after_mlp = self.norm_weight(f"{name}.{AFTER_PER_LAYER}", spec.hidden_size)
         leave = self._add_norm(None, after=after_mlp)
         if spec.has_layer_scalars:
@@ -375,12 +360,6 @@ class DecoderBuilder:
             gate=gate,
         )
 
-    def _gate(self, parts: dict[str, LinearParts], after_mlp: Tensor | None) -> PerLayerGate:
-        """Of a layer with inputs of its own."""
-        gate = self.linear(*self.read(parts["per_layer_gate"]))
-        projection = self.linear(*self.read(parts["per_layer_projection"]))
-        return PerLayerGate(self._add_norm(None, after=after_mlp), gate, projection, self.act)
-
     def _add_norm(
         self, weight: Tensor | None, *, after: Tensor | None = None, input_quant: ActivationQuant | None = None
     ) -> AddNorm:
@@ -388,7 +367,9 @@ class DecoderBuilder:
 
     def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
         if self.spec.moe is None or not self.spec.layers[index].sparse:
-            return self.gated(*self.read_gated(parts, ""))
+            mlp = self.gated(*self.read_gated(parts, ""))
+            sparsity = self.spec.layers[index].sparsity
+            return replace(mlp, act=sparse_activation(self.act, sparsity)) if sparsity else mlp
         mixture = Mixture(self, self.spec.moe, index)
         experts = mixture.read(parts, stacks_experts=self.stacks_experts)
         if not self.spec.moe.beside_mlp:

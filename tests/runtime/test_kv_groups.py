@@ -26,7 +26,7 @@ from octavo.runtime.worker.worker import Worker
 
 pytestmark = pytest.mark.long
 
-WINDOWED = ["mistral", "qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe"]
+WINDOWED = ["mistral", "qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe", "gemma3n_text"]
 GEMMA3 = [512 if layer % 6 != 5 else None for layer in range(18)]  # of the 270M
 
 

@@ -35,8 +35,8 @@ FAMILIES = [
     "granite",
     "smollm3",
     "olmo2",
-    "gemma4_text",
-    "gemma4_text-small",
+    "gemma3n_text",
+    *GEMMA4,
 ]
 VOCAB = 96
 

@@ -130,6 +130,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "global_head_dim": 40}
         | {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96},
     ),
+    "gemma3n_text": (
+        "Gemma3n",
+        {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "head_dim": 24}
+        | {"sliding_window": 6, "num_kv_shared_layers": 3, "intermediate_size": [96, 80, 96, 64, 96, 96]}
+        | {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 80, "laurel_rank": 8}
+        | {"altup_num_inputs": 3, "altup_active_idx": 1, "activation_sparsity_pattern": [0.6, 0.3] + [0.0] * 4}
+        | {"final_logit_softcapping": 3.0, "attention_bias": True, "rope_local_base_freq": 50.0}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
     "granite": (
         "Granite",
         {"embedding_multiplier": 12.0, "logits_scaling": 0.25, "residual_multiplier": 0.22}
@@ -219,7 +228,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-READS_MORE = ("gemma4_text-small",)
+READS_MORE = ("gemma4_text-small", "gemma3n_text")
 """Cases whose layers read more than the residual stream and their own cache."""
 
 

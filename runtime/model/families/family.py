@@ -141,6 +141,7 @@ class Architecture:
     attention_scale  what q . k is multiplied by; None: what the head's size or a config key says
     norms_values  values are normed over each head, without a weight
     has_layer_scalars  a layer's output, with the residual stream, is multiplied by its `layer_scalar`
+    has_streams  the residual stream has several parts, and a low-rank layer stands beside attention
     blocks_alike  no config key makes linear layers of some blocks other ones, experts aside
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
@@ -190,6 +191,7 @@ class Architecture:
     attention_scale: float | None = None
     norms_values: bool = False
     has_layer_scalars: bool = False
+    has_streams: bool = False
     blocks_alike: bool = True
     fused: bool = False
     latent: bool = False

@@ -25,7 +25,9 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 # read such a key refuses every other value: transformers would ignore it, or another implementation would not.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
+        "activation_sparsity_pattern": (None,),
         "alibi": (None, False),
+        "altup_num_inputs": (None,),
         "attention_bias": (None, False),
         "attention_chunk_size": (None,),
         "attention_k_eq_v": (None, False),
@@ -42,6 +44,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "hidden_size_per_layer_input": (None, 0),
         "is_causal": (None, True),
         "kv_lora_rank": (None,),
+        "laurel_rank": (None,),
         "layer_types": (None,),
         "logit_scale": (None, 1),
         "logits_scaling": (None, 1),
@@ -91,6 +94,8 @@ HARMLESS = frozenset(
         "_model_name_or_path",
         "_name_or_path",
         "_sliding_window_pattern",
+        "altup_coef_clip",
+        "altup_lr_multiplier",
         "architectures",
         "attention_dropout",
         "aux_loss_alpha",

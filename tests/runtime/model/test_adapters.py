@@ -65,6 +65,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"target_modules": ["q_proj", "kv_a_proj_with_mqa", "o_proj"]},
     "deepseek_v3": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"], "use_dora": True},
     "gpt_oss": {"target_modules": list(ATTENTION)},
+    "gemma3n_text": {"target_modules": r".*\.([qkvo]_proj|up_proj|per_layer_projection|linear_(left|right))"},
     "gemma4_text": {"target_modules": r".*\.([qko]|gate|up|down)_proj"},
     "gemma4_text-small": {"target_modules": r".*\.([qkvo]_proj|down_proj|per_layer_input_gate|per_layer_projection)"},
 }

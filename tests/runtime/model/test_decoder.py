@@ -120,6 +120,9 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "norm of values": ("gemma4_text", changed(norms_values=False)),
     "pairs that turn": ("gemma4_text", rope_changed(turning_pairs=12)),
     "scales of experts' weights": ("gemma4_text-moe", routing_changed(normalize=False)),
+    "gates that are left out": ("gemma3n_text", lambda spec: without_sparsity(spec)),
+    "the part that layers compute": ("gemma3n_text", lambda spec: streams_changed(spec, active=0)),
+    "numbers of the active part": ("gemma3n_text", lambda spec: streams_changed(spec, scales_corrected=False)),
     "whose cache is read": ("gemma4_text-small", lambda spec: source_shifted(spec)),
 }
 
@@ -147,6 +150,15 @@ def source_shifted(spec: DecoderSpec) -> DecoderSpec:
     """Layers with a window that read another one's cache with that of the first layer."""
     mixers = [layer.mixer for layer in spec.layers]
     return with_mixers(spec, [dataclasses.replace(x, source=0) if x.window and x.source else x for x in mixers])
+
+
+def without_sparsity(spec: DecoderSpec) -> DecoderSpec:
+    return dataclasses.replace(spec, layers=tuple(dataclasses.replace(x, sparsity=0.0) for x in spec.layers))
+
+
+def streams_changed(spec: DecoderSpec, **fields: Any) -> DecoderSpec:
+    assert spec.streams is not None
+    return dataclasses.replace(spec, streams=dataclasses.replace(spec.streams, **fields))
 
 
 def with_mixers(spec: DecoderSpec, mixers: list[Mixer]) -> DecoderSpec:

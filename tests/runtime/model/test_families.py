@@ -97,7 +97,8 @@ def test_a_quantized_one_computes_with_the_numbers_of_its_files(
         weight = quantized.linear(module) if is_linear else quantized.tensor(tensor)
         changed += isinstance(weight, QuantizedWeight)
         tensors[tensor] = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.clone()
-    ends = ("proj.weight", "per_layer_input_gate.weight", "per_layer_projection.weight")
+    own = ("per_layer_input_gate", "per_layer_projection", "linear_left", "linear_right")
+    ends = ("proj.weight", *(f"{name}.weight" for name in own))
     assert changed == sum(tensor.endswith(ends) and "router" not in tensor for tensor in original.names)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -224,6 +225,23 @@ def test_the_text_part_of_a_gemma_4_is_served(tmp_path: Path) -> None:
     load_model(EngineConfig(model=str(tmp_path / "quantized"), dtype="float32"))
 
 
+def test_the_text_part_of_a_gemma_3n_is_served(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """By the names of the Hub's files, without what sees and hears."""
+    written = json.loads((checkpoints["gemma3n_text"] / "config.json").read_text())
+    stored = load_file(checkpoints["gemma3n_text"] / "model.safetensors")
+    tensors = {name.replace("model.", "model.language_model.", 1): x for name, x in stored.items()}
+    tensors |= {"model.audio_tower.a.weight": torch.ones(1), "model.embed_vision.b.weight": torch.ones(1)}
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": written}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    model, whole = (
+        load_model(EngineConfig(model=str(path), dtype="float32")) for path in (tmp_path, checkpoints["gemma3n_text"])
+    )
+    assert "the vision and audio towers are not loaded: text only" in model.notes
+    ours, theirs = (torch.cat(scattered_logits(each, PROMPTS)) for each in (model, whole))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_layers_that_read_the_cache_of_others_take_none_of_its_memory(
     checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,6 +286,7 @@ def test_calibration_block_by_block_is_refused_where_blocks_read_more(name: str,
 GPU_LACKS = {
     "gpt_oss": "attention with sinks",
     "llama4_text": "attention in chunks",
+    "gemma3n_text": "attention with normed values",
     "gemma4_text": "attention with normed values",
 }
 

@@ -45,12 +45,14 @@ def test_a_family_is_found_by_its_file_and_claims_what_no_other_does() -> None:
 def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str) -> None:
     """With a value that such a key has somewhere: by each architecture that doesn't read it."""
     lists = {"layer_types": ["sliding_attention"] * 4, "no_rope_layers": [1, 0, 1, 0], "mlp_only_layers": [1]}
+    lists["activation_sparsity_pattern"] = [0.5] * 4
     flag = key == "norm_topk_prob" or any(value is False for value in NEUTRAL[key])
     words = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "per_layer_config": {"1": {"head_dim": 8}}}
     value = (lists | words).get(key, True if flag else 3)
     for name, row in ARCHITECTURES.items():
         if key not in row.reads:
-            sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"]}  # what attention over latents has
+            # what attention over latents has, and fewer layers than Gemma 3n has that read others' caches
+            sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"], "num_kv_shared_layers": 0}
             DecoderSpec.from_hf(sizes | {"model_type": name, key: None})
             with pytest.raises(UnsupportedModelError, match=f"{name}: {key} = .*--model-impl hf"):
                 DecoderSpec.from_hf(sizes | {"model_type": name, key: value})
