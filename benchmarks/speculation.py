@@ -2,8 +2,9 @@
 
     python benchmarks/speculation.py MODEL [--streams 1,8,32] [--tokens 256] [--rounds 5] [--config '{"method": ...}']
 
-One process has the model; two engines take turns on it, each with an empty prefix cache, and each pair of runs gets the
-same requests. A ratio is that of one pair; the table has the median of them, the lowest and the highest. Tasks:
+One process has the model; two engines take turns on it, each with an empty prefix cache. A round runs the same requests
+twice on each, the first engine first and last, since what runs first is slower, and what the machine does in between
+falls on both. A ratio is that of one round; the table has the median of them, the lowest and the highest. Tasks:
 
     rewrite     "rewrite this code", of functions of Python's standard library
     extract     JSON out of records in a text
@@ -118,14 +119,18 @@ Pair = tuple[float, float, float]  # tokens/s without, with, and the share of dr
 def pairs(
     engine: Engine, plain: Engine, task: Task, text: ModelText, streams: int, arguments: argparse.Namespace
 ) -> list[Pair]:
+    """One a round."""
     found: list[Pair] = []
     for number in range(-1, arguments.rounds):  # the first one is not counted
         rng = random.Random(1000 * streams + number)
         work = [task(text, rng, arguments.tokens) for _ in range(streams)]
-        order = [plain, engine] if number % 2 else [engine, plain]
-        rates = {it: rate(it, [named(asked, i) for i, asked in enumerate(work)]) for it in order}
+        order = [plain, engine, engine, plain] if number % 2 else [engine, plain, plain, engine]
+        rates: dict[Engine, list[tuple[float, float]]] = {plain: [], engine: []}
+        for it in order:
+            rates[it].append(rate(it, [named(asked, i) for i, asked in enumerate(work)]))
         if number >= 0:
-            found.append((rates[plain][0], *rates[engine]))
+            base, speculating = (statistics.harmonic_mean(speed for speed, _ in rates[it]) for it in (plain, engine))
+            found.append((base, speculating, statistics.mean(right for _, right in rates[engine])))
     return found
 
 
