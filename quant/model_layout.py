@@ -39,11 +39,18 @@ class ModelLayout:
                   in the same order of bytes; None: a fused tensor is left as it is
     blocks_alike  each decoder block has the same linear layers, so that one which a block lacks was lost
     is_encoder    its blocks are those of an encoder, which in other models is another tower
+    has_encoder   its blocks are those of a decoder and of the encoder before it, numbered alike
     """
 
     experts: ExpertNames | None = None
     blocks_alike: bool = False
     is_encoder: bool = False
+    has_encoder: bool = False
+
+    @property
+    def is_decoder(self) -> bool:
+        """Its blocks are a decoder's alone, which calibration can run on text."""
+        return not (self.is_encoder or self.has_encoder)
 
 
 UNKNOWN = ModelLayout()

@@ -97,7 +97,8 @@ class Engine:
         """Accept a request, or some of its answers; returns the outputs that say why not."""
         wanted = request.request_ids if request_ids is None else request_ids
         pooler = self.worker.model.pooler
-        problem = problem_of(request, self.worker.model.vocab_size, () if pooler is None else pooler.tasks)
+        tasks = () if pooler is None else pooler.tasks
+        problem = problem_of(request, self.worker.model.vocab_size, tasks, self.worker.model.source)
         if problem is None and request.images:
             tower = self.worker.model.tower
             problem = NO_IMAGES if tower is None else tower.problem_of(request.token_ids, request.images)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from octavo.runtime.speech_messages import SourceShape, SpeechRules
 from octavo.runtime.vision.recipes import PromptImage, VisionModel
 
 FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
@@ -84,6 +85,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     allowed_token_ids: nothing else may be sampled.
     forbidden: sequences of tokens that the answer may not contain (bad_words).
     constraint: what the answer must look like. It ends with "stop" where its grammar allows nothing more.
+    speech: rules of a speech model; None: there are none.
     """
 
     max_tokens: int
@@ -106,6 +108,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprob_token_ids: tuple[int, ...] = ()
     repetition: RepetitionDetection | None = None
+    speech: SpeechRules | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -120,6 +123,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             or self.allowed_token_ids is not None
             or self.constraint is not None
             or bool(self.forbidden)
+            or self.speech is not None
             or (self.min_tokens > 0 and bool(self.stop_token_ids))
         )
 
@@ -164,6 +168,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     adapter: the digest of a LoadAdapter that came before; empty: the model alone.
     pooling: what is wanted instead of an answer; None: an answer.
     images: of the prompt, in their order.
+    features: what an encoder reads (SourceShape), float32, little-endian; such a request has one answer.
     """
 
     request_id: str
@@ -178,6 +183,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     adapter: str = ""
     pooling: PoolingParams | None = None
     images: tuple[PromptImage, ...] = ()
+    features: bytes = b""
 
     @property
     def prompt_length(self) -> int:
@@ -450,7 +456,8 @@ class PooledModel(msgspec.Struct, frozen=True):
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Sent once, when the engine can serve. `report` is what the start-up table prints.
 
-    pooled: None: it generates. vision: None: it reads text alone.
+    pooled: None: it generates. vision: None: it reads text alone. source: what requests bring beside a prompt for an
+    encoder; None: nothing.
     """
 
     max_model_len: int
@@ -460,6 +467,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     report: StartupReport
     pooled: PooledModel | None = None
     vision: VisionModel | None = None
+    source: SourceShape | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

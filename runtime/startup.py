@@ -24,6 +24,7 @@ from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.placement import num_cores
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.select import drafts_by_model, notes_of, speculation_of
+from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
@@ -117,6 +118,7 @@ def _ready(rank: LoadedRank, report: StartupReport) -> Ready:
         report,
         pooled_model(model),
         None if model.tower is None else model.tower.facts,
+        model.source,
     )
 
 
@@ -204,6 +206,8 @@ def load_rank(
     clock.end("weights")
     if not model.kv_shapes and model.pooler is not None:
         return without_cache(config, model, group)
+    if model.source is not None:
+        config = for_sources(config, model.source)
     if model.compiles_kernels:
         limits = limits_of(config, model, config.max_model_len or model.max_position)
         compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
@@ -215,6 +219,12 @@ def load_rank(
     check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device.torch_device))
     limits = limits_of(config, model, longest, plan)
     return LoadedRank(model, caches, plan, limits, sum(group.of_all(model.weight_bytes)), notes)
+
+
+def for_sources(config: EngineConfig, source: SourceShape) -> EngineConfig:
+    """As many sequences as there are places for sources, and no prefix cache: tokens alone don't name a prefix."""
+    most = min(config.max_num_seqs, source.places)
+    return msgspec.structs.replace(config, max_num_seqs=most, enable_prefix_caching=False)
 
 
 def without_cache(config: EngineConfig, model: Model, group: Group) -> LoadedRank:

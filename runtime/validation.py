@@ -10,10 +10,19 @@ from collections.abc import Iterator, Sequence
 from math import inf, isfinite
 
 from octavo.runtime.messages import AddRequest, PoolingTask, SamplingParams
+from octavo.runtime.speech_messages import SourceShape
 
 
-def problem_of(request: AddRequest, vocab_size: int, tasks: Sequence[PoolingTask] = ()) -> str | None:
-    """The first thing about a request that the engine can't do, or None. tasks: of a model that generates nothing."""
+def problem_of(
+    request: AddRequest, vocab_size: int, tasks: Sequence[PoolingTask] = (), source: SourceShape | None = None
+) -> str | None:
+    """The first thing about a request that the engine can't do, or None.
+
+    tasks: of a model that generates nothing. source: what a model with an encoder reads.
+    """
+    wrong = _problem_of_features(request, source)
+    if wrong is not None:
+        return wrong
     if request.pooling is None and tasks:
         return f"this model generates nothing; it does {', '.join(tasks)}"
     if request.pooling is not None and request.pooling.task not in tasks:
@@ -28,6 +37,18 @@ def problem_of(request: AddRequest, vocab_size: int, tasks: Sequence[PoolingTask
             f"be 0 at least, and fewer than max_tokens, {request.params.max_tokens}"
         )
     return next(_problems(request.params, vocab_size), None)
+
+
+def _problem_of_features(request: AddRequest, source: SourceShape | None) -> str | None:
+    num_bytes = len(request.features)
+    if source is None:
+        return "features: this model has no encoder, and reads a prompt alone" if num_bytes else None
+    if num_bytes != source.num_bytes:
+        return (
+            f"features of {num_bytes} bytes: this model's encoder reads {source.rows} x {source.length} numbers of "
+            f"float32, {source.num_bytes} bytes, with each prompt"
+        )
+    return "other_ids: a request with features has one answer" if request.other_ids else None
 
 
 def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
@@ -63,6 +84,13 @@ def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
         ("prompt_logprob_token_ids", params.prompt_logprob_token_ids),
         ("bad_words", tuple(token for word in params.forbidden for token in word)),
     ]
+    rules = params.speech
+    if rules is not None:
+        named += [("speech.starts", start) for start in rules.starts] + [("speech.never_first", rules.never_first)]
+        if not all(rules.starts):
+            yield "speech.starts has an empty list of tokens"
+        if rules.first_timestamp is not None and not 0 <= rules.end_id < rules.first_timestamp < vocab_size:
+            yield f"speech.first_timestamp {rules.first_timestamp} is not between end_id and the vocabulary's end"
     for name, tokens in named:
         outside = _first_outside(tokens, vocab_size)
         if outside is not None:

@@ -47,6 +47,17 @@ class ImageRows(NamedTuple):
         return self.values[:, begin : begin + hidden_size] if begin < self.values.shape[1] else None
 
 
+class SourceRows(NamedTuple):
+    """Of a model whose tokens attend to an encoder's output too (attention/cross.py): where that is.
+
+    slots  of each sequence, the place of its source's keys and values
+    new    what sequences that begin in this step bring: the place, and the encoder's input
+    """
+
+    slots: tuple[int, ...]
+    new: tuple[tuple[int, Tensor], ...]
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """Everything that a forward pass over a mixed batch of prefill chunks and decodes needs.
@@ -71,6 +82,7 @@ class StepInputs:
                                   are in the step; None: by `positions`
     cos_sin        [T, rotary_dim] float32, in place of the layers' own table, of which `positions` say the rows; a
                                   decoder makes it of axes
+    sources        what the sequences attend to beside their tokens; None: nothing
     max_query_len  1 when every sequence has one token: a pure decode step
     max_seq_len    largest of seq_lens
     """
@@ -90,6 +102,7 @@ class StepInputs:
     images: ImageRows | None = None
     axes: Tensor | None = None
     cos_sin: Tensor | None = None
+    sources: SourceRows | None = None
 
     def of_rows(self, rows: Tensor) -> StepInputs:
         """The step as layers see it that compute some of its tokens, [L] int64, alone."""

@@ -33,6 +33,7 @@ from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
+from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.vision.towers import VisionTower
 
 
@@ -94,6 +95,7 @@ class Decoder:
         self.pooler: Pooler | None = None
         self.num_token_types = 0
         self.tower: VisionTower | None = None
+        self.source: SourceShape | None = None
         self.ranks = stack.ranks
         self.ops = ops
         self._axis_of_pairs = torch.tensor(spec.axis_of_pairs, dtype=torch.int64, device=self.device)

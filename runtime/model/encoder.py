@@ -25,6 +25,7 @@ from octavo.runtime.model.encoder_spec import EncoderActivation, EncoderSpec
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.pooling import Pooler
+from octavo.runtime.speech_messages import SourceShape
 
 ACTIVATIONS: dict[EncoderActivation, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -260,6 +261,7 @@ class Encoder:
     kv_shapes: list[KVShape] = field(default_factory=list)
     kv_windows: list[int | None] = field(default_factory=list)
     ranks: tuple[str, ...] = ()
+    source: SourceShape | None = None
     first_layer = 0
     compiles_kernels = False
     capturable = False

@@ -18,6 +18,7 @@ from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.pooling import Pooler
+from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.vision.towers import VisionTower
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
@@ -58,6 +59,7 @@ class Model(Protocol):
     pooler        makes embeddings or scores of hidden states; such a model generates nothing. None: it generates
     num_token_types  that a token of a prompt may have; 0: none
     tower         makes embeddings of images; None: it reads text alone
+    source        what its encoder reads of each request beside the prompt; None: it has no encoder before its decoder
     notes         lines that a person who starts it must see
     ranks         a line for each rank of the engine, of what it holds; none where there is one
     """
@@ -77,6 +79,7 @@ class Model(Protocol):
     adapters: ModelAdapters | None
     taps_all_rows: bool
     num_token_types: int
+    source: SourceShape | None
     notes: list[str]
     ranks: tuple[str, ...]
 

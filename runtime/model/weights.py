@@ -34,7 +34,7 @@ from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_t
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encoder_weights import load_encoder
-from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS
+from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS, SPEECH
 from octavo.runtime.model.kernel_plan import check_attention
 from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import (
@@ -67,6 +67,7 @@ from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, ma
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
+from octavo.runtime.model.speech_weights import load_speech
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.vision.loading import tower_of
@@ -104,6 +105,8 @@ def load_model(
     """
     hf_config = read_config(Path(config.model))
     device = device or Device.choose(config.device)
+    if hf_config.get("model_type") in SPEECH:
+        return load_speech(config, device, hf_config)
     pooled = is_pooled(config, hf_config)
     if pooled and config.model_impl == "hf":
         raise LoadError("--model-impl hf: transformers' own code is not served for pooled requests; leave it out")

@@ -25,6 +25,7 @@ from octavo.runtime.parallel.order import Int32s, StepOrder
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
 from octavo.runtime.vision.steps import with_images
 from octavo.runtime.worker.pooled_steps import with_token_types
+from octavo.runtime.worker.source_rows import with_sources
 from octavo.runtime.worker.step_inputs import with_tokens
 from octavo.runtime.worker.worker import Worker
 
@@ -181,6 +182,8 @@ class _Driver:
             inputs = with_token_types(inputs, step.plan)
         if self.worker.model.tower is not None:
             inputs = with_images(inputs, step.plan, self.worker.model.tower)
+        if (source := self.worker.model.source) is not None:
+            inputs = with_sources(inputs, step.plan, source)
         logits = self.worker.compute(inputs, order.wants)
         result = self.sampler.sample(logits, step.plan)
         step.seconds = time.perf_counter() - begin

@@ -148,6 +148,14 @@ class Step:
         if owner in self.limits:
             self.limits[owner] = max(0, self.limits[owner] - num_tokens)
 
+    def is_full_for(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence can't begin in it.
+
+        An encoder's input is read in the step in which its sequence begins, which answers under way wait for: so one
+        begins at a time.
+        """
+        return not self.tokens_left or (bool(sequence.features) and any(it.is_new for it in self.scheduled))
+
     def as_plan(self, config: SchedulerConfig, num_released: int, *, is_starved: bool) -> StepPlan:
         """The plan as it is now. The other arguments are StepPlan's."""
         return StepPlan(

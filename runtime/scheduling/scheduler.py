@@ -269,7 +269,7 @@ class Scheduler:
         adapters: Admission | None = None
         others = [] if due_alone else self._candidates()
         for sequence in others if due is None else chain([due], (it for it in others if it is not due)):
-            if not self._free_slots or not step.tokens_left:
+            if not self._free_slots or step.is_full_for(sequence):
                 break
             if not sequence.is_ready or step.limits.get(sequence.owner) == 0:
                 continue

@@ -49,6 +49,7 @@ class Sequence:
     pooling          what is wanted instead of tokens; None: tokens
     images           of its prompt
     axes             positions of its prompt's tokens where they are no line; for whoever makes steps' inputs alone
+    features         as of AddRequest: read again where it begins again
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class Sequence:
         "checks_drafts",
         "drafting",
         "drafts",
+        "features",
         "first_token_time",
         "grammar",
         "has_ended",
@@ -105,6 +107,7 @@ class Sequence:
         self.pooling = request.pooling
         self.images = request.images
         self.axes: object = None
+        self.features = request.features
         self.token_ids = list(request.token_ids)
         self.num_prompt = request.prompt_length
         self.arrival_time = request.arrival_time

@@ -1,8 +1,8 @@
 """What a request may change about the model's logits before a token is chosen, in vLLM's order and meaning.
 
 allowed_token_ids, then bad_words (what would complete one can't come), then min_tokens (nor can stop tokens yet), then
-logit_bias, then the penalties: repetition over prompt and output, frequency and presence over the output. Temperature
-and truncation come later, in sampling_ops.py.
+logit_bias, then the penalties: repetition over prompt and output, frequency and presence over the output, and last a
+speech model's rules. Temperature and truncation come later, in sampling_ops.py.
 
 What a request names is turned into arrays once (`LogitChanges`), whatever the number of its answers and steps.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from octavo.runtime.messages import SamplingParams
 from octavo.runtime.scheduling.plan import ScheduledSequence
 from octavo.runtime.worker.sampling_ops import SamplingOps
+from octavo.runtime.worker.speech_rules import keep_rules
 from octavo.runtime.worker.token_counts import TokenCounts
 
 _NO_BIASES = (np.empty(0, np.int64), np.empty(0, np.float32))
@@ -90,7 +91,7 @@ class ChangesCache:
 class ChangedSequence:
     """A sequence whose logits are changed: the changes, and its tokens so far if something depends on them.
 
-    counts: of prompt and answer, for penalties. output: the answer's tokens, for bad words.
+    counts: of prompt and answer, for penalties. output: the answer's tokens, for bad words and rules.
     """
 
     changes: LogitChanges
@@ -131,6 +132,9 @@ def change_logits(
     ]
     if punished:
         _punish(logits, punished, ops)
+    for row, it, state in zip(rows, scheduled, states, strict=True):
+        if (rules := it.sequence.params.speech) is not None:
+            keep_rules(logits[row], _output(it, state), rules)
 
 
 def _keep_allowed(logits: Tensor, rows: Rows[int], states: Rows[ChangedSequence]) -> None:

@@ -50,8 +50,9 @@ def run_requests(
         return _run_pooled(engine, model)
     length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
     prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
+    features = b"" if model.source is None else bytes(model.source.num_bytes)
     for name, params in {"greedy": GREEDY, "sampled": EVERYTHING}.items():
-        engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0))
+        engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0, features=features))
     problem = None
     while engine.has_work:
         for output in engine.step():

@@ -14,6 +14,7 @@ from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.model.model import KVShape
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.speculation import Speculation
+from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.worker.worker import Worker
 
 VOCAB = 61
@@ -46,6 +47,7 @@ class ToyModel:
     pooler = None
     num_token_types = 0
     tower = None
+    source: SourceShape | None = None
     num_layers = 1
     dtype = torch.float32
     device = torch.device("cpu")

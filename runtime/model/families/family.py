@@ -229,9 +229,11 @@ class Family:
                     first one where it has no model_type. One without a text_config has that one's keys itself
     text_defaults   what keys mean that their text_config leaves out, where it isn't what the architecture has
     encoders        those that read a whole text at once, by model_type
+    speech          model types that turn audio into text
     """
 
     architectures: Mapping[str, Architecture]
     vision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     text_defaults: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     encoders: Mapping[str, EncoderArchitecture] = field(default_factory=dict)
+    speech: tuple[str, ...] = ()

@@ -31,6 +31,7 @@ ENCODERS: Mapping[str, EncoderArchitecture] = MappingProxyType(
 VISION: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {outer: texts for family in FAMILIES for outer, texts in family.vision.items()}
 )
+SPEECH = frozenset(model_type for family in FAMILIES for model_type in family.speech)
 
 
 TEXT_DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
@@ -62,4 +63,5 @@ LAYOUTS: Layouts = MappingProxyType(
     {model_type: _layout(row) for model_type, row in ARCHITECTURES.items()}
     | {outer: _layout(ARCHITECTURES[texts[0]]) for outer, texts in VISION.items()}
     | dict.fromkeys(ENCODERS, ModelLayout(blocks_alike=True, is_encoder=True))
+    | dict.fromkeys(SPEECH, ModelLayout(has_encoder=True))
 )

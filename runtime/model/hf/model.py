@@ -28,6 +28,7 @@ from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import some
+from octavo.runtime.speech_messages import SourceShape
 
 
 class HFModel:
@@ -42,6 +43,7 @@ class HFModel:
     pooler = None
     num_token_types = 0
     tower = None
+    source: SourceShape | None = None
     first_layer = 0
     compiles_kernels = False
     capturable = False
