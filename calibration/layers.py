@@ -74,7 +74,7 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     _check_blocks(checkpoint, found)
     used: set[str] = set()
     linears = {}
-    ignore = ["lm_head"]
+    ignore = ["lm_head", *(["proj_out"] if checkpoint.layout.has_encoder else [])]
     for linear in found:
         matching = [p for p in patterns if means_layer(p, linear.module, linear.kind)]
         used.update(matching)
@@ -107,7 +107,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
                 continue
             module = name.removesuffix(".weight")
             match = BLOCK.match(name)
-            if match and not head and (checkpoint.layout.is_encoder or not OTHER_TOWERS.search(match["prefix"])):
+            if match and not head and not (checkpoint.layout.is_decoder and OTHER_TOWERS.search(match["prefix"])):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}, and config.json doesn't say that it is quantized")
                 kind = EXPERT.sub(".experts.*.", f".{match['kind']}")[1:]
@@ -123,6 +123,8 @@ def _check_blocks(checkpoint: Checkpoint, found: list[LinearLayer]) -> None:
     config = checkpoint.config
     text = config.get("text_config") or config
     count = next((text[name] for name in NUM_LAYERS if name in text), None)
+    if checkpoint.layout.has_encoder:
+        count = max(config["encoder_layers"], config["decoder_layers"])
     if not config.get("model_type") or type(count) is not int:
         raise QuantizeError("config.json lacks model_type or num_hidden_layers: not a decoder that transformers wrote")
     if not 1 <= count <= MOST_LAYERS:

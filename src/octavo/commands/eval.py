@@ -120,10 +120,12 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
 
 def _of_encoder(options: EvalOptions, directory: Path, console: Console) -> bool:
     """Whether the model is an encoder, whose cosines to the original are printed then."""
-    from octavo.jobs.embedding_quality import is_encoder, measure_embeddings
+    from octavo.jobs.embedding_quality import UNMEASURED, is_encoder, is_speech, measure_embeddings
     from octavo.quant.hub import model_name, resolve_model
     from octavo.report.files import write_whole
 
+    if is_speech(directory):
+        raise EvalError(f"quality is not measured here: {UNMEASURED}")
     if not is_encoder(directory):
         return False
     if options.against is None:

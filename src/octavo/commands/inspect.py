@@ -182,7 +182,7 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
     """
     from octavo.quant.scheme import SchemeError
     from octavo.runtime.model.config_types import ModelConfigError
-    from octavo.runtime.model.families.registry import ENCODERS
+    from octavo.runtime.model.families.registry import ENCODERS, SPEECH
     from octavo.runtime.model.kernel_plan import plan_kernels
     from octavo.runtime.model.names import required_modules
     from octavo.runtime.model.sources import CheckpointSource, LoadError
@@ -201,6 +201,8 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
                 "weight_bytes": weights,
                 "note": f"{e.model_type} is an encoder, and makes embeddings or scores",
             }, {}
+        if e.model_type in SPEECH:
+            return {"weight_bytes": weights, "note": _of_speech(checkpoint.config)}, {}
         note = f"{e.model_type} is served in transformers' own code, if that has it"
         return {"weight_bytes": weights, "note": note}, {}
     except (UnsupportedModelError, ModelConfigError, LoadError, SchemeError) as e:
@@ -214,6 +216,26 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
         "max_position": spec.max_position,
     }
     return facts, kernels
+
+
+def _of_speech(config: dict[str, Any]) -> str:
+    """What a speech model does and needs, or why it isn't served."""
+    import torch
+
+    from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.spec import UnsupportedModelError
+    from octavo.runtime.model.speech import source_bytes
+    from octavo.runtime.model.speech_spec import SpeechSpec
+
+    try:
+        spec = SpeechSpec.from_hf(config)
+    except (UnsupportedModelError, ModelConfigError) as e:
+        return f"not served: {e}"
+    megabytes = source_bytes(spec, torch.bfloat16) / 1e6
+    return (
+        f"{spec.architecture} writes down what it hears: each request under way takes {megabytes:.1f} MB for keys and "
+        f"values of its audio in bfloat16, and has {spec.max_position} tokens"
+    )
 
 
 def _target(device: str, spec: DecoderSpec) -> Target:

@@ -18,12 +18,13 @@ from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.messages import PoolingParams
 from octavo.runtime.model.encoder import Encoder
-from octavo.runtime.model.families.registry import ENCODERS
+from octavo.runtime.model.families.registry import ENCODERS, SPEECH
 from octavo.runtime.model.weights import load_model
 from octavo.text.tokenizer import Tokenizer
 
 WORDS = (6, 12, 25, 50, 100)  # of the texts, in turns
 NUM_TEXTS = 100
+UNMEASURED = "a speech model's shows in transcripts of recordings, beside those of the original"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class EmbeddingQuality:
 def is_encoder(directory: Path) -> bool:
     """Whether a checkpoint is one that this can measure."""
     return read_config(directory).get("model_type") in ENCODERS
+
+
+def is_speech(directory: Path) -> bool:
+    """Whether a checkpoint is one whose loss nothing here measures."""
+    return read_config(directory).get("model_type") in SPEECH
 
 
 def measure_embeddings(original: Path, quantized: Path, *, dtype: Dtype = "auto") -> EmbeddingQuality:

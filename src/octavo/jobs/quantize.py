@@ -260,6 +260,7 @@ def prepare(job: Job) -> Prepared:
     from octavo.calibration.text.documents import NoTextError
     from octavo.jobs.memory import check_memory
     from octavo.jobs.mixed_recipe import check_target, mixed_recipe
+    from octavo.jobs.source_check import check_source
     from octavo.quant.hub import resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
 
@@ -268,11 +269,10 @@ def prepare(job: Job) -> Prepared:
     _check_effort(job)
     _check_options(_resolved(job, calibrates=True))
     checkpoint = open_source(source, job.output, layouts=LAYOUTS, **how)
-    notes = _check_source(_resolved(job, calibrates=False), checkpoint)
+    notes = check_source(checkpoint, runs_blocks=_runs_blocks(_resolved(job, calibrates=False)))
     asked = job
-    job = _resolved(asked, calibrates=not notes and not checkpoint.layout.is_encoder)
-    if checkpoint.source:
-        notes.append(source_note(checkpoint.source))
+    job = _resolved(asked, calibrates=not notes and checkpoint.layout.is_decoder)
+    notes += [source_note(checkpoint.source)] if checkpoint.source else []
     _check_options(job)
     seconds: dict[str, float] = {}
     job = _with_layers_kept(job, source, notes, seconds) if checkpoint.layout.is_encoder else job
@@ -329,38 +329,6 @@ def _check_options(job: Job) -> None:
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
             "data out, or take an algorithm that learns from it, such as gptq"
         )
-
-
-def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
-    """Refuse an incomplete model before anything is done. Returns notes for the report if its blocks can't be run."""
-    from octavo.calibration.layers import QuantizeError
-    from octavo.runtime.model.config_types import ModelConfigError
-    from octavo.runtime.model.encoder_spec import EncoderSpec, UnsupportedEncoderError
-    from octavo.runtime.model.inventory import check_dense
-    from octavo.runtime.model.rope import RopeError
-    from octavo.runtime.model.sources import LoadError
-    from octavo.runtime.model.spec import UnsupportedModelError
-
-    try:
-        if not checkpoint.layout.is_encoder:
-            check_dense(checkpoint)
-        elif _runs_blocks(job):
-            raise QuantizeError(
-                "calibration runs a decoder's blocks, and this model is an encoder; algorithm rtn with a scheme whose "
-                "activations are dynamic, such as W8A8 or W8A16, needs no model"
-            )
-        else:
-            EncoderSpec.from_hf(checkpoint.config)
-    except (UnsupportedModelError, UnsupportedEncoderError, RopeError) as e:
-        if _runs_blocks(job):
-            raise QuantizeError(
-                f"calibration runs the model block by block, which this one can't be: {e}; algorithm rtn with a scheme "
-                "whose activations are dynamic, such as W4A16 or W8A8, needs no model"
-            ) from e
-        return [f"octavo doesn't have this model's code, so that no tensor's shape was checked: {e}"]
-    except (LoadError, ModelConfigError) as e:
-        raise QuantizeError(f"{checkpoint.directory.name} is not a whole model: {e}") from e
-    return []
 
 
 def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
@@ -442,7 +410,7 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     from octavo.calibration.report.report import rounded
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError
-    from octavo.jobs.embedding_quality import is_encoder
+    from octavo.jobs.embedding_quality import UNMEASURED, is_encoder, is_speech
     from octavo.jobs.quality import recorded
     from octavo.runtime.config import EngineConfig
 
@@ -450,6 +418,8 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     begin = time.perf_counter()
     if is_encoder(source):
         return _with_cosine(job, source, report)
+    if is_speech(source):
+        return replace(report, warnings=(*report.warnings, f"quality was not measured: {UNMEASURED}"))
     progress = job.listener.progress
     config = EngineConfig(model=str(source))
     with ExitStack() as stack:

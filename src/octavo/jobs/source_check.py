@@ -1,0 +1,44 @@
+"""Whether a checkpoint is one that can be quantized as asked, by its config and its tensors' names and shapes."""
+
+from __future__ import annotations
+
+from octavo.calibration.layers import QuantizeError
+from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.model.config_types import ModelConfigError
+from octavo.runtime.model.encoder_spec import EncoderSpec, UnsupportedEncoderError
+from octavo.runtime.model.inventory import check_dense
+from octavo.runtime.model.rope import RopeError
+from octavo.runtime.model.sources import LoadError
+from octavo.runtime.model.spec import UnsupportedModelError
+from octavo.runtime.model.speech_spec import SpeechSpec
+
+
+def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
+    """Refuse an incomplete model before anything is done. Returns notes for the report if its blocks can't be run.
+
+    runs_blocks: the job does, as calibration has it.
+    """
+    try:
+        layout = checkpoint.layout
+        if layout.is_decoder:
+            check_dense(checkpoint)
+        elif runs_blocks:
+            what = "is an encoder" if layout.is_encoder else "hears, and is calibrated on no text"
+            raise QuantizeError(
+                f"calibration runs a decoder's blocks, and this model {what}; algorithm rtn with a scheme whose "
+                "activations are dynamic, such as W8A8 or W8A16, needs no model"
+            )
+        elif layout.is_encoder:
+            EncoderSpec.from_hf(checkpoint.config)
+        else:
+            SpeechSpec.from_hf(checkpoint.config)
+    except (UnsupportedModelError, UnsupportedEncoderError, RopeError) as e:
+        if runs_blocks:
+            raise QuantizeError(
+                f"calibration runs the model block by block, which this one can't be: {e}; algorithm rtn with a scheme "
+                "whose activations are dynamic, such as W4A16 or W8A8, needs no model"
+            ) from e
+        return [f"octavo doesn't have this model's code, so that no tensor's shape was checked: {e}"]
+    except (LoadError, ModelConfigError) as e:
+        raise QuantizeError(f"{checkpoint.directory.name} is not a whole model: {e}") from e
+    return []
