@@ -23,6 +23,7 @@ from octavo.server.bodies import Bodies
 from octavo.server.dialects import (
     adapters,
     anthropic,
+    audio,
     batches,
     completions,
     decisions,
@@ -69,6 +70,7 @@ DIALECTS = (
     pooled_scores,
     pooled_others,
     ollama_embed,
+    audio,
 )
 """Those whose routes need the service alone."""
 

@@ -375,6 +375,17 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Meta(description="largest request", extra={"metavar": "SIZE", "parse": parse_size, "default": "32MiB"}),
     ] = 32 << 20
+    max_audio_bytes: Annotated[
+        int,
+        Meta(
+            description="largest file of /v1/audio: OpenAI's own limit",
+            extra={"metavar": "SIZE", "parse": parse_size, "default": "25MiB"},
+        ),
+    ] = 25 << 20
+    max_audio_seconds: Annotated[
+        float,
+        Meta(gt=0, le=86_400, description="longest recording of /v1/audio: half an hour", extra={"metavar": "SECONDS"}),
+    ] = 1800.0
     max_total_body_bytes: Annotated[
         int,
         Meta(

@@ -23,6 +23,7 @@ from octavo.server.media.images import Images
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import SAMPLING_DEFAULTS, StructuredOutputsConfig
 from octavo.server.pooled_text import PooledText
+from octavo.server.speech_text import SpeechText
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
 
@@ -60,6 +61,7 @@ class ServedModel:
     draft_reports  what answers tell of their drafts
     pooled         what it does instead of generating; None: it generates
     images         how images of its prompts are read; None: it reads text alone
+    speech         how it is asked to write down what it hears; None: it hears nothing
     server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
                  (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
     """
@@ -94,6 +96,7 @@ class ServedModel:
     adapters: AdapterNames | None = None
     pooled: PooledText | None = None
     images: Images | None = None
+    speech: SpeechText | None = None
     weights: WeightVersion = field(default_factory=WeightVersion)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -40,6 +41,7 @@ from octavo.server.pooled_text import PooledText
 from octavo.server.pooling import PooledResult, pool, pooled_requests
 from octavo.server.prompts import check_priority
 from octavo.server.served_model import ServedModel
+from octavo.server.speech_text import SpeechText
 from octavo.server.streaming import SERVER_SENT, EventStream, Framing
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,14 @@ def owner_of(http: Request) -> str:
     """Whose requests, responses and files a request may see: those of its API key; on a server without keys, all."""
     owner: str = getattr(http.state, "owner", "")
     return owner
+
+
+@dataclass(frozen=True)
+class AudioLimits:
+    """Of one recording: of its file, and of what that is decoded to."""
+
+    most_bytes: int
+    most_seconds: float
 
 
 class Answer(ABC):
@@ -88,6 +98,7 @@ class Service:
         self.admission = Admission(client, limits, options.fair_by)
         self._log_requests = options.enable_log_requests
         self._fair_by = options.fair_by
+        self.audio_limits = AudioLimits(options.max_audio_bytes, options.max_audio_seconds)
         self._long_work = ThreadPoolExecutor(1, "octavo-long")
 
     def check(self, name: str | None, http: Request) -> None:
@@ -99,7 +110,23 @@ class Service:
         if pooled is not None:
             self.check_name(name)
             raise bad_request(f"the model {self.model.name!r} generates no text; {pooled.what_works} work", "model")
+        if self.model.speech is not None:
+            self.check_name(name)
+            raise bad_request(
+                f"the model {self.model.name!r} writes down what it hears; POST /v1/audio/transcriptions works", "model"
+            )
         self._check(name, http)
+
+    def check_speech(self, http: Request) -> SpeechText:
+        """The same for a request with a recording, whose model's name is checked later; returns what is asked with."""
+        speech = self.model.speech
+        if speech is None:
+            raise bad_request(
+                f"the model {self.model.name!r} reads text, and hears nothing; a speech model, such as Whisper, does",
+                "model",
+            )
+        self._check(None, http)
+        return speech
 
     def check_pooled(self, name: str | None, http: Request, task: PoolingTask) -> PooledText:
         """The same for a request that is pooled; returns what the model does. Raises ApiError."""

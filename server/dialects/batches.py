@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from pydantic import Field
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from octavo.server.batches import Batches
-from octavo.server.bodies import BODY_SECONDS
 from octavo.server.dialects.fields import Integer, Strict, Text
 from octavo.server.dialects.responses import page_of
 from octavo.server.dialects.responses_request import Metadata
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES, ApiError, bad_request, only_as
+from octavo.server.errors import RESPONSES, bad_request, only_as
 from octavo.server.files import FileInfo, Files
+from octavo.server.forms import file_of, received_form
 from octavo.server.service import owner_of
 from octavo.server.strict_json import StrictRoute
 
-MAX_FIELDS = 16
 PIECE_BYTES = 1 << 20
 LEAST_SECONDS = 3_600  # that a file may be kept for, as OpenAI has it
 MOST_SECONDS = 2_592_000
@@ -130,19 +127,10 @@ def _json(value: Json) -> Response:
 async def _uploaded(http: Request, files: Files) -> FileInfo:
     """Receive a file. Raises ApiError."""
     room = files.room()
-    if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise bad_request("the body must be multipart/form-data, with the fields file and purpose")
+    too_large = f"the file is larger than what this server has room for, {room} bytes (--batch-size)"
+    form = await received_form(http, room, too_large, KNOWN_FIELDS)
     try:
-        form = await MultiPartParser(http.headers, _bounded(http, room), max_files=1, max_fields=MAX_FIELDS).parse()
-    except (MultiPartException, UnicodeDecodeError) as error:
-        raise bad_request(f"the body is no multipart form: {error}") from None
-    try:
-        unknown = next((name for name in form if name not in KNOWN_FIELDS), None)
-        if unknown is not None:
-            raise bad_request(f"{unknown[:80]}: octavo does not support this field", unknown[:80])
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            raise bad_request("file: this field is missing, or has no file name", "file")
+        file = file_of(form)
         if form.get("purpose") != "batch":
             raise bad_request("purpose: 'batch' is the only one that files are for here", "purpose")
         seconds = _seconds(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
@@ -154,24 +142,6 @@ async def _uploaded(http: Request, files: Files) -> FileInfo:
         return files.add(file_id, owner_of(http), name, "batch", seconds)
     finally:
         await form.close()
-
-
-async def _bounded(http: Request, room: int) -> AsyncGenerator[bytes, None]:
-    """The body's pieces. Raises ApiError where they are more than there is room for, or don't come."""
-    size = 0
-    pieces = http.stream()
-    while True:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                piece = await anext(pieces)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise ApiError(408, "the body did not come") from None
-        size += len(piece)
-        if size > room + (1 << 16):
-            raise ApiError(413, f"the file is larger than what this server has room for, {room} bytes (--batch-size)")
-        yield piece
 
 
 def _seconds(anchor: object, seconds: object) -> int | None:

@@ -37,6 +37,7 @@ from octavo.server.service import Answer, Service, owner_of
 from octavo.server.sessions import Continuation, Sessions
 from octavo.server.streaming import event
 from octavo.server.strict_json import StrictRoute
+from octavo.server.transcription import choice_of_silence
 from octavo.version import VERSION
 
 Json = dict[str, Any]
@@ -62,15 +63,7 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
     @router.get("/health_generate", response_class=Response)
     async def health_generate(http: Request) -> Response:
         """200 when the engine has generated a token, or pooled one."""
-        if model.pooled is not None:
-            task = model.pooled.facts.tasks[0]
-            service.check_pooled(None, http, task)
-            await service.pooled(http, [PooledPrompt([0])], PoolingParams(task), 0)
-            return Response(status_code=200)
-        service.check(None, http)
-        one = NativeSampling(max_new_tokens=1, temperature=0.0)
-        choices = choices_of(items_of(GenerateRequest(input_ids=[0], sampling_params=one)), model)
-        await fold(service.steps(http, choices, ()), 1)
+        await _ask_for_little(http, service)
         return Response(status_code=200)
 
     @router.api_route(
@@ -102,6 +95,23 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
 
     _add_facts(router, model)
     return router
+
+
+async def _ask_for_little(http: Request, service: Service) -> None:
+    """Have the engine do the least that the model does. Raises ApiError."""
+    model = service.model
+    if model.pooled is not None:
+        task = model.pooled.facts.tasks[0]
+        service.check_pooled(None, http, task)
+        await service.pooled(http, [PooledPrompt([0])], PoolingParams(task), 0)
+        return
+    if model.speech is not None:
+        choices = [choice_of_silence(model, service.check_speech(http))]
+    else:
+        service.check(None, http)
+        one = NativeSampling(max_new_tokens=1, temperature=0.0)
+        choices = choices_of(items_of(GenerateRequest(input_ids=[0], sampling_params=one)), model)
+    await fold(service.steps(http, choices, ()), 1)
 
 
 def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owners: Owners) -> None:

@@ -160,6 +160,8 @@ def _shown(model: ServedModel) -> Json:
     found = model.formats.found
     family = _family(model)
     capabilities = ["completion"] if model.pooled is None else ["embedding"]
+    if model.speech is not None:  # Ollama has no word for it
+        capabilities = []
     if found.tools is not None:
         capabilities.append("tools")
     if can_think(model):

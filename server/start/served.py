@@ -16,6 +16,7 @@ from octavo.server.message.model_formats import ModelFormats
 from octavo.server.metrics import Metrics
 from octavo.server.pooled_text import read_pooled_text
 from octavo.server.served_model import ServedModel
+from octavo.server.speech_text import read_speech_text
 from octavo.server.start.flags import ServeOptions, model_of
 from octavo.server.start.text_side import TextSide
 
@@ -64,6 +65,7 @@ def served_model(
         adapters=adapters,
         pooled=None if ready.pooled is None else read_pooled_text(text.directory, ready.pooled),
         images=None if ready.vision is None else _images(options, text, ready.vision),
+        speech=None if ready.source is None else read_speech_text(text.directory, ready.source, text.tokenizer),
     )
 
 

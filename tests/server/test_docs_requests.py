@@ -7,6 +7,7 @@ the server takes the request, and that an answer which is whole obeys its schema
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ from pathlib import Path
 import documented
 import httpx
 import jsonschema
+import numpy as np
 import openai
 import pytest
+import soundfile
+import tiny_whisper
 from documented import Command
 from octavo_server import Server, serving
 from tiny_encoders import SentenceModel
@@ -37,19 +41,43 @@ def pooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The server of docs/speech.md."""
+    model = tmp_path_factory.mktemp("whisper")
+    tiny_whisper.make_whisper(model)
+    with serving("--served-model-name", "tiny", model=model) as server, server.client() as client:
+        yield client
+
+
+def recording() -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.sin(np.arange(8000) / 8), 16000, format="WAV")
+    return file.getvalue()
+
+
+SERVERS = {"docs/pooling.md": "pooled", "docs/speech.md": "hearing"}
+
+
 @pytest.mark.parametrize("command", CURLS, ids=lambda c: f"{c.page}:{c.line}")
 def test_a_curl_is_answered(request: pytest.FixtureRequest, command: Command) -> None:
-    client: httpx.Client = request.getfixturevalue("pooled" if command.page == "docs/pooling.md" else "client")
+    client: httpx.Client = request.getfixturevalue(SERVERS.get(command.page, "client"))
     curl = argparse.ArgumentParser(exit_on_error=False)
     curl.add_argument("url")
     curl.add_argument("-H", "--header", action="append", default=[])
     curl.add_argument("-d", "--data")
+    curl.add_argument("-F", "--form", action="append", default=[])
     curl.add_argument("-N", "--no-buffer", action="store_true")
     args = curl.parse_args(command.words[1:])
     found = ADDRESS.match(args.url)
     assert found, f"{args.url} is not that of the docs' server"
     headers = dict(header.split(": ", 1) for header in args.header)
     path = args.url[found.end() :]
+    if args.form:
+        fields = dict(field.split("=", 1) for field in args.form)
+        assert fields.pop("file").startswith("@")
+        assert client.post(path, data=fields, files={"file": recording()}).status_code == 200
+        return
     if args.data is None:
         assert client.get(path, headers=headers).status_code == 200
         return

@@ -49,6 +49,7 @@ NEVER_RIGHT = {
     **dict.fromkeys(
         ("POST /score", "POST /rerank", "POST /api/embed", "POST /api/embeddings"), "the model generates text"
     ),
+    **dict.fromkeys(("POST /v1/audio/transcriptions", "POST /v1/audio/translations"), "the model hears nothing"),
     "POST /v1/load_lora_adapter": "the server was started without --enable-runtime-lora",
     "POST /v1/unload_lora_adapter": "the same",
     "POST /load_lora_adapter": "the same",

@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels", "report"),
     ("quant",),
     ("calibration", "runtime"),
-    ("text",),
+    ("text", "audio"),
     ("server",),
     ("bench",),
     ("jobs", "offline"),

@@ -50,6 +50,7 @@ def make_whisper(directory: Path, *, is_multilingual: bool = True) -> transforme
             size = 0.8 if "encoder_attn" in name or "decoder.embed_positions" in name else 0.2
             parameter.copy_(torch.randn_like(parameter) * size + (parameter.ndim == 1) * 0.3)
         model.model.decoder.embed_tokens.weight[END:] *= 0.5
+        model.model.decoder.embed_tokens.weight[IDS["translate"]] *= 20  # this task is another one
     model.generation_config = transformers.GenerationConfig(
         decoder_start_token_id=IDS["startoftranscript"],
         eos_token_id=END,
@@ -65,13 +66,13 @@ def make_whisper(directory: Path, *, is_multilingual: bool = True) -> transforme
         return_timestamps=False,
     )
     model.save_pretrained(directory)
-    _save_tokenizer(directory)
-    (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    save_text_side(directory)
     return model
 
 
-def _save_tokenizer(directory: Path) -> None:
-    """Bytes, and Whisper's marks behind them."""
+def save_text_side(directory: Path) -> None:
+    """The tokenizer, bytes and Whisper's marks behind them, and how features are made."""
+    (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

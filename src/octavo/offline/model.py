@@ -157,6 +157,11 @@ class OfflineModel:
         if pooled is not None:
             tasks = ", ".join(pooled.facts.tasks)
             raise ValueError(f"this model generates nothing; LLM's embed, classify, score and encode do {tasks}")
+        if self.model.speech is not None:
+            raise ValueError(
+                "this model writes down what it hears, which octavo.LLM can't give it; octavo serve does, at "
+                "/v1/audio/transcriptions"
+            )
 
     def steps(self, choices: Sequence[Choice], name: str = "") -> Steps:
         """The deltas of these answers, step by step; beams all at once. name: by which they can be aborted."""

@@ -1,0 +1,37 @@
+"""Features against transformers' WhisperFeatureExtractor, which is OpenAI's code rewritten."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import transformers
+
+from octavo.audio.facts import HOP, RATE
+from octavo.audio.log_mel import log_mel
+
+
+def tones(seconds: float, seed: int) -> np.ndarray:
+    """Two tones that glide, and noise, of speech's loudness."""
+    rng = np.random.default_rng(seed)
+    at = np.arange(int(seconds * RATE)) / RATE
+    voice = 0.3 * np.sin(2 * np.pi * (200 + 900 * at) * at) + 0.1 * np.sin(2 * np.pi * 3100 * at)
+    return (voice + 0.01 * rng.standard_normal(len(at))).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_mels", [80, 128])
+@pytest.mark.parametrize("seconds", [0.013, 3.7, 30.0, 33.0])
+def test_features_are_those_of_transformers(num_mels: int, seconds: float) -> None:
+    samples = tones(seconds, 1)
+    theirs = transformers.WhisperFeatureExtractor(feature_size=num_mels)
+    truth = theirs(samples, sampling_rate=RATE, return_tensors="np", do_normalize=False).input_features[0]
+    own = log_mel(samples, num_mels, 30 * RATE // HOP)
+    assert own.shape == truth.shape == (num_mels, 3000)
+    assert own.dtype == np.float32
+    # theirs are float32's, whose rounding shows where there is next to nothing, eight decades below the loudest
+    np.testing.assert_allclose(own, truth, atol=2e-4)
+
+
+def test_silence_has_features_too() -> None:
+    own = log_mel(np.zeros(100, np.float32), 80, 100)
+    truth = transformers.WhisperFeatureExtractor(chunk_length=1)(np.zeros(100), sampling_rate=RATE).input_features[0]
+    np.testing.assert_allclose(own, truth, atol=1e-6)
