@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.calibration.recipe import means_layer
@@ -28,6 +29,7 @@ EXPANSION = re.compile(r"(^|\.)kv_b_proj$")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed(?!.*projection)|wte|wpe")
 MOST_LAYERS = 10_000
+WIDEST_KERNEL = 16  # positions or channels of a convolution within a block, which has three dimensions as well
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")  # names of the key, the last two of encoders
 FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -98,7 +100,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
             head = is_mtp(name, checkpoint.config)
-            if len(spec.shape) == 3 and ".experts." in name and not head:
+            if _may_be_experts(name, spec.shape) and not head:
                 raise QuantizeError(
                     f"{name} {list(spec.shape)}: experts fused into one tensor are split where their layout is known, "
                     f"of {', '.join(LAYOUTS)}; model_type {checkpoint.config.get('model_type')!r} is none of them"
@@ -117,6 +119,15 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
     if not found:
         raise QuantizeError("no decoder block was found: no two-dimensional weight is named ...layers.N.<layer>.weight")
     return found, others
+
+
+def _may_be_experts(name: str, shape: Sequence[int]) -> bool:
+    """A matrix for each of many: of experts, under whatever name (GraniteMoE's is input_linear). Convolutions are
+    three-dimensional, too, but narrow.
+    """
+    return len(shape) == 3 and (
+        ".experts." in name or (BLOCK.match(name) is not None and min(shape[1:]) > WIDEST_KERNEL)
+    )
 
 
 def _check_blocks(checkpoint: Checkpoint, found: list[LinearLayer]) -> None:

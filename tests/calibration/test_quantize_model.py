@@ -319,6 +319,13 @@ def test_nan_names_the_tensor_and_leaves_nothing(
         ),
         (
             lambda m: edit_tensors(
+                m, **{"model.layers.0.block_sparse_moe.input_linear.weight": torch.zeros(4, 64, 32)}
+            ),
+            QuantizeError,
+            "experts fused into one tensor",
+        ),
+        (
+            lambda m: edit_tensors(
                 m, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(352, 128).to(torch.float8_e4m3fn)}
             ),
             QuantizeError,
