@@ -45,12 +45,12 @@ def _heads(settings: Config, sliding: list[bool], heads: KVHeads) -> list[KVHead
         kv_heads = settings["num_global_key_value_heads"] if settings["attention_k_eq_v"] else None
         wide = (kv_heads or heads[0], settings["global_head_dim"])
         return [heads if slides else wide for slides in sliding]
-    wanted = {str(i) for i in range(len(sliding))}
-    if unknown := sorted(of_layers.keys() - wanted) or sorted(
-        {k for own in of_layers.values() for k in own} - _OWN_KEYS
-    ):
+    wanted = range(len(sliding))
+    unknown = [key for key in of_layers if not key.isdecimal() or int(key) not in wanted]
+    if unknown := sorted(unknown) or sorted({key for own in of_layers.values() for key in own} - _OWN_KEYS):
         raise ModelConfigError(f"config.json: per_layer_config has {unknown[0]!r}, which is not known there")
-    found = [of_layers.get(str(i), {}) for i in range(len(sliding))]
+    of_layers = {int(key): own for key, own in of_layers.items()}  # of 10 layers and more, "07"
+    found = [of_layers.get(i, {}) for i in wanted]
     return [(own.get("num_key_value_heads", heads[0]), own.get("head_dim", heads[1])) for own in found]
 
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+import transformers
 from hf_oracle import CASES, SIZES, make_config
 
 from octavo.runtime.model.config_types import ModelConfigError
@@ -30,6 +31,17 @@ def test_both_spellings_make_the_same_spec(name: str) -> None:
     specs = [DecoderSpec.from_hf(config) for config in (written, saved)]
     assert specs[0] == dataclasses.replace(specs[1], unknown_keys=specs[0].unknown_keys)
     assert specs[0].unknown_keys == ()
+
+
+@pytest.mark.parametrize(("model_type", "num_layers"), [("gemma4_text", 12), ("gemma3n_text", 20)])
+def test_what_a_config_leaves_out_is_what_transformers_makes_of_it(model_type: str, num_layers: int) -> None:
+    """Heads of global layers, windows, ropes, shared caches, sparse activations."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = {name: SIZES[name] for name in names} | {"num_hidden_layers": num_layers}
+    kinds = {"gemma4_text": transformers.Gemma4TextConfig, "gemma3n_text": transformers.Gemma3nTextConfig}
+    written = DecoderSpec.from_hf(sizes | {"model_type": model_type})
+    saved = DecoderSpec.from_hf(kinds[model_type](**sizes).to_dict())
+    assert dataclasses.replace(saved, dtype=written.dtype) == written
 
 
 def test_a_family_is_found_by_its_file_and_claims_what_no_other_does() -> None:
