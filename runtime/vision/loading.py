@@ -16,8 +16,15 @@ from octavo.quant.checkpoint import read_config
 from octavo.quant.model_files import read_object_if_any
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
-from octavo.runtime.vision.recipes import Recipe, Tiles, VisionModel, WholeImage, WholePatches
-from octavo.runtime.vision.towers import IdeficsModule, LlavaModule, QwenModule, VisionTower
+from octavo.runtime.vision.recipes import Grid, Lines, Recipe, Tiles, VisionModel, WholeImage, WholePatches
+from octavo.runtime.vision.towers import (
+    IdeficsModule,
+    InternModule,
+    LlavaModule,
+    Mistral3Module,
+    QwenModule,
+    VisionTower,
+)
 
 BICUBIC = 3
 LANCZOS = 1
@@ -28,6 +35,8 @@ HALF = (0.5, 0.5, 0.5)
 SIGLIP_PROCESSORS = ("SiglipImageProcessor",)
 CLIP_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
 QWEN_PROCESSORS = ("Qwen2VLImageProcessor",)
+PIXTRAL_PROCESSORS = ("PixtralImageProcessor",)
+INTERN_PROCESSORS = ("GotOcr2ImageProcessor",)
 IDEFICS_PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 
 
@@ -88,7 +97,7 @@ class _Preprocessing:
                 raise UnreadImagesError(f"preprocessor_config.json: {key} false is not supported")
         if abs(float(found.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
             raise UnreadImagesError(f"preprocessor_config.json: rescale_factor {found['rescale_factor']} isn't 1 / 255")
-        if found.get("do_pad") and self.kind not in IDEFICS_PROCESSORS:  # which pads prompts with fewer images
+        if found.get("do_pad") and self.kind not in (*IDEFICS_PROCESSORS, *PIXTRAL_PROCESSORS):  # of batches
             raise UnreadImagesError("preprocessor_config.json: do_pad true is not supported")
         is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS
         self.mean = tuple(found.get("image_mean") or (HALF if is_half else CLIP_MEAN))
@@ -168,6 +177,38 @@ def _idefics(config: Any, given: _Preprocessing) -> tuple[Tiles, type[nn.Module]
     return Tiles(longest, side, given.values.get("do_image_splitting", True), given.resample, count), IdeficsModule
 
 
+def _mistral3(config: Any, given: _Preprocessing) -> tuple[Lines, type[nn.Module]]:
+    given.check_kind(PIXTRAL_PROCESSORS)
+    if config.vision_config.model_type != "pixtral":
+        raise UnreadImagesError(
+            f"mistral3 with a vision tower of type {config.vision_config.model_type}; pixtral is known"
+        )
+    longest = given.size("size").get("longest_edge")
+    if longest is None or longest > config.vision_config.image_size:
+        raise UnreadImagesError(
+            f"preprocessor_config.json: longest_edge {longest}; the tower's images have up to "
+            f"{config.vision_config.image_size} pixels a side"
+        )
+    return Lines(longest, config.vision_config.patch_size * config.spatial_merge_size, given.resample), Mistral3Module
+
+
+def _internvl(config: Any, given: _Preprocessing) -> tuple[Grid, type[nn.Module]]:
+    given.check_kind(INTERN_PROCESSORS)
+    vision = config.vision_config
+    side = vision.image_size[0]
+    size = given.size("size")
+    layer = config.vision_feature_layer
+    if (size.get("width"), size.get("height")) != (side, side) or layer != -1 or config.downsample_ratio != 0.5:
+        raise UnreadImagesError(
+            f"size {size} with vision_feature_layer {layer} and downsample_ratio {config.downsample_ratio} is not "
+            f"supported; squares of {side}, the last layer and 0.5 are"
+        )
+    most = int(given.values.get("max_patches") or 12)  # whatever crop_to_patches says: InternVL's processor sets it
+    least = min(int(given.values.get("min_patches") or 1), most)
+    count = (side // vision.patch_size[0]) ** 2 // 4
+    return Grid(side, least, most, given.resample, count), InternModule
+
+
 Maker = Callable[[Any, _Preprocessing], tuple[Recipe, type[nn.Module]]]
 MAKERS: dict[str, Maker] = {
     "llava": _llava,
@@ -176,6 +217,8 @@ MAKERS: dict[str, Maker] = {
     "qwen3_vl": _qwen,
     "idefics3": _idefics,
     "smolvlm": _idefics,
+    "mistral3": _mistral3,
+    "internvl": _internvl,
 }
 """By model type: what is made of a checkpoint's config and its preprocessing."""
 

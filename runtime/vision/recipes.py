@@ -152,7 +152,67 @@ class Tiles(msgspec.Struct, frozen=True, tag="tiles"):
         return math.ceil(length / self.side) * self.side
 
 
-Recipe = WholeImage | WholePatches | Tiles
+class Lines(msgspec.Struct, frozen=True, tag="lines"):
+    """One frame that keeps the image's shape, with a token behind each line of placeholders: Mistral 3's.
+
+    longest: the most pixels of a side. factor: a placeholder's side.
+    """
+
+    longest: int
+    factor: int
+    resample: int
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size."""
+        ratio = max(size) / self.longest
+        sides = [math.floor(side / ratio) for side in size] if ratio > 1 else size
+        columns, rows = (max(1, math.ceil(side / self.factor)) for side in sides)
+        frame = (columns * self.factor, rows * self.factor)
+        text = "[IMG_BREAK]".join([placeholder * columns] * rows) + "[IMG_END]"
+        return Layout((View((frame,), frame),), text, columns * rows)
+
+
+class Grid(msgspec.Struct, frozen=True, tag="grid"):
+    """Squares side by side in a grid of the image's shape, and behind several of them the whole in one: InternVL's.
+
+    side: of a square. least, most: squares of a grid. count: placeholders of each.
+    """
+
+    side: int
+    least: int
+    most: int
+    resample: int
+    count: int
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size."""
+        square = (self.side, self.side)
+        columns, rows = self._grid(size)
+        whole = ((columns * self.side, rows * self.side),)
+        places = [(column, row) for row in range(rows) for column in range(columns)]
+        views = [View(whole, square, (self.side * column, self.side * row)) for column, row in places]
+        if len(views) > 1:
+            views.append(View((square,), square))
+        count = self.count * len(views)
+        return Layout(tuple(views), f"<img>{placeholder * count}</img>", count)
+
+    def _grid(self, size: Size) -> Size:
+        """The grid nearest to the image in shape; of equally near ones a larger one, if the image fills half of it."""
+        width, height = size
+        numbers = range(1, self.most + 1)
+        grids = [(c, r) for c in numbers for r in numbers if self.least <= c * r <= self.most]
+        best = (1, 1)
+        nearest = math.inf
+        for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+            distance = abs(width / height - columns / rows)
+            fills_half = width * height > 0.5 * self.side * self.side * columns * rows
+            if distance < nearest or (distance == nearest and fills_half):
+                nearest = distance
+                best = (columns, rows)
+        return best
+
+
+Recipe = WholeImage | WholePatches | Tiles | Lines | Grid
 FAKE = "<fake_token_around_image>"
 
 

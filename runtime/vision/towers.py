@@ -5,6 +5,7 @@ A tower sees each image once: embeddings are kept by the image's digest, up to M
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from octavo.runtime.vision.recipes import PromptImage, Size, Tiles, VisionModel, WholePatches
+from octavo.runtime.vision.recipes import Grid, Lines, PromptImage, Size, Tiles, VisionModel, WholePatches
 
 MAX_KEPT_BYTES = 256 << 20
 
@@ -73,7 +74,12 @@ class VisionTower:
             case WholePatches():
                 columns, rows = recipe.grid(frames[0])
                 return columns * rows if frames == ((columns * recipe.factor, rows * recipe.factor),) else -1
-            case Tiles():
+            case Lines():
+                width, height = frames[0]
+                side = recipe.factor
+                is_whole = len(frames) == 1 and width % side == 0 and height % side == 0
+                return (width // side) * (height // side) if is_whole else -1
+            case Tiles() | Grid():
                 return len(frames) * recipe.count if set(frames) == {(recipe.side, recipe.side)} else -1
         return recipe.count if frames == (recipe.frame,) else -1
 
@@ -125,6 +131,50 @@ class LlavaModule(nn.Module):
         layers = [self._layer] if isinstance(self._layer, int) else self._layer
         chosen = torch.cat([states[layer][:, self._drops_first :] for layer in layers], dim=-1)
         projected: Tensor = self.multi_modal_projector(chosen)
+        return projected.flatten(0, 1)
+
+
+class Mistral3Module(nn.Module):
+    """A Pixtral tower, whose patches are merged by squares and projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = Mistral3MultiModalProjector(config)
+        self._layer = config.vision_feature_layer
+
+    def forward(self, frames: Sequence[Tensor]) -> Tensor:
+        (frame,) = frames
+        sizes = torch.tensor([frame.shape[1:]])
+        seen = self.vision_tower(frame[None], image_sizes=sizes, output_hidden_states=True, return_dict=True)
+        layers = [self._layer] if isinstance(self._layer, int) else self._layer
+        chosen = torch.cat([seen.hidden_states[layer] for layer in layers], dim=-1)
+        projected: Tensor = self.multi_modal_projector(chosen.squeeze(0), sizes.tolist())
+        return projected
+
+
+class InternModule(nn.Module):
+    """An InternViT tower over squares, whose patches are put together by fours and projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = InternVLMultiModalProjector(config)
+        self._drops_first = config.vision_feature_select_strategy == "default"
+
+    def forward(self, frames: Sequence[Tensor]) -> Tensor:
+        seen = self.vision_tower(pixel_values=torch.stack(list(frames)), return_dict=True).last_hidden_state
+        patches = seen[:, self._drops_first :]
+        side = math.isqrt(patches.shape[1])
+        grid = patches.reshape(len(frames), side // 2, 2, side // 2, 2, -1)
+        squares = grid.transpose(2, 3).reshape(len(frames), side * side // 4, -1)
+        projected: Tensor = self.multi_modal_projector(squares)
         return projected.flatten(0, 1)
 
 

@@ -21,6 +21,7 @@ from octavo.server.dialects.native_request import (
     NativeSampling,
     choices_of,
     continued,
+    images_of,
     items_of,
     names_in,
     rid_of,
@@ -29,6 +30,7 @@ from octavo.server.dialects.native_sessions import add_session_routes, begun_tur
 from octavo.server.errors import EVENTS, RESPONSES, TEXT, ApiError, bad_request
 from octavo.server.generation import Choice, Delta, Steps, fold, in_batches
 from octavo.server.hints import hints_in
+from octavo.server.media.prompt import ReadImage
 from octavo.server.message.parts import text_of
 from octavo.server.operation import no_other_page
 from octavo.server.pooled_inputs import PooledPrompt
@@ -124,8 +126,9 @@ def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owner
         asked = None if body.session_params is None else body.session_params.continuation()
         if asked is not None:
             return await in_session(body, asked, http)
+        images = await images_of(body, model)
         with in_words_of(names_in(body)):
-            answer = await service.off_loop(http, lambda: _begin(body, model, http.state.request_id))
+            answer = await service.off_loop(http, lambda: _begin(body, model, http.state.request_id, images))
         owners[answer] = owner_of(http)
         return await service.respond(http, answer)
 
@@ -169,9 +172,11 @@ def _add_facts(router: APIRouter, model: ServedModel) -> None:
         }
 
 
-def _begin(body: GenerateRequest, model: ServedModel, name: str) -> NativeAnswer:
+def _begin(
+    body: GenerateRequest, model: ServedModel, name: str, images: Sequence[Sequence[ReadImage]] = ()
+) -> NativeAnswer:
     items = items_of(body)
-    return NativeAnswer(body, items, choices_of(items, model), model, name)
+    return NativeAnswer(body, items, choices_of(items, model, images), model, name)
 
 
 class NativeAnswer(Answer):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -28,12 +29,17 @@ from octavo.server.dialects.native_sessions import SessionParams
 from octavo.server.errors import ApiError, bad_request, explain, field_error
 from octavo.server.generation import Choice, make_choices
 from octavo.server.hints import NativeHints
-from octavo.server.prompts import encode
+from octavo.server.media.images import NO_IMAGES
+from octavo.server.media.prompt import ReadImage
+from octavo.server.media.sources import ImageSource
+from octavo.server.prompts import Prompt, encode
 from octavo.server.served_model import ServedModel
 from octavo.server.sessions import Turn
 
 NEW_TOKENS = 128  # SGLang's default
 MAX_NAMED = 1 << 22  # log-probabilities of tokens that a request names, of all positions of its prompts
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # of a URL; base64 has no colon
+ImageList = Annotated[list[Text], Field(max_length=2048, fail_fast=True)]
 Start = Annotated[Integer, Field(ge=-1, lt=2**31)]
 _OPENAI_NAMES = {  # of completions' fields, in SGLang's words
     "max_tokens": "max_new_tokens",
@@ -123,9 +129,10 @@ class GenerateRequest(NativeHints, Strict):
     session_params: SessionParams | None = None
     extra_key: Text | list[Text] | None = None  # what cache_salt is in OpenAI's dialects
     lora_path: Text | Annotated[list[Text | None], Field(max_length=2048)] | None = None  # an adapter's name
+    # of one prompt an image or several, of a list of prompts such a value for each
+    image_data: Text | Annotated[list[Text | ImageList | None], Field(max_length=2048)] | None = None
     # not supported: accepted only where they ask for nothing
     input_embeds: None = None
-    image_data: None = None
     video_data: None = None
     audio_data: None = None
     modalities: None = None
@@ -146,6 +153,8 @@ class GenerateRequest(NativeHints, Strict):
     def _check_prompt(self) -> GenerateRequest:
         if (self.text is None) == (self.input_ids is None):
             raise field_error("text", "exactly one of text and input_ids is needed")
+        if self.image_data and (self.text is None or self.session_params is not None):
+            raise field_error("image_data", "image_data: images stand in a text, and in no session")
         params = self.sampling_params
         searches = isinstance(params, NativeSampling) and (params.beam_width or 1) > 1
         if self.session_params is not None and (self.is_batch or searches):
@@ -159,6 +168,13 @@ class GenerateRequest(NativeHints, Strict):
             return [self.text] if isinstance(self.text, str) else self.text
         ids: Any = self.input_ids
         return ids if isinstance(ids[0], list) else [ids]
+
+    @property
+    def image_urls(self) -> list[list[str]]:
+        """Those of each prompt: as URLs, or base64 without a word of what it is."""
+        given = self.image_data
+        of_prompts = given if isinstance(self.text, list) and isinstance(given, list) else [given]
+        return [list(_flat(one)) for one in of_prompts]
 
     @property
     def is_batch(self) -> bool:
@@ -251,18 +267,34 @@ def _item(
     return Item(request, rid, returned, start, top, named, sampling.max_new_tokens)
 
 
-def choices_of(items: Sequence[Item], model: ServedModel) -> list[Choice]:
-    """The answers to all prompts. max_new_tokens above what the context leaves means what it leaves, as in SGLang."""
+async def images_of(body: GenerateRequest, model: ServedModel) -> list[list[ReadImage]]:
+    """The images of each prompt, decoded; nothing where there are none. Raises ApiError."""
+    if not body.image_data:
+        return []
+    urls = body.image_urls
+    _check_count("image_data", urls, len(body.prompts))
+    sources = [[_source(url, number) for number, url in enumerate(own, 1)] for own in urls]
+    first = next((own[0] for own in sources if own), None)
+    if first is not None and model.images is None:
+        raise first.refusal(NO_IMAGES)
+    return [] if model.images is None else [await model.images.read(own) for own in sources]
+
+
+def choices_of(items: Sequence[Item], model: ServedModel, images: Sequence[Sequence[ReadImage]] = ()) -> list[Choice]:
+    """The answers to all prompts. max_new_tokens above what the context leaves means what it leaves, as in SGLang.
+
+    images: of each prompt; (): nobody has any.
+    """
     if sum(item.request.num_choices for item in items) > MAX_ANSWERS:
         raise bad_request(f"a request may ask for {MAX_ANSWERS} answers", "n")
     if len({bool(item.request.use_beam_search) for item in items}) > 1:
         raise bad_request("beam_width: all prompts of a request are searched, or none", "beam_width")
     choices: list[Choice] = []
     total = 0
-    for item in items:
+    for item, own_images in zip(items, images or [()] * len(items), strict=True):
         if item.request.model is not None and model.adapter(item.request.model) is None:
             raise bad_request(f"lora_path: the adapter {item.request.model[:80]!r} is not loaded", "lora_path")
-        [prompt] = prompts_of(item.request, model)
+        prompt = _prompt_of(item.request, own_images, model)
         total += len(prompt.token_ids) * item.request.num_choices
         room = model.max_model_len - len(prompt.token_ids)
         limit = room if item.limit is None else min(room, item.limit)
@@ -275,6 +307,27 @@ def choices_of(items: Sequence[Item], model: ServedModel) -> list[Choice]:
     if total > MAX_TOKENS_SENT:
         raise bad_request(f"{total} tokens of prompts; a request may send {MAX_TOKENS_SENT}", "text")
     return choices
+
+
+def _flat(given: Any) -> Iterator[str]:
+    if isinstance(given, list):
+        for one in given:
+            yield from _flat(one)
+    elif given:
+        yield given
+
+
+def _source(given: str, number: int) -> ImageSource:
+    return ImageSource(given if SCHEME.match(given) else f"data:;base64,{given}", "image_data", number)
+
+
+def _prompt_of(request: CompletionRequest, images: Sequence[ReadImage], model: ServedModel) -> Prompt:
+    """The prompt of an item, with what stands for its images."""
+    if model.images is None or not images:
+        return prompts_of(request, model)[0]
+    text = model.images.expanded(str(request.prompt), images, "text")
+    [prompt] = prompts_of(request.model_copy(update={"prompt": text}), model)
+    return replace(prompt, images=model.images.placed(prompt.token_ids, images, "text"))
 
 
 def rid_of(body: GenerateRequest, name: str) -> str:

@@ -77,19 +77,21 @@ class Images:
         digest = hashlib.sha256(repr(frames).encode() + found.pixels).digest()
         return ReadImage(digest, found.size, frames, found.pixels)
 
-    def expanded(self, text: str, images: Sequence[ReadImage]) -> str:
-        """The text of a prompt with all placeholders of its images. Raises ApiError."""
+    def expanded(self, text: str, images: Sequence[ReadImage], field: str = "messages") -> str:
+        """The text of a prompt with all placeholders of its images. Raises ApiError, which names the field."""
         try:
             return prompt.expanded(text, images, self.vision.recipe, self.placeholder)
         except PlacesError as error:
-            raise bad_request(f"messages: {error}", "messages") from None
+            raise bad_request(f"{field}: {error}", field) from None
 
-    def placed(self, token_ids: Sequence[int], images: Sequence[ReadImage]) -> tuple[PromptImage, ...]:
-        """The images of a prompt, where its tokens have them. Raises ApiError."""
+    def placed(
+        self, token_ids: Sequence[int], images: Sequence[ReadImage], field: str = "messages"
+    ) -> tuple[PromptImage, ...]:
+        """The images of a prompt, where its tokens have them. Raises ApiError, which names the field."""
         try:
             return prompt.placed(token_ids, images, self.vision.recipe, self.vision.placeholder_id)
         except PlacesError as error:
-            raise bad_request(f"messages: {error}", "messages") from None
+            raise bad_request(f"{field}: {error}", field) from None
 
     def close(self) -> None:
         """End the process."""

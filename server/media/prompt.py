@@ -31,8 +31,8 @@ def expanded(text: str, images: Sequence[ReadImage], recipe: Recipe, placeholder
     pieces = text.split(placeholder)
     if len(pieces) != len(images) + 1:
         raise PlacesError(
-            f"the prompt has {placeholder!r} {len(pieces) - 1} times for {len(images)} images: the chat template must "
-            "write it once for each, and no message may"
+            f"the prompt has {placeholder!r} {len(pieces) - 1} times for {len(images)} images; once for each is "
+            "wanted, which a chat template writes, and no message may"
         )
     stands = (recipe.layout(image.size, placeholder).text for image in images)
     return pieces[0] + "".join(stand + piece for stand, piece in zip(stands, pieces[1:], strict=True))

@@ -20,9 +20,11 @@ from torch import Tensor
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
 PLACEHOLDERS = {
     **dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>"),
+    "mistral3": "[IMG]",
+    "internvl": "<IMG_CONTEXT>",
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
 }
-MARKS = dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>")
+MARKS = dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>") | {"mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>"}
 QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['content'] is string %}"
@@ -100,7 +102,8 @@ def make_tiny_vision(kind: str, directory: Path, seed: int = 0) -> TinyVision:
     more = ["<|vision_start|>", "<|vision_end|>", placeholder, "<|video_pad|>"] if is_qwen else [placeholder]
     tokenizer.add_special_tokens({"additional_special_tokens": more})
     tokenizer.chat_template = TEMPLATE.replace("MARK", QWEN_MARK if is_qwen else placeholder)
-    config, processor = (_qwen if is_qwen else _llava if kind == "llava" else _idefics)(kind, tokenizer)
+    make = _qwen if is_qwen else {"llava": _llava, "mistral3": _mistral3, "internvl": _internvl}.get(kind, _idefics)
+    config, processor = make(kind, tokenizer)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
     randomize(model, seed)
@@ -173,41 +176,92 @@ def _idefics(kind: str, tokenizer: Any) -> tuple[Any, Any]:
     return config, IdeficsProcessor(images, tokenizer)
 
 
-class IdeficsProcessor:
-    """Transformers' own of SmolVLM wants one of videos, too; Idefics 3's makes the same of an image's text."""
+def _mistral3(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**TEXT, vocab_size=len(tokenizer), sliding_window=None),
+        vision_config=transformers.PixtralVisionConfig(**TOWER, image_size=56, patch_size=7, head_dim=16),
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        tie_word_embeddings=False,
+    )
+    images = transformers.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 7, "width": 7})
+    return config, Mistral3Processor(images, tokenizer)
+
+
+def _internvl(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>", "<img>", "</img>"]})
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        vision_config=TOWER | {"image_size": [28, 28], "patch_size": [7, 7]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        tie_word_embeddings=False,
+    )
+    images = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=6
+    )
+    return config, InternProcessor(images, tokenizer)
+
+
+class WithoutVideos:
+    """Transformers' own processors want torchvision, be it for videos; these make of images and text what they make."""
 
     def __init__(self, images: Any, tokenizer: Any) -> None:
         self.images = images
         self.tokenizer = tokenizer
-        self.whole = transformers.Idefics3Processor(
-            transformers.Idefics3ImageProcessorPil(), tokenizer, image_seq_len=4
-        )
+
+    def save_pretrained(self, directory: Path) -> None:
+        self.images.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def tokens(self, text: str, placeholder: str, stands: list[str]) -> dict[str, Tensor]:
+        first, *pieces = text.split(placeholder)
+        return self.tokenizer(first + "".join(map("".join, zip(stands, pieces, strict=True))), return_tensors="pt")
+
+
+class InternProcessor(WithoutVideos):
+    """InternVL's."""
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> dict[str, Tensor]:
+        found = {} if images is None else dict(self.images(images=images, return_tensors=return_tensors))
+        counts = found.pop("num_patches", ())
+        stands = [f"<img>{'<IMG_CONTEXT>' * 4 * int(count)}</img>" for count in counts]
+        return {**found, **self.tokens(text[0], "<IMG_CONTEXT>", stands)}
+
+
+class Mistral3Processor(WithoutVideos):
+    """Mistral 3's, whose tower sees patches of 7 pixels, merged by fours."""
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> dict[str, Tensor]:
+        found: dict[str, Any] = {}
+        if images is not None:
+            merged = {"height": 14, "width": 14}
+            found = dict(self.images(images=images, patch_size=merged, return_tensors=return_tensors))
+        stands = []
+        for height, width in found.get("image_sizes", ()):
+            lines = ["[IMG]" * (int(width) // 14)] * (int(height) // 14)
+            stands.append("[IMG_BREAK]".join(lines) + "[IMG_END]")
+        return {**found, **self.tokens(text[0], "[IMG]", stands)}
+
+
+class IdeficsProcessor(WithoutVideos):
+    """SmolVLM's, and Idefics 3's, which is asked for an image's text."""
+
+    def __init__(self, images: Any, tokenizer: Any) -> None:
+        super().__init__(images, tokenizer)
+        known = transformers.Idefics3ImageProcessorPil()
+        self.whole = transformers.Idefics3Processor(known, tokenizer, image_seq_len=4)
         self.whole.image_processor = images
 
     def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> Any:
         return self.whole(text=text, images=None if images is None else [images], return_tensors=return_tensors)
 
-    def save_pretrained(self, directory: Path) -> None:
-        self.images.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
 
-
-class QwenProcessor:
-    """Transformers' own wants a processor of videos beside it, which needs torchvision; this one does what it does."""
-
-    def __init__(self, images: Any, tokenizer: Any) -> None:
-        self.images = images
-        self.tokenizer = tokenizer
+class QwenProcessor(WithoutVideos):
+    """Qwen's, whose tower sees patches merged by fours."""
 
     def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> dict[str, Tensor]:
         found = {} if images is None else dict(self.images(images=images, return_tensors=return_tensors))
-        prompt = text[0]
-        for grid in found.get("image_grid_thw", ()):
-            prompt = prompt.replace("<|image_pad|>", "<|again|>" * (int(grid.prod()) // self.images.merge_size**2), 1)
-        ids = self.tokenizer(prompt.replace("<|again|>", "<|image_pad|>"), return_tensors=return_tensors)
+        stands = ["<|image_pad|>" * (int(grid.prod()) // 4) for grid in found.get("image_grid_thw", ())]
+        tokens = self.tokens(text[0], "<|image_pad|>", stands)
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        return {**found, **ids, "mm_token_type_ids": (ids["input_ids"] == pad).int()}
-
-    def save_pretrained(self, directory: Path) -> None:
-        self.images.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        return {**found, **tokens, "mm_token_type_ids": (tokens["input_ids"] == pad).int()}

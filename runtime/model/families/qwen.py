@@ -118,5 +118,10 @@ FAMILY = Family(
             reads=_SWITCHED_WINDOW_KEYS | _SPARSE_STEP_KEYS | {"attention_bias": bool},
         ),
     },
-    vision={"qwen2_vl": ("qwen2_vl_text",), "qwen2_5_vl": ("qwen2_5_vl_text",), "qwen3_vl": ("qwen3_vl_text",)},
+    vision={
+        "qwen2_vl": ("qwen2_vl_text",),
+        "qwen2_5_vl": ("qwen2_5_vl_text",),
+        "qwen3_vl": ("qwen3_vl_text",),
+        "internvl": ("qwen2", "qwen3", "llama"),
+    },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable
@@ -27,10 +28,15 @@ from octavo.runtime.startup import load_engine
 from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
-OTHERS = ("qwen2_vl", "qwen3_vl", "idefics3", "smolvlm")
+OTHERS = ("qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
 KINDS = ("llava", "qwen2_5_vl", *map(slow, OTHERS))
 IN_CHUNKS = [("llava", 7), ("qwen2_5_vl", 7), ("qwen3_vl", 7), ("smolvlm", 7)]
-OTHERWISE = [("qwen2_vl", 7), ("idefics3", 7), *((kind, 2048) for kind in ("llava", "qwen2_5_vl", *OTHERS))]
+OTHERWISE = [
+    *((kind, 7) for kind in ("qwen2_vl", "idefics3", "mistral3", "internvl")),
+    ("llava", 1),
+    ("qwen2_5_vl", 1),
+    *((kind, 2048) for kind in ("llava", "qwen2_5_vl", *OTHERS)),
+]
 BLOCK = 4
 FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
 MakeEngine = Callable[..., Engine]
@@ -42,16 +48,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def engine_of(directory: Path, chunk: int = 2048, **options: object) -> Engine:
-    config = EngineConfig(
-        model=str(directory),
-        dtype="float32",
-        num_blocks=200,
-        block_size=BLOCK,
-        max_model_len=200,
-        max_num_batched_tokens=chunk,
-        **options,
-    )
-    return load_engine(config, time.time())[0]
+    limits = {"num_blocks": 200, "block_size": BLOCK, "max_model_len": 200, "max_num_batched_tokens": chunk}
+    return load_engine(EngineConfig(model=str(directory), dtype="float32", **limits | options), time.time())[0]
 
 
 def mark_of(tiny: TinyVision) -> str:
@@ -133,6 +131,20 @@ def test_a_prefix_ends_where_another_image_begins(tiny: TinyVision) -> None:
     assert found == request.images[0].start // BLOCK * BLOCK
 
 
+def test_who_gives_its_blocks_back_sees_its_image_again(tiny: TinyVision) -> None:
+    """Without a prefix cache, and with room for two prompts and half of their answers."""
+    count = 24
+    lengths = [tiny.inputs(text_of(tiny, 1), [one])["input_ids"].shape[1] for one in (FIRST, SECOND)]
+    num_blocks = sum(-(-length // BLOCK) for length in lengths) + count // BLOCK
+    limits = {"num_blocks": num_blocks, "max_model_len": num_blocks * BLOCK}
+    engine = engine_of(tiny.directory, enable_prefix_caching=False, **limits)
+    requests = [request_of(tiny, engine, [one], name, max_tokens=count) for name, one in (("a", FIRST), ("b", SECOND))]
+    outputs = run_to_end(engine, requests)
+    for name, one in (("a", FIRST), ("b", SECOND)):
+        assert tokens_of(outputs[name]) == tiny.greedy(tiny.inputs(text_of(tiny, 1), [one]), count)
+    assert engine.scheduler.stats().num_preemptions
+
+
 def test_answers_to_one_prompt_share_its_images(tiny: TinyVision) -> None:
     engine = engine_of(tiny.directory)
     one = request_of(tiny, engine, [FIRST], "n0")
@@ -207,3 +219,17 @@ def test_a_quantized_checkpoint_keeps_its_tower(tiny: TinyVision, tmp_path: Path
     assert len(tokens_of(run_to_end(engines[1], [request])["a"])) == 6
     first, second = (engine.worker.model.tower.embed(request.images[0]) for engine in engines)
     assert torch.equal(first, second)
+
+
+def test_a_config_as_qwen2_vl_was_published(tmp_path: Path) -> None:
+    """Its text half's keys stand beside the tower's, and its rope is of a type of its own."""
+    tiny = make_tiny_vision("qwen2_vl", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "model_type": "qwen2_vl"}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | text))
+    engine = engine_of(tmp_path)
+    answer = tokens_of(run_to_end(engine, [request_of(tiny, engine, [FIRST, SECOND])])["a"])
+    assert answer == tiny.greedy(tiny.inputs(text_of(tiny, 2), [FIRST, SECOND]), 6)

@@ -188,6 +188,7 @@ def test_what_the_sampling_parameters_mean(client: httpx.Client, oracle: Oracle)
         ({"input_ids": [5000]}, "input_ids"),
         ({"text": "x", "unknown": 1}, "unknown"),
         ({"text": "x", "image_data": "x"}, "image_data"),
+        ({"text": "x", "image_data": {"url": "x"}}, "image_data"),
         ({"text": "x", "lora_path": "x"}, "lora_path"),
         ({"text": "x", "session_params": {"id": "x"}}, "session_params"),
         ({"text": "x", "return_hidden_states": True}, "return_hidden_states"),

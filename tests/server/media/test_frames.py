@@ -11,7 +11,7 @@ import transformers
 from PIL import Image, ImageOps
 from tiny_vision import picture
 
-from octavo.runtime.vision.recipes import MAX_PIXELS, Tiles, WholeImage, WholePatches
+from octavo.runtime.vision.recipes import MAX_PIXELS, Grid, Lines, Tiles, WholeImage, WholePatches
 from octavo.server.media.frames import ImageError, frames_of
 
 SIZES = [(50, 37), (31, 90), (28, 28), (300, 20), (7, 11), (640, 427)]
@@ -24,11 +24,15 @@ IDEFICS = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 112}, max
 UNCUT = transformers.SmolVLMImageProcessorPil(
     size={"longest_edge": 112}, max_image_size={"longest_edge": 28}, do_image_splitting=False
 )
+INTERN = transformers.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=6)
+PIXTRAL = transformers.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
 RECIPES = {
     "clip": (CLIP, WholeImage((28, 28), 28, 3, 16)),
     "siglip": (SIGLIP, WholeImage((28, 28), None, int(SIGLIP.resample), 16)),
     "qwen": (QWEN, WholePatches(14, 14 * 14 * 4, 14 * 14 * 24, 3)),
     "idefics": (IDEFICS, Tiles(112, 28, True, 1, 4)),
+    "internvl": (INTERN, Grid(28, 1, 6, 3, 4)),
+    "pixtral": (PIXTRAL, Lines(56, 14, 3)),
     "uncut": (UNCUT, Tiles(112, 28, False, 1, 4)),
 }
 

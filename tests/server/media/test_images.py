@@ -151,6 +151,30 @@ def test_the_ollama_client(seeing: Server, tiny: TinyVision) -> None:
     assert made.response == expected
 
 
+def test_sglang_s_generate(seeing: Server, tiny: TinyVision) -> None:
+    params = {"temperature": 0, "max_new_tokens": NUM_TOKENS}
+    data = base64.b64encode(as_png(SECOND)).decode()
+    texts = ["<image>see", "see <image><image>", "see"]
+    body = {"text": texts, "image_data": [url_of(FIRST), [data, url_of(FIRST)], None], "sampling_params": params}
+    with seeing.client() as client:
+        answers = client.post("/generate", json=body).json()
+        pictures = ([FIRST], [SECOND, FIRST], [])
+        assert [one["text"] for one in answers] == [
+            truth(tiny, text.replace("<image>", "*"), *own) for text, own in zip(texts, pictures, strict=True)
+        ]
+        one = client.post("/generate", json={"text": texts[0], "image_data": url_of(FIRST), "sampling_params": params})
+        assert one.json()["text"] == answers[0]["text"]
+        for fields, says in (
+            ({"text": "see", "image_data": data}, "text: the prompt has '<image>' 0 times for 1 images"),
+            ({"text": "<image>", "image_data": "http://127.0.0.1/"}, "image_data: image 1: nothing is fetched"),
+            ({"input_ids": [1, 2], "image_data": data}, "image_data: images stand in a text"),
+            ({"text": ["a", "b"], "image_data": [data]}, "image_data: 1 values for 2 prompts"),
+        ):
+            refused = client.post("/generate", json=fields)
+            assert refused.status_code == 400
+            assert says in refused.text
+
+
 def test_a_file_of_the_directory(seeing: Server, tiny: TinyVision, shared: Path) -> None:
     with seeing.client() as client:
         answer = asked(client, f"file://{shared}/first.png")
