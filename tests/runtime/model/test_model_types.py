@@ -1,0 +1,28 @@
+"""What docs/models.md says of every model type: that it is all of them, and that it is so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models_table
+import pytest
+from model_proofs import BOUND, prove
+from model_types import HALVES, MODEL_TYPES
+
+from octavo.runtime.model.families.registry import ARCHITECTURES, ENCODERS
+
+
+def test_every_model_type_has_a_tiny_checkpoint_and_a_row() -> None:
+    """`python tests/support/models_table.py NAME` proves one more."""
+    assert set(MODEL_TYPES) | HALVES == {*ARCHITECTURES, *ENCODERS}
+    assert list(models_table.rows()) == list(MODEL_TYPES)
+    assert all(float(cells[2]) < BOUND for cells in models_table.rows().values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_the_table_is_true(name: str, tmp_path: Path) -> None:
+    """But for the difference, which is a machine's own, and is bounded where it is computed."""
+    said = models_table.rows()[name]
+    found = models_table.row(prove(MODEL_TYPES[name], tmp_path))
+    assert (found[:2], found[3:]) == (said[:2], said[3:])

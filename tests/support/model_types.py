@@ -1,0 +1,92 @@
+"""Every model type that octavo serves, with how its tiny random checkpoint is made and what its own code says of it.
+
+A case of `hf_oracle.CASES` or of `encoder_oracle.CASES` that is named by its model type is found here by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import encoder_oracle
+import hf_oracle
+import torch
+from torch import Tensor
+
+Truth = Callable[[list[int]], Tensor]  # token ids [T] -> logits [T, vocab], or an encoder's hidden states [T, H]
+
+ALIASES = {
+    "mimo": ("qwen2", "MiMoForCausalLM"),
+    "kimi_k2": ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    "camembert": ("roberta", "CamembertModel"),
+    "new": ("gte", "NewModel"),
+}
+"""Model types with the one that is the same but for its name, and their class."""
+HALVES = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+"""Model types that are found in vision checkpoints alone: tests/runtime/vision compares them with what they see."""
+SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "q_lora_rank")
+SIZES += ("head_dim", "global_head_dim", "hidden_size_per_layer_input", "laurel_rank", "intermediate_size")
+GROUP = 32
+"""Of a group of weights. These sizes are multiples of it here, so that nothing is refused for being tiny."""
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model type's tiny checkpoint. write: into a directory; returns what transformers computes with it."""
+
+    model_type: str
+    is_encoder: bool
+    write: Callable[[Path], Truth]
+
+
+def _write_decoder(name: str, directory: Path) -> Truth:
+    family, overrides = hf_oracle.CASES[name]
+    grouped = {key: _grouped(overrides[key]) for key in SIZES if overrides.get(key)}
+    model = hf_oracle.make_hf(family, overrides | grouped)
+    hf_oracle.save(model, directory)
+    return partial(_logits, model)
+
+
+def _grouped(size: Any) -> Any:
+    """The next multiple; of one number, or of one for each layer."""
+    return [_grouped(each) for each in size] if isinstance(size, list) else -(-size // GROUP) * GROUP
+
+
+@torch.inference_mode()
+def _logits(model: Any, ids: list[int]) -> Tensor:
+    found: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0]
+    return found
+
+
+def _write_alias(model_type: str, directory: Path) -> Truth:
+    name, architecture = ALIASES[model_type]
+    truth = (_write_encoder if name in encoder_oracle.CASES else _write_decoder)(name, directory)
+    file = directory / "config.json"
+    renamed = {"model_type": model_type, "architectures": [architecture]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | renamed))
+    return truth
+
+
+def _write_encoder(name: str, directory: Path) -> Truth:
+    family, keys = encoder_oracle.CASES[name]
+    model = encoder_oracle.made(family, keys, "Model", directory)
+    return lambda ids: encoder_oracle.expected(model, ids).last_hidden_state[0]
+
+
+def _all() -> dict[str, TinyModel]:
+    decoders = {name: partial(_write_decoder, name) for name in hf_oracle.CASES if "-" not in name}
+    encoders = {name: partial(_write_encoder, name) for name in encoder_oracle.CASES if "," not in name}
+    for name, (same, _) in ALIASES.items():
+        (encoders if same in encoders else decoders)[name] = partial(_write_alias, name)
+    return {
+        name: TinyModel(name, is_encoder, write)
+        for is_encoder, writers in ((False, decoders), (True, encoders))
+        for name, write in sorted(writers.items())
+    }
+
+
+MODEL_TYPES = _all()
