@@ -124,6 +124,42 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     return out.to(q.dtype).reshape(q.shape[0], -1)
 
 
+def attention_ahead(
+    hidden: Tensor,
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """hidden [T, Hq * D], attention's output, with that of tokens which see some behind them; those of a window see no
+    less ahead. qkv and the others are RopeAndAttention's, which has written the cache.
+    """
+    out = hidden.clone()
+    for s, begin, end, length in inputs.ahead:
+        positions = inputs.positions[begin:end]
+        rows = None if cos_sin is None else cos_sin[positions]
+        q = _positioned(qkv[begin:end, : shape.num_heads * shape.head_dim], q_norm, rows, cache, shape, eps)
+        first = 0 if shape.window is None else max(0, int(positions[0]) - shape.window + 1) // cache.block_size
+        table = inputs.block_tables[s, first : -(-length // cache.block_size)].long()
+        first *= cache.block_size
+        k, v = (
+            gather(store, scale, table, length - first, shape.head_dim)
+            for store, scale in ((cache.key, cache.key_scale), (cache.value, cache.value_scale))
+        )
+        groups = q.to(qkv.dtype).float().view(end - begin, shape.num_kv_heads, -1, shape.head_dim).permute(1, 2, 0, 3)
+        scores = groups @ k.unsqueeze(1).transpose(2, 3) * shape.scale  # [Hkv, group, n, L]
+        seen = torch.ones(end - begin, length - first, dtype=torch.bool, device=q.device)
+        if shape.window is not None:
+            keys = torch.arange(first, length, device=q.device)
+            seen = keys > positions.unsqueeze(1) - shape.window
+        weights = weigh(scores, seen, shape)
+        out[begin:end] = (weights @ v.unsqueeze(1)).permute(2, 0, 1, 3).reshape(end - begin, -1).to(out.dtype)
+    return out
+
+
 def seen_keys(
     n: int, length: int, shape: AttentionShape, *, begin: int = 0, device: torch.device | None = None
 ) -> Tensor:

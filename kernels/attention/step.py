@@ -58,6 +58,17 @@ class SourceRows(NamedTuple):
     new: tuple[tuple[int, Tensor], ...]
 
 
+class Ahead(NamedTuple):
+    """Tokens that see some behind them: rows begin .. end of a step are of this sequence, and see its first `length`
+    tokens, of which all are in the cache.
+    """
+
+    sequence: int
+    begin: int
+    end: int
+    length: int
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """Everything that a forward pass over a mixed batch of prefill chunks and decodes needs.
@@ -78,6 +89,7 @@ class StepInputs:
     adapters       which of the tokens that are computed use which adapter; None: none of them uses one
     token_types    [T] int64      of an encoder's tokens; None: all are of the first type
     images         what stands in place of the embeddings of some tokens; None: of none
+    ahead          tokens that see some behind them; the others are causal
     axes           [3, T] int64   positions in time, height and width, by which tokens are rotated where those of images
                                   are in the step; None: by `positions`
     cos_sin        [T, rotary_dim] float32, in place of the layers' own table, of which `positions` say the rows; a
@@ -100,6 +112,7 @@ class StepInputs:
     adapters: AdapterRows | None = None
     token_types: Tensor | None = None
     images: ImageRows | None = None
+    ahead: tuple[Ahead, ...] = ()
     axes: Tensor | None = None
     cos_sin: Tensor | None = None
     sources: SourceRows | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache, QueryScale
 from octavo.kernels.attention.latent import LatentBody, LatentShape
+from octavo.kernels.attention.reference import attention_ahead
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.linear import Linear
@@ -124,6 +125,10 @@ class Attention:
         hidden = self.ops.rope_and_attention(
             qkv, step, cache, self.shape, cos_sin, self.q_norm, self.k_norm, self.eps, self.o.input_quant
         )
+        if step.ahead:
+            assert isinstance(hidden, Tensor)  # as below
+            whole = qkv.sum(dim=0) if qkv.dim() == 3 else qkv
+            hidden = attention_ahead(hidden, whole, step, cache, self.shape, cos_sin, self.q_norm, self.eps)
         if rows is not None:
             assert isinstance(hidden, Tensor)  # quantized in decode steps alone
             hidden = hidden[rows]

@@ -252,10 +252,10 @@ class Scheduler:
                 continue
             self._groups.give_back_unseen(sequence.blocks, sequence.first_uncertain)
             columns = len(sequence.blocks) + max(0, self._groups.num_free_columns - columns_kept)
-            room = columns * self.config.block_size - sequence.num_planned
-            if room <= 0:
+            size = sequence.uncut(min(size, columns * self.config.block_size - sequence.num_planned))
+            if size <= 0:
                 return True
-            self._extend(step, sequence, min(size, room))
+            self._extend(step, sequence, size)
         return False
 
     def _admit(self, step: Step, due: Sequence | None, *, due_alone: bool = False) -> None:
@@ -329,8 +329,8 @@ class Scheduler:
         if self.config.whole_prompts:
             is_first = limit == self.config.shared_tokens
             return remaining if remaining <= step.tokens_left and (is_first or remaining <= limit) else 0
-        size = min(remaining, step.tokens_left, limit)
-        return min(size, step.prompt_logits_left) if sequence.wants_prompt_logprobs else size
+        most = step.prompt_logits_left if sequence.wants_prompt_logprobs else limit
+        return sequence.uncut(min(remaining, step.tokens_left, limit, most), sequence.length - remaining)
 
     def _extend(self, step: Step, sequence: Sequence, size: int, is_new: bool = False) -> None:
         end = sequence.num_planned + size

@@ -227,6 +227,17 @@ class Sequence:
             hashes.append(hash_block(parent, tokens, [image.digest for image in seen]))
         return hashes[:count]
 
+    def uncut(self, size: int, start: int | None = None) -> int:
+        """So many of its tokens from start on, by default those that are not planned, or fewer, where they would end
+        within an image that is computed in one step.
+        """
+        if not self.images:
+            return size
+        begin = self.num_planned if start is None else start
+        end = begin + size
+        cut = [it for it in self.images_among(end - 1, end) if it.is_whole and end < it.start + it.length]
+        return max(0, cut[0].start - begin) if cut else size
+
     def images_among(self, begin: int, end: int) -> list[PromptImage]:
         """The images that some of the tokens begin .. end stand for."""
         return [image for image in self.images if image.start < end and image.start + image.length > begin]

@@ -18,6 +18,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
 from octavo.runtime.vision.recipes import Grid, Lines, Recipe, Tiles, VisionModel, WholeImage, WholePatches
 from octavo.runtime.vision.towers import (
+    GemmaModule,
     IdeficsModule,
     InternModule,
     LlavaModule,
@@ -28,6 +29,7 @@ from octavo.runtime.vision.towers import (
 
 BICUBIC = 3
 LANCZOS = 1
+BILINEAR = 2
 MAX_LONGEST = 4096  # of an image's longer side, beyond which Idefics 3's processor resizes it once more
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,6 +38,7 @@ SIGLIP_PROCESSORS = ("SiglipImageProcessor",)
 CLIP_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
 QWEN_PROCESSORS = ("Qwen2VLImageProcessor",)
 PIXTRAL_PROCESSORS = ("PixtralImageProcessor",)
+GEMMA_PROCESSORS = ("Gemma3ImageProcessor",)
 INTERN_PROCESSORS = ("GotOcr2ImageProcessor",)
 IDEFICS_PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 
@@ -59,7 +62,14 @@ def tower_of(
             raise UnreadImagesError("--limit-mm-per-prompt allows no image")
         if not is_alone:
             raise UnreadImagesError("images are read by engines of one rank that generate, so far")
-        return load_tower(Path(config.model), source, dtype, device, most), ""
+        tower = load_tower(Path(config.model), source, dtype, device, most)
+        tokens = tower.facts.most_at_once
+        if config.max_num_batched_tokens < tokens:
+            raise UnreadImagesError(
+                f"--max-num-batched-tokens {config.max_num_batched_tokens}: an image's {tokens} tokens see each other, "
+                "and are computed in one step"
+            )
+        return tower, ""
     except UnreadImagesError as error:
         return None, f"images are not read: {error}"
 
@@ -74,7 +84,9 @@ def load_tower(
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     given = _Preprocessing(directory)
     recipe, made = MAKERS[config.model_type](config, given)
-    facts = VisionModel(recipe, config.image_token_id, most_images)
+    sees_ahead = config.model_type == "gemma3"
+    mark = config.boi_token_index if sees_ahead else config.image_token_id
+    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sees_ahead)
     with no_init_weights():
         module = made(config).to(dtype)
     _fill(module, source)
@@ -99,11 +111,12 @@ class _Preprocessing:
             raise UnreadImagesError(f"preprocessor_config.json: rescale_factor {found['rescale_factor']} isn't 1 / 255")
         if found.get("do_pad") and self.kind not in (*IDEFICS_PROCESSORS, *PIXTRAL_PROCESSORS):  # of batches
             raise UnreadImagesError("preprocessor_config.json: do_pad true is not supported")
-        is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS
+        is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS + GEMMA_PROCESSORS
         self.mean = tuple(found.get("image_mean") or (HALF if is_half else CLIP_MEAN))
         self.std = tuple(found.get("image_std") or (HALF if is_half else CLIP_STD))
         resample = found.get("resample")
         default = LANCZOS if self.kind in IDEFICS_PROCESSORS else BICUBIC
+        default = BILINEAR if self.kind in GEMMA_PROCESSORS else default
         self.resample = default if resample is None else int(resample)
 
     def check_kind(self, known: Sequence[str]) -> None:
@@ -209,6 +222,19 @@ def _internvl(config: Any, given: _Preprocessing) -> tuple[Grid, type[nn.Module]
     return Grid(side, least, most, given.resample, count), InternModule
 
 
+def _gemma3(config: Any, given: _Preprocessing) -> tuple[WholeImage, type[nn.Module]]:
+    given.check_kind(GEMMA_PROCESSORS)
+    side = config.vision_config.image_size
+    size = given.size("size")
+    if (size.get("width"), size.get("height")) != (side, side) or given.values.get("do_pan_and_scan"):
+        raise UnreadImagesError(
+            f"preprocessor_config.json: size {size}, or do_pan_and_scan, is not supported; {side} x {side} alone is"
+        )
+    behind = "<end_of_image>\n\n"
+    count = config.mm_tokens_per_image
+    return WholeImage((side, side), None, given.resample, count, "\n\n<start_of_image>", behind), GemmaModule
+
+
 Maker = Callable[[Any, _Preprocessing], tuple[Recipe, type[nn.Module]]]
 MAKERS: dict[str, Maker] = {
     "llava": _llava,
@@ -219,6 +245,7 @@ MAKERS: dict[str, Maker] = {
     "smolvlm": _idefics,
     "mistral3": _mistral3,
     "internvl": _internvl,
+    "gemma3": _gemma3,
 }
 """By model type: what is made of a checkpoint's config and its preprocessing."""
 

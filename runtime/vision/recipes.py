@@ -42,13 +42,16 @@ class WholeImage(msgspec.Struct, frozen=True, tag="whole"):
     """One frame of the same size for every image: CLIP's and SigLIP's.
 
     shorter: what the image's shorter side is resized to, before `frame` is cut out of its middle; None: the image is
-    resized to `frame`. resample: Pillow's number of the filter. count: placeholders.
+    resized to `frame`. resample: Pillow's number of the filter. count: placeholders. before, behind: what stands around
+    them.
     """
 
     frame: Size
     shorter: int | None
     resample: int
     count: int
+    before: str = ""
+    behind: str = ""
 
     def layout(self, size: Size, placeholder: str) -> Layout:
         """Of an image of this size. Raises ValueError for one that can't be resized."""
@@ -60,7 +63,7 @@ class WholeImage(msgspec.Struct, frozen=True, tag="whole"):
         check_pixels(size, resized)
         left, top = ((have - wanted) // 2 for have, wanted in zip(resized, self.frame, strict=True))
         view = View((resized,), self.frame, (left, top))
-        return Layout((view,), placeholder * self.count, self.count)
+        return Layout((view,), self.before + placeholder * self.count + self.behind, self.count)
 
 
 class WholePatches(msgspec.Struct, frozen=True, tag="patches"):
@@ -228,13 +231,20 @@ def check_pixels(size: Size, resized: Size) -> None:
 class VisionModel(msgspec.Struct, frozen=True):
     """What a server needs to know of a model that sees.
 
-    placeholder_id: the token in whose places an image's embeddings go; chat templates write it once for an image.
-    most_images: of a prompt.
+    placeholder_id: the token in whose places an image's embeddings go. mark_id: what chat templates write once for an
+    image. most_images: of a prompt. sees_ahead: an image's tokens see each other, also those behind them.
     """
 
     recipe: Recipe
     placeholder_id: int
+    mark_id: int
     most_images: int
+    sees_ahead: bool = False
+
+    @property
+    def most_at_once(self) -> int:
+        """Tokens that a step must hold together."""
+        return self.recipe.count if self.sees_ahead and isinstance(self.recipe, WholeImage) else 1
 
 
 class PromptImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -242,6 +252,7 @@ class PromptImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     digest: SHA-256 of `frames` and `pixels`, which names it in the prefix cache. start, length: the tokens that stand
     for it, those between its placeholders among them. frames: the size of each; pixels: theirs, RGB, row by row.
+    is_whole: its tokens see each other, so that one step computes all of them.
     """
 
     digest: bytes
@@ -249,3 +260,4 @@ class PromptImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     length: int
     frames: tuple[Size, ...]
     pixels: bytes
+    is_whole: bool = False

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.kernels.attention.step import ImageRows, StepInputs
+from octavo.kernels.attention.step import Ahead, ImageRows, StepInputs
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.vision.towers import VisionTower
@@ -32,18 +32,23 @@ def with_images(inputs: StepInputs, plan: StepPlan, tower: VisionTower) -> StepI
     inputs = _with_positions(inputs, plan, tower)
     rows = []
     values = []
+    ahead = []
     begin = 0
-    for it in plan.scheduled:
+    for number, it in enumerate(plan.scheduled):
         for image in it.sequence.images_among(it.start, it.end):
             places = tower.places(it.sequence.token_ids, image)
             first, last = np.searchsorted(places, (it.start, it.end))
             if first < last:
                 rows.append(places[first:last] - it.start + begin)
                 values.append(tower.embed(image)[first:last])
+                if image.is_whole:
+                    own = rows[-1]
+                    ahead.append(Ahead(number, int(own[0]), int(own[-1]) + 1, image.start + image.length))
         begin += it.end - it.start
     if not rows:
         return inputs
-    return replace(inputs, images=ImageRows(torch.from_numpy(np.concatenate(rows)), torch.cat(values)))
+    images = ImageRows(torch.from_numpy(np.concatenate(rows)), torch.cat(values))
+    return replace(inputs, images=images, ahead=tuple(ahead))
 
 
 def _with_positions(inputs: StepInputs, plan: StepPlan, tower: VisionTower) -> StepInputs:

@@ -61,11 +61,20 @@ class VisionTower:
             end = image.start + image.length
             if len(image.pixels) != sum(3 * width * height for width, height in image.frames) or not image.frames:
                 return f"image {number}: {len(image.pixels)} bytes are not those of its frames {image.frames}"
+            if image.is_whole != self.facts.sees_ahead:
+                return f"image {number}: whether one step computes it is not as the model wants it"
             wanted = self._num_embeddings(image.frames)
             found = len(self.places(token_ids, image))
             if found != wanted:
                 return f"image {number}: {found} placeholders in the prompt for {wanted} embeddings"
         return None
+
+    def problem_of_logits(self, most: int) -> str | None:
+        """What is wrong with prompt_logprobs of a prompt with images, where a step may have so many rows of logits."""
+        least = self.facts.most_at_once
+        if least <= most:
+            return None
+        return f"prompt_logprobs: an image's {least} tokens are computed in one step, which may list {most}"
 
     def _num_embeddings(self, frames: Sequence[Size]) -> int:
         """Of an image of these frames; -1 where no image of this model has them."""
@@ -175,6 +184,23 @@ class InternModule(nn.Module):
         grid = patches.reshape(len(frames), side // 2, 2, side // 2, 2, -1)
         squares = grid.transpose(2, 3).reshape(len(frames), side * side // 4, -1)
         projected: Tensor = self.multi_modal_projector(squares)
+        return projected.flatten(0, 1)
+
+
+class GemmaModule(nn.Module):
+    """Gemma 3's SigLIP tower, whose patches are averaged by squares and projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = Gemma3MultiModalProjector(config)
+
+    def forward(self, frames: Sequence[Tensor]) -> Tensor:
+        seen = self.vision_tower(pixel_values=torch.stack(list(frames)), return_dict=True).last_hidden_state
+        projected: Tensor = self.multi_modal_projector(seen)
         return projected.flatten(0, 1)
 
 

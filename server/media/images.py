@@ -26,12 +26,14 @@ _GONE = Refused("it takes too much memory or time to decode")
 class Images:
     """How one model's images are read. Use from one event loop only.
 
-    placeholder: the token that chat templates write for an image. directory: below which requests may name files.
+    mark: the token that chat templates write for an image. placeholder: the one that stands there many times.
+    directory: below which requests may name files.
     """
 
-    def __init__(self, vision: VisionModel, placeholder: str, directory: Path | None) -> None:
+    def __init__(self, vision: VisionModel, mark: str, placeholder: str, directory: Path | None) -> None:
         self.vision = vision
-        self.placeholder = placeholder
+        self._mark = mark
+        self._placeholder = placeholder
         self._directory = directory
         self._process = FrameProcess("octavo.server.media.process")
         self._lock = asyncio.Lock()
@@ -80,7 +82,7 @@ class Images:
     def expanded(self, text: str, images: Sequence[ReadImage], field: str = "messages") -> str:
         """The text of a prompt with all placeholders of its images. Raises ApiError, which names the field."""
         try:
-            return prompt.expanded(text, images, self.vision.recipe, self.placeholder)
+            return prompt.expanded(text, images, self.vision.recipe, self._mark, self._placeholder)
         except PlacesError as error:
             raise bad_request(f"{field}: {error}", field) from None
 
@@ -89,7 +91,7 @@ class Images:
     ) -> tuple[PromptImage, ...]:
         """The images of a prompt, where its tokens have them. Raises ApiError, which names the field."""
         try:
-            return prompt.placed(token_ids, images, self.vision.recipe, self.vision.placeholder_id)
+            return prompt.placed(token_ids, images, self.vision)
         except PlacesError as error:
             raise bad_request(f"{field}: {error}", field) from None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from octavo.runtime.vision.recipes import PromptImage, Recipe, Size
+from octavo.runtime.vision.recipes import PromptImage, Recipe, Size, VisionModel
 
 
 class PlacesError(ValueError):
@@ -23,34 +23,34 @@ class ReadImage:
     pixels: bytes
 
 
-def expanded(text: str, images: Sequence[ReadImage], recipe: Recipe, placeholder: str) -> str:
+def expanded(text: str, images: Sequence[ReadImage], recipe: Recipe, mark: str, placeholder: str) -> str:
     """The text with as many placeholders for each image as it has embeddings. Raises PlacesError.
 
-    placeholder: as the template writes it, once for each image.
+    mark: what the template writes once for each image.
     """
-    pieces = text.split(placeholder)
+    pieces = text.split(mark)
     if len(pieces) != len(images) + 1:
         raise PlacesError(
-            f"the prompt has {placeholder!r} {len(pieces) - 1} times for {len(images)} images; once for each is "
+            f"the prompt has {mark!r} {len(pieces) - 1} times for {len(images)} images; once for each is "
             "wanted, which a chat template writes, and no message may"
         )
     stands = (recipe.layout(image.size, placeholder).text for image in images)
     return pieces[0] + "".join(stand + piece for stand, piece in zip(stands, pieces[1:], strict=True))
 
 
-def placed(
-    token_ids: Sequence[int], images: Sequence[ReadImage], recipe: Recipe, placeholder_id: int
-) -> tuple[PromptImage, ...]:
+def placed(token_ids: Sequence[int], images: Sequence[ReadImage], vision: VisionModel) -> tuple[PromptImage, ...]:
     """The images of a prompt with the places that they have in it. Raises PlacesError."""
-    places = [place for place, token in enumerate(token_ids) if token == placeholder_id]
-    counts = [recipe.layout(image.size, "").num_placeholders for image in images]
+    places = [place for place, token in enumerate(token_ids) if token == vision.placeholder_id]
+    counts = [vision.recipe.layout(image.size, "").num_placeholders for image in images]
     if sum(counts) != len(places):
         raise PlacesError(f"the prompt has {len(places)} placeholders for the {sum(counts)} that its images take")
     left = iter(places)
-    return tuple(_placed(images, counts, left))
+    return tuple(_placed(images, counts, left, is_whole=vision.sees_ahead))
 
 
-def _placed(images: Sequence[ReadImage], counts: Sequence[int], places: Iterator[int]) -> Iterator[PromptImage]:
+def _placed(
+    images: Sequence[ReadImage], counts: Sequence[int], places: Iterator[int], *, is_whole: bool
+) -> Iterator[PromptImage]:
     for image, count in zip(images, counts, strict=True):
         own = list(islice(places, count))
-        yield PromptImage(image.digest, own[0], own[-1] + 1 - own[0], image.frames, image.pixels)
+        yield PromptImage(image.digest, own[0], own[-1] + 1 - own[0], image.frames, image.pixels, is_whole)

@@ -71,8 +71,8 @@ def served_model(
 
 def _images(options: ServeOptions, text: TextSide, vision: VisionModel) -> Images:
     directory = options.text.allowed_local_media_path
-    placeholder = text.tokenizer.token_name(vision.placeholder_id)
-    return Images(vision, placeholder, None if directory is None else Path(directory))
+    mark, placeholder = (text.tokenizer.token_name(token) for token in (vision.mark_id, vision.placeholder_id))
+    return Images(vision, mark, placeholder, None if directory is None else Path(directory))
 
 
 def _draft_reports(options: ServeOptions) -> DraftReports:

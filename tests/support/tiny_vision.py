@@ -21,10 +21,12 @@ TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
 PLACEHOLDERS = {
     **dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>"),
     "mistral3": "[IMG]",
+    "gemma3": "<image_soft_token>",
     "internvl": "<IMG_CONTEXT>",
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
 }
 MARKS = dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>") | {"mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>"}
+MARKS |= {"gemma3": "<start_of_image>"}
 QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['content'] is string %}"
@@ -70,9 +72,9 @@ class TinyVision:
         if more:
             inputs["input_ids"] = torch.cat((inputs["input_ids"], torch.tensor([more])), dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            if "mm_token_type_ids" in inputs:
-                types = inputs["mm_token_type_ids"]
-                inputs["mm_token_type_ids"] = torch.cat((types, types.new_zeros(1, len(more))), dim=1)
+            for name in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
+                types = inputs[name]
+                inputs[name] = torch.cat((types, types.new_zeros(1, len(more))), dim=1)
         return self.model(**inputs, use_cache=False).logits[0]
 
     def greedy(self, inputs: Any, count: int) -> list[int]:
@@ -101,8 +103,12 @@ def make_tiny_vision(kind: str, directory: Path, seed: int = 0) -> TinyVision:
     is_qwen = kind.startswith("qwen")
     more = ["<|vision_start|>", "<|vision_end|>", placeholder, "<|video_pad|>"] if is_qwen else [placeholder]
     tokenizer.add_special_tokens({"additional_special_tokens": more})
-    tokenizer.chat_template = TEMPLATE.replace("MARK", QWEN_MARK if is_qwen else placeholder)
-    make = _qwen if is_qwen else {"llava": _llava, "mistral3": _mistral3, "internvl": _internvl}.get(kind, _idefics)
+    tokenizer.chat_template = TEMPLATE.replace("MARK", MARKS.get(kind, QWEN_MARK))
+    make = (
+        _qwen
+        if is_qwen
+        else {"llava": _llava, "mistral3": _mistral3, "internvl": _internvl, "gemma3": _gemma3}.get(kind, _idefics)
+    )
     config, processor = make(kind, tokenizer)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
@@ -188,6 +194,24 @@ def _mistral3(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
     return config, Mistral3Processor(images, tokenizer)
 
 
+def _gemma3(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    tokens = ["<image_soft_token>", "<start_of_image>", "<end_of_image>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    image, begin, end = map(tokenizer.convert_tokens_to_ids, tokens)
+    text = TEXT | {"head_dim": 16, "sliding_window": 10, "query_pre_attn_scalar": 10, "sliding_window_pattern": 2}
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text, vocab_size=len(tokenizer)),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=56, patch_size=7, vision_use_head=False),
+        mm_tokens_per_image=16,
+        image_token_index=image,
+        boi_token_index=begin,
+        eoi_token_index=end,
+        tie_word_embeddings=True,
+    )
+    images = transformers.Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+    return config, GemmaProcessor(images, tokenizer)
+
+
 def _internvl(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
     tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>", "<img>", "</img>"]})
     config = transformers.InternVLConfig(
@@ -216,6 +240,18 @@ class WithoutVideos:
     def tokens(self, text: str, placeholder: str, stands: list[str]) -> dict[str, Tensor]:
         first, *pieces = text.split(placeholder)
         return self.tokenizer(first + "".join(map("".join, zip(stands, pieces, strict=True))), return_tensors="pt")
+
+
+class GemmaProcessor(WithoutVideos):
+    """Gemma 3's, whose tokenizer has names for its tokens."""
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> dict[str, Tensor]:
+        found = {} if images is None else dict(self.images(images=images, return_tensors=return_tensors))
+        found.pop("num_crops", None)
+        stand = "\n\n<start_of_image>" + "<image_soft_token>" * 16 + "<end_of_image>\n\n"
+        tokens = self.tokens(text[0], "<start_of_image>", [stand] * len(images or ()))
+        image = self.tokenizer.convert_tokens_to_ids("<image_soft_token>")
+        return {**found, **tokens, "token_type_ids": (tokens["input_ids"] == image).int()}
 
 
 class InternProcessor(WithoutVideos):

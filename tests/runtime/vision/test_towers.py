@@ -29,13 +29,13 @@ from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
 OTHERS = ("qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
-KINDS = ("llava", "qwen2_5_vl", *map(slow, OTHERS))
-IN_CHUNKS = [("llava", 7), ("qwen2_5_vl", 7), ("qwen3_vl", 7), ("smolvlm", 7)]
+KINDS = ("llava", "qwen2_5_vl", "gemma3", *map(slow, OTHERS))
+IN_CHUNKS = [("llava", 7), ("qwen2_5_vl", 7), ("qwen3_vl", 7), ("smolvlm", 7), ("gemma3", 19)]
 OTHERWISE = [
     *((kind, 7) for kind in ("qwen2_vl", "idefics3", "mistral3", "internvl")),
     ("llava", 1),
     ("qwen2_5_vl", 1),
-    *((kind, 2048) for kind in ("llava", "qwen2_5_vl", *OTHERS)),
+    *((kind, 2048) for kind in ("llava", "qwen2_5_vl", "gemma3", *OTHERS)),
 ]
 BLOCK = 4
 FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
@@ -71,10 +71,16 @@ def request_of(
         made = frames_of(as_png(one), facts.recipe)
         digest = hashlib.sha256(repr(made.frames).encode() + made.pixels).digest()
         read.append(ReadImage(digest, made.size, made.frames, made.pixels))
-    text = expanded(text_of(tiny, len(pictures)), read, facts.recipe, tiny.placeholder)
+    text = expanded(
+        text_of(tiny, len(pictures)),
+        read,
+        facts.recipe,
+        MARKS.get(tiny.model.config.model_type, tiny.placeholder),
+        tiny.placeholder,
+    )
     ids = tiny.processor.tokenizer(text)["input_ids"]
     settings = {"max_tokens": 6, "temperature": 0.0} | params
-    images = placed(ids, read, facts.recipe, facts.placeholder_id)
+    images = placed(ids, read, facts)
     return AddRequest(name, ids, SamplingParams(**settings), 0.0, images=images)
 
 
@@ -106,7 +112,7 @@ def test_logits_of_a_prompt_with_images_are_transformers(tiny: TinyVision, chunk
 
 def test_answers_go_on_from_images_and_out_of_the_prefix_cache(tiny: TinyVision) -> None:
     """Alone, beside each other and beside text; a second time from what was cached, and another image is another."""
-    engine = engine_of(tiny.directory, 16)
+    engine = engine_of(tiny.directory, 18)
     cases = {"first": [FIRST], "second": [SECOND], "both": [FIRST, SECOND], "swapped": [SECOND, FIRST], "none": []}
     truth = {name: tiny.greedy(tiny.inputs(text_of(tiny, len(p)), p), 6) for name, p in cases.items()}
     assert len({tuple(answer) for answer in truth.values()}) == len(cases)
@@ -131,6 +137,7 @@ def test_a_prefix_ends_where_another_image_begins(tiny: TinyVision) -> None:
     assert found == request.images[0].start // BLOCK * BLOCK
 
 
+@pytest.mark.parametrize("tiny", [kind for kind in KINDS if kind != "gemma3"], indirect=True)
 def test_who_gives_its_blocks_back_sees_its_image_again(tiny: TinyVision) -> None:
     """Without a prefix cache, and with room for two prompts and half of their answers."""
     count = 24
@@ -167,10 +174,11 @@ def test_what_is_wrong_with_images_ends_their_request_alone(tiny: TinyVision) ->
         "short": {"pixels": image.pixels[:-1]},
         "fewer": {"start": image.start + 1, "length": image.length - 1},
         "flat": {"frames": ()},
+        "cut": {"is_whole": not image.is_whole},
         "other": {"frames": ((len(image.pixels) // 3, 1),)},
     }
     fields = {"digest": b"", "start": image.start, "length": image.length} | {"frames": image.frames}
-    fields["pixels"] = image.pixels
+    fields |= {"pixels": image.pixels, "is_whole": image.is_whole}
     for name, change in wrong.items():
         bad = type(image)(**fields | change)
         (output,) = engine.add(AddRequest(name, good.token_ids, good.params, 0.0, images=(bad,)))
