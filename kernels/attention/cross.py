@@ -3,7 +3,7 @@
 Keys and values of a source are computed once, when its sequence begins, and stand in a place of their own, [places,
 heads, positions, D] of each layer: sources are of one length, so there is nothing to page. The body is torch's own
 scaled_dot_product_attention, a sequence at a time: a batch of them would copy their keys and values side by side, which
-takes as long as reading them.
+takes as long as reading them. Reference: `reference.cross_attention`.
 """
 
 from __future__ import annotations

@@ -217,3 +217,20 @@ def packed_attention(qkv: Tensor, lengths: Sequence[int], shape: PackedShape, bi
             scores = scores.masked_fill((places[:, None] - places).abs() > shape.window, float("-inf"))
         outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1).reshape(size, -1).to(qkv.dtype))
     return torch.cat(outputs)
+
+
+def cross_attention(
+    q: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], places: Sequence[int], scale: float
+) -> Tensor:
+    """q [T, heads * D] of sequences that own tokens starts[s] .. starts[s + 1] -> [T, heads * D], without a mask.
+
+    keys, values  [places, heads, positions, D]; those of sequence s are in places[s]
+    """
+    _, heads, _, dim = keys.shape
+    outputs = []
+    for place, part in zip(places, torch.split(q, torch.tensor(starts).diff().tolist()), strict=True):
+        queries = part.float().view(len(part), heads, dim).transpose(0, 1)
+        scores = queries @ keys[place].float().transpose(1, 2) * scale
+        attended = scores.softmax(dim=-1) @ values[place].float()
+        outputs.append(attended.transpose(0, 1).reshape(len(part), -1).to(q.dtype))
+    return torch.cat(outputs)

@@ -160,6 +160,16 @@ def test_a_forced_token_is_the_likeliest_of_its_list(made: tuple[Path, Truth]) -
     assert len(set(truth)) > 2
 
 
+def test_one_begins_at_a_time(made: tuple[Path, Truth]) -> None:
+    """A step reads one source: answers under way wait for no more."""
+    directory, _ = made
+    engine, _ = load_engine(config_of(directory), 0.0)
+    for place in range(3):
+        assert engine.add(request(str(place), features(place), SpeechRules(PLAIN))) == []
+    plans = [engine.scheduler.plan() for _ in range(3)]
+    assert [sum(it.is_new for it in plan.scheduled) for plan in plans] == [1, 1, 1]
+
+
 def test_a_sequence_that_gives_its_blocks_back_is_read_again(made: tuple[Path, Truth]) -> None:
     directory, _ = made
     rules = SpeechRules(PLAIN, tuple(tiny_whisper.NEVER_FIRST), None, None, END)
