@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.dense.slabs import rows_of, slabs_of, words_of
+from octavo.kernels.dense.slabs import planes_of, rows_of, slabs_of, words_of
 from octavo.kernels.int4.reference import IQ4_LEVELS
 from octavo.kernels.native.dtypes import FLOAT32, FP16, KINDS, bf16_to_float, half_to_float, load_row, size_of
 from octavo.kernels.native.gemm_tile import (
@@ -174,7 +174,7 @@ def pack(codes: Tensor, scales: Scales, bits: int, low: int) -> PackedIntegers:
         low = 0
         codes = torch.searchsorted(torch.tensor(IQ4_LEVELS, dtype=torch.int8), codes)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, -n % LANES))
-    slabs = slabs_of(codes, 2) if kind == W8 else _words_of_bits(codes.to(torch.int32) - low, kind)
+    slabs = slabs_of(codes, 2) if kind == W8 else _words_of_bits((codes - low).to(torch.uint8), kind)
     packed = PackedIntegers(kind, slabs, scales.in_slabs(), low, n, k)
     packed.gemm.compile()
     return packed
@@ -187,17 +187,12 @@ def _are_levels(codes: Tensor) -> bool:
 
 
 def _words_of_bits(codes: Tensor, kind: int) -> Tensor:
-    """[N, K] from 0 up to steps of slabs, [N / 16, words, 16, 1] int32."""
-    nibbles = slabs_of(words_of(codes & 15), 1)
+    """[N, K] uint8 from 0 up to steps of slabs, [N / 16, words, 16, 1] int32."""
+    nibbles = slabs_of(words_of(codes), 1)
     if kind not in HIGH_BITS:
         return nibbles
-    bits = HIGH_BITS[kind]
-    words = WORDS[kind]
-    n, k = codes.shape
-    fields = (codes >> 4).reshape(n, k // (8 * words), 4 * words, 2)
-    shifts = bits * torch.arange(4 * words, dtype=torch.int32)[:, None] + 16 * torch.arange(2, dtype=torch.int32)
-    plane = slabs_of((fields << shifts).sum((2, 3)).to(torch.int32), 1)
-    steps = nibbles.reshape(plane.shape[0], -1, words, LANES)
+    plane = slabs_of(planes_of(codes, HIGH_BITS[kind]), 1)
+    steps = nibbles.reshape(plane.shape[0], -1, WORDS[kind], LANES)
     return torch.cat([steps, plane.reshape(plane.shape[0], -1, 1, LANES)], 2).reshape(plane.shape[0], -1, LANES, 1)
 
 

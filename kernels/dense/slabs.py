@@ -7,6 +7,8 @@ from torch import Tensor
 
 from octavo.kernels.gemm.limits import LANES
 
+_PART = 1 << 17  # columns of rows
+
 
 def slabs_of(rows: Tensor, columns: int) -> Tensor:
     """[N, K] -> [N / 16, K / columns, 16, columns]."""
@@ -18,12 +20,37 @@ def rows_of(slabs: Tensor) -> Tensor:
     return slabs.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def words_of(nibbles: Tensor) -> Tensor:
-    """[N, K] of 0..15 to W4's words [N, K / 8] int32."""
-    n, k = nibbles.shape
-    pairs = nibbles.reshape(n, k // 8, 4, 2)
-    shifts = 4 * torch.arange(4, dtype=torch.int32)
-    return ((pairs[..., 0] << shifts).sum(-1) | ((pairs[..., 1] << shifts).sum(-1) << 16)).to(torch.int32)
+def words_of(codes: Tensor) -> Tensor:
+    """Nibbles, the low ones of [N, K] uint8, as W4's words [N, K / 8] int32."""
+    return torch.cat([_gathered(part, 4).to(torch.int32) for part in _parts(codes)])
+
+
+def planes_of(codes: Tensor, bits: int) -> Tensor:
+    """What is above the nibbles of [N, K] uint8, 1 or 2 bits, as the words of W5's or W6's planes [N, K bits / 32]."""
+    count = 4 // bits  # eight columns each
+    shifts = 4 * bits * torch.arange(count)
+    planes = []
+    for part in _parts(codes):
+        eights = _gathered(part >> 4, bits).reshape(len(part), -1, count)
+        planes.append((eights << shifts).sum(2).to(torch.int32))
+    return torch.cat(planes)
+
+
+def _parts(codes: Tensor) -> tuple[Tensor, ...]:
+    """Rows as words of eight bytes, as many at a time as caches hold with what is computed of them."""
+    return torch.split(codes.contiguous().view(torch.int64), max(1, _PART // codes.shape[1]))
+
+
+def _gathered(eights: Tensor, bits: int) -> Tensor:
+    """Of words of eight bytes the lowest bits of each: those of even columns from bit 0 on, of odd ones from bit 16."""
+    mask = sum(((1 << bits) - 1) << (16 * pair) for pair in range(4))
+    gap = 16 - bits
+
+    def half(words: Tensor) -> Tensor:
+        pairs = words & mask
+        return (pairs | pairs >> gap | pairs >> 2 * gap | pairs >> 3 * gap) & ((1 << 4 * bits) - 1)
+
+    return half(eights) | half(eights >> 8) << 16
 
 
 def nibbles_of(words: Tensor) -> Tensor:
