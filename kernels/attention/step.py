@@ -6,7 +6,7 @@ Steps are put together in numpy, in the host's memory, and moved to a device wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -70,6 +70,26 @@ class Ahead(NamedTuple):
 
 
 @dataclass(frozen=True)
+class StateRows:
+    """Which rows of the state caches (linear_attention/states.py) a step's sequences have.
+
+    rows     [S] int64   where the state of each is, once the step has written it
+    sources  [S] int64   where it is before that; -1: a sequence begins, and its state is zeros
+    saves    [N, 2] int64  a token of the batch, ascending, and a row that the state behind it is copied to. No row of
+                         these is a source of the same step
+    """
+
+    rows: Tensor
+    sources: Tensor
+    saves: Tensor = field(default_factory=lambda: torch.empty((0, 2), dtype=torch.int64))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether every sequence has its state where it stays, and none is copied."""
+        return self.sources is self.rows and not len(self.saves)
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """Everything that a forward pass over a mixed batch of prefill chunks and decodes needs.
 
@@ -95,6 +115,7 @@ class StepInputs:
     cos_sin        [T, rotary_dim] float32, in place of the layers' own table, of which `positions` say the rows; a
                                   decoder makes it of axes
     sources        what the sequences attend to beside their tokens; None: nothing
+    states         rows of the state caches; None: each sequence begins, with row s for sequence s
     max_query_len  1 when every sequence has one token: a pure decode step
     max_seq_len    largest of seq_lens
     """
@@ -116,6 +137,7 @@ class StepInputs:
     axes: Tensor | None = None
     cos_sin: Tensor | None = None
     sources: SourceRows | None = None
+    states: StateRows | None = None
 
     def of_rows(self, rows: Tensor) -> StepInputs:
         """The step as layers see it that compute some of its tokens, [L] int64, alone."""
@@ -223,7 +245,7 @@ class StepInputs:
         """The same on a device."""
         if self.token_ids.device == device:
             return self
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = value.to(device, non_blocking=True)

@@ -1,0 +1,67 @@
+"""The state cache of one layer: rows of fixed size, one for each sequence, and further ones for copies.
+
+A layer whose memory doesn't grow with its sequence (linear attention, a short convolution) keeps it here, in place of a
+`LayerCache`. It knows nothing of what the numbers mean. Which row is whose is decided by the scheduler: a sequence has
+the row of its slot, and rows behind those of all slots hold copies for sequences with the same beginning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StateRows, StepInputs
+
+
+class StateShape(NamedTuple):
+    """What a layer keeps of each sequence: the sizes of its tensors, all float32."""
+
+    parts: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(math.prod(part) for part in self.parts) * torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class StateCache:
+    """States of one layer. parts: of each tensor of its `StateShape`, [rows, *size] float32.
+
+    A row has a meaning only once a step has written it: none is cleared when its sequence has ended.
+    """
+
+    parts: tuple[Tensor, ...]
+    group = 0  # of the step's groups of layers: states have no block tables, and any will do
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.parts[0])
+
+
+Cache = LayerCache | StateCache
+
+
+def with_blocks(caches: Sequence[Cache]) -> list[LayerCache]:
+    """Those of keys and values."""
+    return [cache for cache in caches if isinstance(cache, LayerCache)]
+
+
+def rows_of(step: StepInputs) -> StateRows:
+    """Where a step's states are; a step that doesn't say has whole sequences, sequence s in row s.
+
+    Raises ValueError where one of them goes on from tokens before, which some row would have to hold.
+    """
+    if step.states is not None:
+        return step.states
+    starts = step.query_starts.long()
+    sizes = starts[1:] - starts[:-1]
+    if not torch.equal(sizes, step.seq_lens.long()):
+        raise ValueError("a step of sequences that go on has to say where their states are")
+    rows = torch.arange(len(sizes))
+    return StateRows(rows, torch.full_like(rows, -1))
