@@ -6,7 +6,7 @@ changes inside the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,3 +160,7 @@ def _join_biases(
         for weight, bias in zip(weights, biases, strict=True)
     ]
     return torch.cat(pieces).to(device=device, dtype=dtype)
+
+
+Change = Callable[[str, Linear], Linear]
+"""(name in the layer of a model, linear layer) -> what stands in its place."""

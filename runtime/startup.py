@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.token_rows import CacheType
+from octavo.kernels.linear_attention.states import Cache, StateShape, with_blocks
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import PooledModel, Ready, StartupReport
@@ -47,7 +47,7 @@ class LoadedRank:
     """A rank's share of an engine, not run yet. weight_bytes: of all ranks."""
 
     model: Model
-    caches: list[LayerCache]
+    caches: list[Cache]
     plan: kv_cache.CachePlan
     limits: SchedulerConfig
     weight_bytes: int
@@ -88,7 +88,7 @@ def load_engine(
     overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
     engine = _engine_of(worker, config, rank, followers, overlaps=overlaps)
     if config.kv_offloading_path is not None:
-        engine.offload, told = open_offload(config, model, rank.caches, engine.scheduler.prefixes, index)
+        engine.offload, told = open_offload(config, model, with_blocks(rank.caches), engine.scheduler.prefixes, index)
         rank.notes.extend(told)
         clock.end("kv offload")
     report = StartupReport(
@@ -212,6 +212,7 @@ def load_rank(
         limits = limits_of(config, model, config.max_model_len or model.max_position)
         compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
         clock.end("compiling")
+    check_states(config, model)
     notes = list(model.notes) + ([] if model.adapters is None else [model.adapters.note])
     caches, plan = kv_cache.create(model, config, notes, group)
     clock.end("kv cache")
@@ -246,12 +247,15 @@ def limits_of(
     config: EngineConfig, model: Model, max_model_len: int, cache: kv_cache.CachePlan | None = None
 ) -> SchedulerConfig:
     """Limits of steps over this cache; without one, over a single block of all layers."""
+    states = None if cache is None else cache.states
     return SchedulerConfig(
         num_blocks=1 if cache is None else cache.num_blocks,
+        has_states=states is not None,
+        num_snapshots=0 if states is None else states.num_snapshots,
         windows=(None,) if cache is None else cache.layout.windows,
         block_size=config.block_size,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=config.max_num_seqs if states is None else states.num_slots,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         policy=config.scheduling_policy,
@@ -286,6 +290,19 @@ def check_limits(config: EngineConfig) -> None:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: a prompt and an answer take 2 tokens at least; 2 or more works"
         )
+
+
+def check_states(config: EngineConfig, model: Model) -> None:
+    """Raise ValueError for what a model whose layers have states isn't served with."""
+    if not any(isinstance(shape, StateShape) for shape in model.kv_shapes):
+        return
+    refused = {
+        "--speculative-config": (config.speculative_config, "drafts that are wrong would stay in them"),
+        "--kv-offloading-path": (config.kv_offloading_path, "they are not kept in a file"),
+    }
+    for flag, (given, why) in refused.items():
+        if given is not None:
+            raise ValueError(f"{flag}: layers of {model.architecture} have states, and {why}; leave it out")
 
 
 def check_machine(config: EngineConfig, free_bytes: int) -> None:
@@ -360,9 +377,7 @@ def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int,
     return wanted
 
 
-def warm_up(
-    model: Model, caches: list[LayerCache], limits: SchedulerConfig, followers: Followers | None = None
-) -> None:
+def warm_up(model: Model, caches: list[Cache], limits: SchedulerConfig, followers: Followers | None = None) -> None:
     """Run what compiles or is built at first use.
 
     Also the first sign of broken weights: raises ValueError if the model's logits are not finite.

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
-from octavo.quant.linear import Linear
-from octavo.runtime.model.layers import AddNorm, Attention, Change, DecoderLayer, GatedMlp
+from octavo.quant.linear import Change, Linear
+from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp
 from octavo.runtime.model.operators import GatedActivation, Ops
 
 LEAST_MAGNITUDE = 1e-5  # of the mean square that a part is divided by
@@ -162,7 +162,7 @@ class AltUpLayer:
         hidden: Hidden,  # noqa: ARG002
         residual: Tensor,
         step: StepInputs,
-        cache: LayerCache,
+        cache: Cache,
         rows: Tensor | None = None,
         given: Tensor | None = None,
     ) -> tuple[Hidden, Tensor]:

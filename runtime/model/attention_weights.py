@@ -12,6 +12,7 @@ from octavo.kernels.attention.latent import LatentShape
 from octavo.quant.linear import Linear
 from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.quant.shard import Range
+from octavo.quant.target import Target
 from octavo.runtime.model.layers import Attention, LatentAttention
 from octavo.runtime.model.mixture_weights import Parts
 from octavo.runtime.model.names import LinearParts, attention_norms, expansion
@@ -33,6 +34,7 @@ class LayerReader(Protocol):
     ops: Ops
     device: torch.device
     dtype: torch.dtype
+    target: Target
     notes: list[str]
 
     def read(self, parts: LinearParts) -> Parts: ...
@@ -97,6 +99,7 @@ class AttentionReader:
             cos_sin=self._builder.table(mixer.rope) if mixer.rope else None,
             q_norm=q_norm,
             k_norm=k_norm,
+            has_gate=mixer.has_gate,
         )
 
     def latent(self, mixer: LatentSpec, parts: dict[str, LinearParts]) -> LatentAttention:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache, StateCache
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.input_rounding import Round
@@ -27,9 +28,18 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.differentiable import DifferentiableBlock
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.layers import DecoderLayer
-from octavo.runtime.model.names import BEFORE_EXPERTS, NORMS, LinearParts, head_name, layer_linears, routers
+from octavo.runtime.model.names import (
+    BEFORE_EXPERTS,
+    NORMS,
+    LinearParts,
+    head_name,
+    layer_linears,
+    routers,
+    state_gates,
+)
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
+from octavo.runtime.model.state_layers import StateMixing
 from octavo.runtime.model.weights import DecoderBuilder
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
@@ -137,8 +147,9 @@ class BlockRunner:
         inner = spec.layers[index].intermediate_size
         folds = []
         if before_attention is not None:
-            group = "qkv_a" if isinstance(mixer, LatentSpec) else "qkv"
-            folds.append(Fold(group, f"{name}.{before_attention}", "norm", offset=spec.norm_offset))
+            group = next(iter(self._parts[index]))  # whose input the norm makes
+            gates = tuple(state_gates(spec, index, self._prefix))
+            folds.append(Fold(group, f"{name}.{before_attention}", "norm", offset=spec.norm_offset, also=gates))
         v = f"{name}.self_attn.v_proj"
         v_rows = None
         up_rows = None
@@ -146,8 +157,8 @@ class BlockRunner:
             v = f"{name}.self_attn.qkv_proj"
             v_rows = (width + kv_width, width + 2 * kv_width)
             up_rows = (inner, 2 * inner)
-        repeats = spec.num_heads // mixer.num_kv_heads
         if isinstance(mixer, AttentionSpec) and not spec.norms_values:  # latents' values are no range of rows
+            repeats = spec.num_heads // mixer.num_kv_heads
             folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=mixer.head_dim))
         if isinstance(mixer, LatentSpec) and mixer.q_rank is not None:
             folds.append(Fold("q_b", f"{name}.self_attn.q_a_layernorm", "norm", offset=spec.norm_offset))
@@ -186,9 +197,9 @@ class BlockRunner:
             layer = self._recorded(layer, record)
         batch, length, width = hidden.shape
         residual = hidden.reshape(batch * length, width)
-        cache = self._cache(batch, layer.attention.shape)
+        cache = self._cache(batch, layer)
         _, residual = layer.forward(layer.enter.norm(residual), residual, _step(batch, length, self.device), cache)
-        if record_kv is not None:
+        if record_kv is not None and isinstance(cache, LayerCache):
             record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (cache.key, cache.value)))
         return residual.view(batch, length, width)
 
@@ -207,8 +218,12 @@ class BlockRunner:
 
         return layer.map_linears(change)
 
-    def _cache(self, batch: int, shape: AttentionShape) -> LayerCache:
-        """One block of the cache for each sequence."""
+    def _cache(self, batch: int, layer: DecoderLayer) -> Cache:
+        """One block of the cache for each sequence, or one row of states."""
+        if isinstance(layer.attention, StateMixing):
+            sizes = layer.attention.state.parts
+            return StateCache(tuple(torch.zeros(batch, *part, device=self.device) for part in sizes))
+        shape = layer.attention.shape
         size = (batch, shape.num_kv_heads, self._seq_len, shape.head_dim)
         key = torch.zeros(size, dtype=self.dtype, device=self.device)
         value = key if self.spec.has_latents else torch.zeros_like(key)

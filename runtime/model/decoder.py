@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache
 from octavo.kernels.sampling.best import Best
 from octavo.quant.linear import Linear
 from octavo.runtime.lora_config import LoraOptions
@@ -24,7 +24,7 @@ from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
 from octavo.runtime.model.altup import AltUpLayer, Streams
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
-from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
+from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.per_layer import PerLayerInputs
 from octavo.runtime.model.pooled_decoder import NoHead
@@ -33,6 +33,7 @@ from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
+from octavo.runtime.model.state_layers import StateMixing
 from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.vision.towers import VisionTower
 
@@ -82,7 +83,7 @@ class Decoder:
         self.max_position = max_position
         self._growing_tables = growing_tables
         self.first_layer = stack.first_layer
-        self.kv_shapes = [_kv_shape(layer) for layer in stack.layers if layer.attention.shape.written_heads]
+        self.kv_shapes: list[CacheShape] = [_cache_shape(layer) for layer in stack.layers if _has_cache(layer)]
         self.kv_windows = [spec.layers[index].mixer.window for index in spec.cached_layers]
         self._places = _places(spec, stack)
         self.kv_scales = kv_scales
@@ -124,7 +125,7 @@ class Decoder:
 
     @property
     def recordable(self) -> bool:
-        known = all(layer.mlp.capturable and layer.attention.shape.head_dim % 16 == 0 for layer in self._layers)
+        known = all(_is_recordable(layer) for layer in self._layers)
         return self.ops.recordable and known and not self.spec.scales_queries
 
     @property
@@ -144,7 +145,7 @@ class Decoder:
         return hidden
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+    def forward(self, step: StepInputs, caches: list[Cache], tap: Tap | None = None) -> Tensor:
         return self.logits(self.hidden(step, caches, tap), step)
 
     @torch.inference_mode()
@@ -158,7 +159,7 @@ class Decoder:
 
     @torch.inference_mode()
     def hidden(
-        self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None, entering: Tensor | None = None
+        self, step: StepInputs, caches: list[Cache], tap: Tap | None = None, entering: Tensor | None = None
     ) -> Tensor:
         some_rows = self._is_last_stage and step.logits_index.shape[0] != step.token_ids.shape[0]
         # Behind the last layer's attention, nothing reads the output of most of a prompt's tokens, so that only the
@@ -194,7 +195,9 @@ class Decoder:
 
     def _with_rotation(self, step: StepInputs, axes: Tensor) -> StepInputs:
         """The step with the rotation of its own tokens: each of M-RoPE's pairs turns by the position of its axis."""
-        table = self._layers[0].attention.cos_sin
+        attention = self._layers[0].attention
+        assert not isinstance(attention, StateMixing)  # no family has M-RoPE beside states
+        table = attention.cos_sin
         assert table is not None
         half = table.shape[1] // 2
         pairs = torch.arange(half, device=table.device)
@@ -262,6 +265,18 @@ def _places(spec: DecoderSpec, stack: Stack) -> list[int]:
     return [cached.index(owner) for owner in owners]
 
 
-def _kv_shape(layer: DecoderLayer | AltUpLayer) -> KVShape:
+def _has_cache(layer: DecoderLayer | AltUpLayer) -> bool:
+    return isinstance(layer.attention, StateMixing) or layer.attention.shape.written_heads > 0
+
+
+def _cache_shape(layer: DecoderLayer | AltUpLayer) -> CacheShape:
+    if isinstance(layer.attention, StateMixing):
+        return layer.attention.state
     shape = layer.attention.shape
     return KVShape(shape.num_kv_heads, shape.head_dim, layer.attention.caches_latents)
+
+
+def _is_recordable(layer: DecoderLayer | AltUpLayer) -> bool:
+    return layer.mlp.capturable and (
+        isinstance(layer.attention, StateMixing) or layer.attention.shape.head_dim % 16 == 0
+    )

@@ -16,13 +16,23 @@ from torch import Tensor
 
 from octavo.kernels.attention import reference as attention
 from octavo.kernels.attention.latent import rotate_part
+from octavo.kernels.linear_attention.gated_delta import whole_sequences
 from octavo.kernels.moe import reference as moe
 from octavo.kernels.norm.reference import add_rms_norm, clamped_swiglu, rms_norm
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
-from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp, LatentAttention
+from octavo.runtime.model.layers import (
+    AddNorm,
+    Attention,
+    DecoderLayer,
+    GatedMlp,
+    LatentAttention,
+    Mixing,
+    split_gate,
+)
 from octavo.runtime.model.moe import MlpAndMoe, MoeMlp
 from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.state_layers import GatedDelta
 
 
 class DifferentiableBlock:
@@ -53,14 +63,20 @@ class DifferentiableBlock:
             x = x + change.to(x.dtype)
         return _linear(self._linears[name], x, weights[name])
 
-    def _attention(self, part: Attention | LatentAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def _attention(self, part: Mixing, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         if isinstance(part, LatentAttention):
             return self._latent_attention(part, x, weights)
+        if isinstance(part, GatedDelta):
+            return self._gated_delta(part, x, weights)
         batch, length, _ = x.shape
         shape = part.shape
         d = shape.head_dim
         sizes = [shape.num_heads * d, *[shape.num_kv_heads * d] * shape.kv_parts]
-        q, *kv = torch.split(self._linear("qkv", x, weights), sizes, dim=-1)
+        qkv = self._linear("qkv", x, weights)
+        gate = None
+        if part.has_gate:
+            qkv, gate = (each.view(batch, length, -1) for each in split_gate(qkv.flatten(0, 1), shape))
+        q, *kv = torch.split(qkv, sizes, dim=-1)
         q = _positioned(q, part.q_norm, part, length)
         k = _positioned(kv[0], part.k_norm, part, length)
         values = attention.values_of(kv[-1].flatten(0, 1), shape, part.eps)
@@ -78,7 +94,15 @@ class DifferentiableBlock:
             scores = q.float() @ k.float().transpose(-1, -2) * shape.scale
             seen = attention.seen_keys(length, length, shape, device=x.device)
             out = (attention.weigh(scores, seen, shape) @ v.float()).to(x.dtype)
-        return self._linear("o", out.transpose(1, 2).flatten(2), weights)
+        out = out.transpose(1, 2).flatten(2)
+        return self._linear("o", out if gate is None else out * torch.sigmoid(gate), weights)
+
+    def _gated_delta(self, part: GatedDelta, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        both = self._linear("qkvz", x, weights).flatten(0, 1)
+        made = torch.cat([gate.weight.unpack() for gate in part.gates.parts]).to(x)
+        gates = F.linear(x.flatten(0, 1), made)
+        out = whole_sequences(both, gates, len(x), part.shape, part.weights, part.eps)
+        return self._linear("out", out.view(*x.shape[:2], -1), weights)
 
     def _latent_attention(self, part: LatentAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """With the keys and values of all heads."""

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.packed import PackedShape, Run, packed_attention, runs_of
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache
 from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.encoder_spec import EncoderActivation, EncoderSpec
 from octavo.runtime.model.layers import GroupedExperts
-from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
+from octavo.runtime.model.model import CacheShape, KVScales, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.speech_messages import SourceShape
 
@@ -258,7 +258,7 @@ class Encoder:
     kv_scales: KVScales | None = None
     kv_dtype: str | None = None
     adapters: ModelAdapters | None = None
-    kv_shapes: list[KVShape] = field(default_factory=list)
+    kv_shapes: list[CacheShape] = field(default_factory=list)
     kv_windows: list[int | None] = field(default_factory=list)
     ranks: tuple[str, ...] = ()
     source: SourceShape | None = None
@@ -290,7 +290,7 @@ class Encoder:
 
     @torch.inference_mode()
     def hidden(
-        self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None, entering: Tensor | None = None
+        self, step: StepInputs, caches: list[Cache], tap: Tap | None = None, entering: Tensor | None = None
     ) -> Tensor:
         """[num logits_index, H] of the tokens at logits_index, of a step of whole texts; there are no caches."""
         assert not caches
@@ -337,7 +337,7 @@ class Encoder:
             found.append(distances[:, places - places[:, None] + middle])
         return found
 
-    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> NoReturn:
+    def forward(self, step: StepInputs, caches: list[Cache], tap: Tap | None = None) -> NoReturn:
         raise NotImplementedError(f"{self.architecture} is an encoder: it has hidden states and no logits")
 
     def logits(self, hidden: Tensor, step: StepInputs | None = None) -> NoReturn:

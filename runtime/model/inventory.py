@@ -17,6 +17,8 @@ from octavo.runtime.model.names import (
     layer_norms,
     required_modules,
     routers,
+    state_gates,
+    state_tensors,
     stream_ends,
     stream_tensors,
     unread_modules,
@@ -50,6 +52,7 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
         source.tensor(f"{head_name(prefix)}.weight", (spec.vocab_size, spec.hidden_size))
     source.leave_layers(len(spec.layers), spec.further_layers)
     source.leave_modules(unread_modules(spec, prefix))
+    source.leave_named(spec.unserved)
     source.check_complete(tied=spec.tied, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0)
     return spec
 
@@ -63,6 +66,10 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
     if (expanded := expansion(spec, index, source.prefix)) is not None:
         for module, rows in expanded.modules.items():
             source.tensor(f"{module}.weight", (rows, expanded.in_features))
+    for module, rows in state_gates(spec, index, source.prefix).items():
+        source.tensor(f"{module}.weight", (rows, spec.hidden_size))
+    for tensor, shape in state_tensors(spec, index, source.prefix).items():
+        source.tensor(tensor, shape)
     gates = routers(spec, index, source.prefix, source.has)
     for module, rows in gates.items():
         source.tensor(f"{module}.weight", (rows, spec.hidden_size))

@@ -16,7 +16,7 @@ from octavo.quant.scheme import QuantScheme
 from octavo.quant.target import Target
 from octavo.runtime.model.names import LinearParts, head_name, layer_linears
 from octavo.runtime.model.sources import CheckpointSource, LoadError
-from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec
 
 
 def check_attention(spec: DecoderSpec, target: Target) -> None:
@@ -30,6 +30,8 @@ def check_attention(spec: DecoderSpec, target: Target) -> None:
         "attention whose rotations turn neighbors": spec.turns_neighbors,
         "attention with queries scaled by their positions": spec.scales_queries,
         "attention with normed values": spec.norms_values,
+        "attention with a gate": any(isinstance(it.mixer, AttentionSpec) and it.mixer.has_gate for it in spec.layers),
+        **{mixer.title: True for mixer in spec.states},
     }
     for kind, is_there in kinds.items():
         if is_there:

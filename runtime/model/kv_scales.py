@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from octavo.quant.checkpoint import Checkpoint
-from octavo.runtime.model.model import KVScales
+from octavo.runtime.model.model import KVScales, unscaled
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.parallel.layout import RankLayout
@@ -26,6 +26,9 @@ def read_kv_scales(
         return None, checkpoint.kv_cache_dtype
     scales: KVScales = []
     for (name, count), pair in zip(num_heads.items(), found, strict=True):
+        if count == 0:  # it has a state
+            scales.append(unscaled())
+            continue
         if pair is None:
             raise LoadError(f"{name} has no KV scales although other layers have")
         key, value = pair

@@ -6,7 +6,7 @@ can be told at load is in the values below, so a layer is four lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,11 +17,11 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache, QueryScal
 from octavo.kernels.attention.latent import LatentBody, LatentShape
 from octavo.kernels.attention.reference import attention_ahead
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
-from octavo.quant.linear import Linear
+from octavo.quant.linear import Change, Linear
 from octavo.runtime.model.operators import GatedActivation, Ops
-
-Change = Callable[[str, Linear], Linear]  # (name in the layer, linear layer) -> what stands in its place
+from octavo.runtime.model.state_layers import StateMixing
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ class Attention:
 
     cos_sin         [max_position, rotary_dim] float32, shared between layers; None: no positions
     q_norm, k_norm  float32 weights of norms over queries and keys, or None
+    has_gate        qkv gives a gate behind each head's query, whose sigmoid the head's output is multiplied by
     """
 
     ops: Ops
@@ -105,6 +106,7 @@ class Attention:
     cos_sin: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
+    has_gate: bool = False
 
     @property
     def input_quant(self) -> ActivationQuant | None:
@@ -115,13 +117,17 @@ class Attention:
     def caches_latents(self) -> bool:
         return False
 
-    def forward(self, x: Hidden, step: StepInputs, cache: LayerCache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
         """x [T, H] -> [T, H], or split along K [S, T, H]; keys and values of all T tokens go into the cache.
 
         rows: the tokens whose output is wanted, of a step with prompts in it; None: all.
         """
+        assert isinstance(cache, LayerCache)
         qkv = self.qkv.partial(x, step)
         cos_sin = self.cos_sin if step.cos_sin is None else step.cos_sin
+        gate = None
+        if self.has_gate:
+            qkv, gate = split_gate(qkv, self.shape)
         hidden = self.ops.rope_and_attention(
             qkv, step, cache, self.shape, cos_sin, self.q_norm, self.k_norm, self.eps, self.o.input_quant
         )
@@ -129,6 +135,9 @@ class Attention:
             assert isinstance(hidden, Tensor)  # as below
             whole = qkv.sum(dim=0) if qkv.dim() == 3 else qkv
             hidden = attention_ahead(hidden, whole, step, cache, self.shape, cos_sin, self.q_norm, self.eps)
+        if gate is not None:
+            assert isinstance(hidden, Tensor)  # on a CPU, and there are no gates elsewhere
+            hidden = hidden * torch.sigmoid(gate)
         if rows is not None:
             assert isinstance(hidden, Tensor)  # quantized in decode steps alone
             hidden = hidden[rows]
@@ -143,6 +152,13 @@ class Attention:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (self.q_norm, self.k_norm, self.cos_sin) if t is not None)
+
+
+def split_gate(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    """qkv [T, Hq * 2 D + 2 Hkv * D], a gate behind each head's query -> qkv without gates, and these [T, Hq * D]."""
+    width = 2 * shape.num_heads * shape.head_dim
+    both = qkv[:, :width].view(len(qkv), shape.num_heads, 2, shape.head_dim)
+    return torch.cat((both[:, :, 0].flatten(1), qkv[:, width:]), dim=1), both[:, :, 1].flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +199,9 @@ class LatentAttention:
     def caches_latents(self) -> bool:
         return True
 
-    def forward(self, x: Hidden, step: StepInputs, cache: LayerCache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
         """As `Attention.forward`."""
+        assert isinstance(cache, LayerCache)
         both = self.qkv_a.forward(x, step)
         width = self.latent.rank + self.latent.rotary_dim
         queries = both[:, :-width]
@@ -224,6 +241,10 @@ class LatentAttention:
         if self.q_norm is not None:
             yield self.q_norm
         yield from (self.cos_sin, self.kv_norm, self.to_keys, self.to_values)
+
+
+Mixing = Attention | LatentAttention | StateMixing
+"""What a layer's tokens know of each other by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +397,7 @@ class DecoderLayer:
     """
 
     enter: AddNorm
-    attention: Attention | LatentAttention
+    attention: Mixing
     middle: AddNorm
     mlp: Mlp
     leave: AddNorm
@@ -391,7 +412,7 @@ class DecoderLayer:
         hidden: Hidden,
         residual: Tensor,
         step: StepInputs,
-        cache: LayerCache,
+        cache: Cache,
         rows: Tensor | None = None,
         given: Tensor | None = None,
     ) -> tuple[Hidden, Tensor]:

@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.attention.token_rows import CacheType, row_bytes
+from octavo.kernels.linear_attention.states import Cache, StateShape
 from octavo.kernels.sampling.best import Best
 from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
@@ -44,12 +44,16 @@ class KVShape(NamedTuple):
         return self.num_heads * (row_bytes(key, self.head_dim) + of_values)
 
 
+CacheShape = KVShape | StateShape
+
+
 class Model(Protocol):
     """A model with its weights, on one device: a decoder, or an encoder, which has no cache.
 
     max_position  the longest sequence that it can be given
     first_layer   of the whole model's layers, the first that this rank has
-    kv_shapes     of the cache of each layer that this rank has, but for layers that read the cache of another one
+    kv_shapes     of the cache of each layer that this rank has, but for layers that read the cache of another one: of a
+                  token's keys and values, or of a sequence's state
     kv_windows    of each such layer of the whole model: how many of the latest tokens a token sees, itself among them;
                   None: all
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
@@ -69,7 +73,7 @@ class Model(Protocol):
     hidden_size: int
     max_position: int
     first_layer: int
-    kv_shapes: list[KVShape]
+    kv_shapes: list[CacheShape]
     kv_windows: list[int | None]
     kv_scales: KVScales | None
     kv_dtype: str | None
@@ -130,7 +134,7 @@ class Model(Protocol):
         """What the head reads, of the residual stream [T, hidden_size] behind the last layer; as `hidden`."""
         ...
 
-    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+    def forward(self, step: StepInputs, caches: list[Cache], tap: Tap | None = None) -> Tensor:
         """`logits` of `hidden`, which every model has."""
         ...
 
@@ -142,7 +146,7 @@ class Model(Protocol):
         ...
 
     def hidden(
-        self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None, entering: Tensor | None = None
+        self, step: StepInputs, caches: list[Cache], tap: Tap | None = None, entering: Tensor | None = None
     ) -> Tensor:
         """What the head reads: [num logits_index, hidden_size] of the tokens at logits_index; writes the caches.
 
@@ -166,6 +170,11 @@ class Model(Protocol):
     def report_layers(self) -> list[LayerRow]:
         """The rows of the start-up table."""
         ...
+
+
+def unscaled() -> tuple[Tensor, Tensor]:
+    """In `KVScales`, of a layer that has a state instead of keys and values."""
+    return torch.ones(1), torch.ones(1)
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:

@@ -20,8 +20,8 @@ from octavo.kernels.moe import reference as moe
 from octavo.kernels.moe.reference import Router
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.experts import Stacked
-from octavo.quant.linear import Linear
-from octavo.runtime.model.layers import Change, GatedMlp, GroupedExperts, Mlp
+from octavo.quant.linear import Change, Linear
+from octavo.runtime.model.layers import GatedMlp, GroupedExperts, Mlp
 from octavo.runtime.model.operators import Ops
 
 

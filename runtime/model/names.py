@@ -10,6 +10,7 @@ from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
+from octavo.runtime.model.state_mixers import StateSpec
 
 Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
 
@@ -72,7 +73,14 @@ def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[
     """All linear layers of layer `index`, by the names that DecoderLayer.linears has, in the order of computing."""
     layer = f"{prefix}layers.{index}"
     mixer = spec.layers[index].mixer
-    attention = _latent(spec, mixer, layer) if isinstance(mixer, LatentSpec) else _attention(spec, mixer, layer)
+    if isinstance(mixer, StateSpec):
+        linears = mixer.linears(spec.hidden_size).items()
+        owner = f"{layer}.{mixer.owner}"
+        attention = {name: LinearParts(_within(owner, modules), columns) for name, (modules, columns) in linears}
+    elif isinstance(mixer, LatentSpec):
+        attention = _latent(spec, mixer, layer)
+    else:
+        attention = _attention(spec, mixer, layer)
     return attention | _mlp(spec, index, layer, has) | _per_layer(spec, layer) | _laurel(spec, layer)
 
 
@@ -80,7 +88,8 @@ def _attention(spec: DecoderSpec, mixer: AttentionSpec, layer: str) -> dict[str,
     hidden = spec.hidden_size
     width = spec.num_heads * mixer.head_dim
     kv_width = mixer.num_kv_heads * mixer.head_dim
-    qkv = dict(zip(QKV[: 1 + mixer.kv_parts], (width, kv_width, kv_width), strict=False))
+    of_queries = width * (1 + mixer.has_gate)
+    qkv = dict(zip(QKV[: 1 + mixer.kv_parts], (of_queries, kv_width, kv_width), strict=False))
     if spec.fused:
         qkv = {"qkv_proj": width + 2 * kv_width}
     return {
@@ -112,9 +121,27 @@ def expansion(spec: DecoderSpec, index: int, prefix: str) -> LinearParts | None:
     return LinearParts({f"{prefix}layers.{index}.self_attn.kv_b_proj": rows}, mixer.kv_rank)
 
 
+def state_gates(spec: DecoderSpec, index: int, prefix: str) -> dict[str, int]:
+    """The modules of a mixer with a state that are no linear layers of their own here, and their rows."""
+    mixer = spec.layers[index].mixer
+    if not isinstance(mixer, StateSpec):
+        return {}
+    return _within(f"{prefix}layers.{index}.{mixer.owner}", mixer.gates)
+
+
+def state_tensors(spec: DecoderSpec, index: int, prefix: str) -> dict[str, tuple[int, ...]]:
+    """What else such a mixer has, and the sizes."""
+    mixer = spec.layers[index].mixer
+    if not isinstance(mixer, StateSpec):
+        return {}
+    return {f"{prefix}layers.{index}.{mixer.owner}.{name}": shape for name, shape in mixer.tensors.items()}
+
+
 def attention_norms(spec: DecoderSpec, index: int) -> dict[str, int]:
     """Norms within attention, and their sizes."""
     mixer = spec.layers[index].mixer
+    if isinstance(mixer, StateSpec):
+        return {}
     if isinstance(mixer, LatentSpec):
         of_queries = {} if mixer.q_rank is None else {"q_a_layernorm": mixer.q_rank}
         return of_queries | {"kv_a_layernorm": mixer.kv_rank}
@@ -242,6 +269,7 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
         names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
         names += [] if (expanded := expansion(spec, i, prefix)) is None else expanded.modules
         names += [f"{prefix}layers.{i}.self_attn.{norm}" for norm in attention_norms(spec, i)]
+        names += [*state_gates(spec, i, prefix), *(name.rpartition(".")[0] for name in state_tensors(spec, i, prefix))]
         names += [*routers(spec, i, prefix, has), *(f"{prefix}layers.{i}.{norm}" for norm in layer_norms(spec, i))]
     return [*names, f"{prefix}norm", *([head_name(prefix)] if spec.has_head and not spec.tied else [])]
 

@@ -20,6 +20,8 @@ from octavo.kernels.attention import reference as attention_reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.latent import LatentBody, write_latents
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention import gated_delta as gated_delta_reference
+from octavo.kernels.linear_attention.gated_delta import GatedDeltaBody
 from octavo.kernels.norm import reference as norm_reference
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden, refuse_input_quant
 
@@ -130,6 +132,7 @@ class Ops:
                       tokens are divided into steps; tests/kernels/test_batch_invariant.py proves it
     invariant         the bodies that are so, on the same device; None: none are known
     latent            attention over latents (kernels/attention/latent.py); None: the device has none
+    gated_delta       the gated delta rule (kernels/linear_attention/gated_delta.py); None: the device has none
     """
 
     name: str
@@ -145,6 +148,7 @@ class Ops:
     batch_invariant: bool = False
     invariant: Ops | None = None
     latent: LatentBody | None = None
+    gated_delta: GatedDeltaBody | None = None
 
 
 def one_after_the_other(rope_and_cache: RopeAndCache, attention: PagedAttention) -> RopeAndAttention:
@@ -179,4 +183,5 @@ REFERENCE = Ops(
     gelu_tanh_and_mul=norm_reference.gelu_tanh_and_mul,
     rope_and_attention=one_after_the_other(attention_reference.rope_and_cache, attention_reference.paged_attention),
     latent=LatentBody(write_latents, attention_reference.paged_attention),
+    gated_delta=gated_delta_reference.gated_delta,
 )

@@ -83,6 +83,11 @@ def choose_rank(
         notes.append("--enable-expert-parallel changes nothing: one rank has all experts; -tp N divides them")
     if group.size == 1:
         return None
+    if spec.states:
+        raise LoadError(
+            f"{flags_of(config, group)}: {spec.states[0].title}, which {spec.architecture} has, is not divided over "
+            "ranks; one rank works, and so does -dp"
+        )
     if target.device.type != "cpu":
         raise LoadError(
             f"{flags_of(config, group)}: ranks of an engine compute on CPUs only, and this is {target.device}; "

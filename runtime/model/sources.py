@@ -151,6 +151,12 @@ class CheckpointSource:
             self.checkpoint.leave(module)
         return found
 
+    def leave_named(self, begins: tuple[str, ...]) -> list[str]:
+        """Count tensors whose names begin so as read; those of the beginnings of which there are any."""
+        found = [begin for begin in begins if any(name.startswith(begin) for name in self.checkpoint.names)]
+        self.checkpoint.leave_all(tuple(found))
+        return found
+
     def check_complete(self, *, tied: bool, text_only: bool, has_mtp: bool = False) -> list[str]:
         """Raise LoadError with the names of tensors that nothing read; return the harmless ones that were skipped.
 

@@ -26,7 +26,11 @@ from octavo.runtime.model.layer_kinds import (
     sparsities_of,
     window_of,
 )
+from octavo.runtime.model.mixers import AttentionSpec as AttentionSpec
+from octavo.runtime.model.mixers import LatentSpec as LatentSpec
+from octavo.runtime.model.mixers import Mixer as Mixer
 from octavo.runtime.model.rope import RopeError, RopeSpec, yarn_magnitude
+from octavo.runtime.model.state_mixers import StateSpec
 
 _KEY_TYPES = config_struct({key: kind for row in ARCHITECTURES.values() for key, kind in row.reads.items()})
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
@@ -44,70 +48,6 @@ class UnknownArchitectureError(UnsupportedModelError):
     def __init__(self, model_type: str) -> None:
         super().__init__(f"model_type {model_type!r} has no decoder here; known are {', '.join(ARCHITECTURES)}")
         self.model_type = model_type
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """Attention over a sequence's earlier tokens.
-
-    window  how many of the latest tokens are seen at most; None: all
-    rope    the rotation, if any
-    num_kv_heads, head_dim  of keys and values; queries have heads of the same size
-    query_scale  what queries are multiplied by, by their positions
-    is_chunked, interleaved  as of AttentionShape
-    values_are_keys  values are what keys are made of, too, before it is normed and rotated
-    source  the layer whose keys and values are read; None: it has its own
-    """
-
-    window: int | None
-    rope: RopeSpec | None
-    num_kv_heads: int
-    head_dim: int
-    query_scale: QueryScale | None = None
-    is_chunked: bool = False
-    interleaved: bool = False
-    values_are_keys: bool = False
-    source: int | None = None
-
-    @property
-    def kv_parts(self) -> int:
-        """As of `AttentionShape`."""
-        return 0 if self.source is not None else 1 if self.values_are_keys else 2
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """Attention over latents (kernels/attention/latent.py), which the cache holds instead of keys and values.
-
-    q_rank     numbers that queries are made of; None: they are made of the hidden state
-    kv_rank    numbers of a latent
-    plain_dim, rotary_dim  of a head's query: what isn't rotated, and what is; the key that heads share is rotary_dim
-    value_dim  of a head's output
-    """
-
-    rope: RopeSpec
-    q_rank: int | None
-    kv_rank: int
-    plain_dim: int
-    rotary_dim: int
-    value_dim: int
-    interleaved: bool
-    query_scale: QueryScale | None = None
-    window: None = None
-    source: None = None
-    num_kv_heads: int = 1  # of the cache
-
-    @property
-    def query_dim(self) -> int:
-        return self.plain_dim + self.rotary_dim
-
-    @property
-    def head_dim(self) -> int:
-        """Of the cache: a latent and its key."""
-        return self.kv_rank + self.rotary_dim
-
-
-Mixer = AttentionSpec | LatentSpec  # what lets tokens know of each other
 
 
 @dataclass(frozen=True)
@@ -175,6 +115,7 @@ class DecoderSpec:
     further_layers       layers of that kind which lie behind these in a checkpoint, and aren't served
     axis_of_pairs        by which of a token's positions each pair of a head turns (M-RoPE): in time (0), height (1) and
                          width (2); (): all turn by the one that a token has
+    unserved             how names of a checkpoint's other tensors begin that say further tokens
     dtype                the type that the config names ("bfloat16"), or None
     unknown_keys         config keys that nothing here knows; to be shown, since they may mean something
     """
@@ -216,12 +157,18 @@ class DecoderSpec:
     num_mtp_layers: int = 0
     further_layers: int = 0
     axis_of_pairs: tuple[int, ...] = ()
+    unserved: tuple[str, ...] = ()
     dtype: str | None = None
     unknown_keys: tuple[str, ...] = ()
 
     @property
     def has_latents(self) -> bool:
         return any(isinstance(layer.mixer, LatentSpec) for layer in self.layers)
+
+    @property
+    def states(self) -> list[StateSpec]:
+        """Of the layers whose memory of a sequence is a state of fixed size."""
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, StateSpec)]
 
     @property
     def scales_queries(self) -> bool:
@@ -298,12 +245,13 @@ class DecoderSpec:
             swiglu_alpha=settings.get("swiglu_alpha", 0.0),
             swiglu_limit=settings.get("swiglu_limit", 0.0),
             has_sinks=row.has_sinks,
-            **_multipliers(settings, row, layers[0].mixer.head_dim),
+            **_multipliers(settings, row, next((it.mixer.head_dim for it in layers if it.mixer.head_dim), 1)),
             fused=row.fused,
             dense_owner=row.dense_owner,
             text_only=text_only,
             num_mtp_layers=0 if row.further_layers else settings.get("num_nextn_predict_layers", 0),
             further_layers=settings[row.further_layers] if row.further_layers else 0,
+            unserved=row.unserved,
             moe=moe if any(layer.sparse for layer in layers) else None,
             axis_of_pairs=_axis_of_pairs(config, name, row, layers),
             dtype=stored_dtype(config),
@@ -448,13 +396,17 @@ def _layers(
     sparsities = sparsities_of(settings, row)
     layers = []
     mixer: Mixer
+    states = row.state_mixers(settings)
     try:
         ropes = LayerRopes(settings, config, name, row)
         for i, (kv_heads, head_dim) in enumerate(heads):
             turning = settings["qk_rope_head_dim"] if row.latent else head_dim
             rope = ropes.of("sliding_attention" if sliding[i] else "full_attention", turning)
             scale = row.query_scale(config, settings, rotates[i])
-            if row.latent:
+            state = states[i]
+            if state is not None:
+                mixer = state
+            elif row.latent:
                 mixer = _latent(settings, rope, scale)
             else:
                 mixer = AttentionSpec(
@@ -467,6 +419,7 @@ def _layers(
                     interleaved=rotates[i] and row.interleaved,
                     values_are_keys=not sliding[i] and bool(settings.get("attention_k_eq_v")),
                     source=sources[i],
+                    has_gate=row.output_gate,
                 )
             layers.append(LayerSpec(mixer, inner[i], sparse[i], sparsities[i]))
     except RopeError as error:

@@ -18,11 +18,12 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.cross import cross_attention
 from octavo.kernels.attention.packed import Run
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache, with_blocks
 from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.encoder import EncoderLayer, LayerNorm, PlainMlp, Texts
 from octavo.runtime.model.layers import GroupedExperts
-from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
+from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.model.speech_spec import SpeechSpec
@@ -194,7 +195,7 @@ class SpeechModel:
         self.vocab_size = spec.vocab_size
         self.hidden_size = spec.hidden_size
         shapes = [layer.attention.shape for layer in stack.layers]
-        self.kv_shapes = [KVShape(shape.num_kv_heads, shape.head_dim) for shape in shapes]
+        self.kv_shapes: list[CacheShape] = [KVShape(shape.num_kv_heads, shape.head_dim) for shape in shapes]
         self.kv_windows: list[int | None] = [None] * len(shapes)
         self.dtype = stack.words.dtype
         self.device = stack.words.device
@@ -213,7 +214,7 @@ class SpeechModel:
         return self.stack.words
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+    def forward(self, step: StepInputs, caches: list[Cache], tap: Tap | None = None) -> Tensor:
         return self.logits(self.hidden(step, caches, tap), step)
 
     @torch.inference_mode()
@@ -222,12 +223,12 @@ class SpeechModel:
 
     @torch.inference_mode()
     def hidden(
-        self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None, entering: Tensor | None = None
+        self, step: StepInputs, caches: list[Cache], tap: Tap | None = None, entering: Tensor | None = None
     ) -> Tensor:
         places = self._read_sources(step, tap)
         starts = step.query_starts.tolist()
         x = self.entering(step) if entering is None else entering
-        for number, (layer, cache) in enumerate(zip(self.stack.layers, caches, strict=True)):
+        for number, (layer, cache) in enumerate(zip(self.stack.layers, with_blocks(caches), strict=True)):
             x = layer.forward(x, step, cache, starts, places)
             if tap is not None:
                 tap(number, x)

@@ -39,12 +39,11 @@ from octavo.runtime.model.kernel_plan import check_attention
 from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import (
     AddNorm,
-    Attention,
     DecoderLayer,
     Embedding,
     GatedMlp,
     Head,
-    LatentAttention,
+    Mixing,
     Mlp,
 )
 from octavo.runtime.model.mixture_weights import Mixture, Parts
@@ -69,6 +68,8 @@ from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadErro
 from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.model.speech_weights import load_speech
 from octavo.runtime.model.stages import HandedOn, Received, Stage
+from octavo.runtime.model.state_mixers import StateSpec
+from octavo.runtime.model.state_weights import read_state_mixer
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.vision.loading import tower_of
 
@@ -179,7 +180,8 @@ def _load_decoder(
         model.pooler = decoder_pooler(config, hf_config, spec, source, model.notes)
     model.notes += checkpoint.notes
     checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
-    for left in source.leave_layers(len(spec.layers), spec.further_layers):
+    further = source.leave_layers(len(spec.layers), spec.further_layers)
+    for left in [*further, *(f"{begin}*" for begin in source.leave_named(spec.unserved))]:
         model.notes.append(f"{left} is not loaded: it says further tokens, and no drafter is made of it here")
     if source.leave_modules(unread_modules(spec, source.prefix)):
         model.notes.append("keys and values of layers that read another layer's are not loaded")
@@ -333,9 +335,11 @@ class DecoderBuilder:
         name = f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
         mixer = spec.layers[index].mixer
-        attention: Attention | LatentAttention
+        attention: Mixing
         reader = AttentionReader(self, index)
-        if isinstance(mixer, LatentSpec):
+        if isinstance(mixer, StateSpec):
+            attention = read_state_mixer(self, index, mixer, parts)
+        elif isinstance(mixer, LatentSpec):
             attention = reader.latent(mixer, parts)
         else:
             parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)

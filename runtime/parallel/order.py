@@ -21,9 +21,28 @@ WantedLogits = Literal["nothing", "best", "logits"]
 """What a step shall bring of the logits that sequences want: each row's largest and its token, or all of them."""
 
 _WANTS: tuple[WantedLogits, ...] = get_args(WantedLogits)
-_HEADER = ("number", "wants", "num_groups", "num_sequences", "num_tokens", "num_new_blocks", "num_adapters")
+_HEADER = (
+    "number",
+    "wants",
+    "num_groups",
+    "num_sequences",
+    "num_tokens",
+    "num_new_blocks",
+    "num_adapters",
+    "num_saves",
+)
 _DIGEST = 8  # numbers of an adapter's digest
-_COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts", "adapters")
+_COLUMNS = (
+    "slots",
+    "starts",
+    "ends",
+    "first_logits",
+    "is_new",
+    "first_new_blocks",
+    "new_block_counts",
+    "adapters",
+    "sources",
+)
 
 
 class StepOrder:
@@ -40,9 +59,11 @@ class StepOrder:
     first_new_blocks  [S] place in the block tables of the first new entry
     new_block_counts  [S] entries that each table has been given
     adapters          [S] 1 + the slot of its adapter; 0: it has none
+    sources           [S] the row of its state before the step, where layers have states; -1: zeros
     token_ids         [T]
     new_blocks        [G, B] the new entries of all sequences, in order
     digests           [A, 9] the slot of each adapter of the step, and its digest
+    saves             [N, 2] a token of the batch, ascending, and the row that the state behind it is copied to
     """
 
     __slots__ = (
@@ -56,7 +77,9 @@ class StepOrder:
         "new_block_counts",
         "new_blocks",
         "number",
+        "saves",
         "slots",
+        "sources",
         "starts",
         "token_ids",
         "wants",
@@ -64,18 +87,20 @@ class StepOrder:
 
     def __init__(self, buffer: Int32s) -> None:
         self.buffer = buffer
-        self.number, wants, groups, sequences, tokens, blocks, adapters = buffer[: len(_HEADER)].tolist()
+        self.number, wants, groups, sequences, tokens, blocks, adapters, saves = buffer[: len(_HEADER)].tolist()
         self.wants = _WANTS[wants]
         columns = buffer[len(_HEADER) :]
         parts = [columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))]
         self.slots, self.starts, self.ends, self.first_logits, self.is_new = parts[:5]
-        self.first_new_blocks, self.new_block_counts, self.adapters = parts[5:]
+        self.first_new_blocks, self.new_block_counts, self.adapters, self.sources = parts[5:]
         begin = len(_COLUMNS) * sequences
         self.token_ids = columns[begin : begin + tokens]
         begin += tokens
         self.new_blocks = columns[begin : begin + groups * blocks].reshape(groups, blocks)
         begin += groups * blocks
         self.digests = columns[begin : begin + adapters * (1 + _DIGEST)].reshape(adapters, 1 + _DIGEST)
+        begin += adapters * (1 + _DIGEST)
+        self.saves = columns[begin : begin + 2 * saves].reshape(saves, 2)
 
     def adapters_in_slots(self) -> list[tuple[int, str]]:
         """The slot and the digest of each adapter that the step uses."""
@@ -94,7 +119,8 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
     num_groups = len(scheduled[0].new_blocks)
     num_new_blocks = sum(len(it.new_blocks[0]) for it in growing)
     adapters = dict.fromkeys(it.sequence.adapter for it in scheduled if it.sequence.adapter is not None)
-    counts = (num_groups, len(scheduled), plan.num_tokens, num_new_blocks, len(adapters))
+    saves = _saves_of(scheduled)
+    counts = (num_groups, len(scheduled), plan.num_tokens, num_new_blocks, len(adapters), len(saves))
     numbers = chain(
         (number, _WANTS.index(_wanted(scheduled)), *counts),
         [it.slot for it in scheduled],
@@ -105,11 +131,23 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
         [it.first_new_block for it in scheduled],
         [len(it.new_blocks[0]) for it in scheduled],
         [0 if it.sequence.adapter is None else 1 + it.sequence.adapter.slot for it in scheduled],
+        [it.source for it in scheduled],
         chain.from_iterable([it.tokens for it in scheduled]),
         *(it.new_blocks[group] for group in range(num_groups) for it in growing),
         *((adapter.slot, *np.frombuffer(bytes.fromhex(adapter.digest), np.int32)) for adapter in adapters),
+        *saves,
     )
     return StepOrder(np.array(list(numbers), dtype=np.int32))
+
+
+def _saves_of(scheduled: list[ScheduledSequence]) -> list[tuple[int, int]]:
+    """As StepOrder.saves."""
+    saves = []
+    begin = 0
+    for it in scheduled:
+        saves += [(begin + position - it.start - 1, row) for position, row in it.saves]
+        begin += it.end - it.start
+    return saves
 
 
 def _wanted(scheduled: list[ScheduledSequence]) -> WantedLogits:
@@ -124,4 +162,5 @@ def largest_order(limits: SchedulerConfig) -> int:
     blocks = -(-limits.max_model_len // limits.block_size)
     per_sequence = len(_COLUMNS) + len(limits.windows) * blocks
     adapters = limits.max_loras * (1 + _DIGEST)
-    return len(_HEADER) + per_sequence * limits.max_num_seqs + limits.max_num_batched_tokens + adapters
+    saves = 2 * limits.num_snapshots
+    return len(_HEADER) + per_sequence * limits.max_num_seqs + limits.max_num_batched_tokens + adapters + saves

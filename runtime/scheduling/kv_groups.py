@@ -88,7 +88,7 @@ class KVGroups:
 
     def find_prefix(self, hashes: Several[bytes]) -> BlockTables:
         """The remembered blocks of the longest prefix that every group can go on from; nothing is held until `hold`."""
-        length = self.longest_prefix(hashes, self._is_remembered)
+        length = self.longest_prefix(hashes, self.is_remembered)
         blocks = self.empty()
         for group, begin in enumerate(self._begins(length)):
             held = [self.pool.find(block_name(name, group)) for name in hashes[begin:length]]
@@ -122,7 +122,7 @@ class KVGroups:
             (group, i)
             for group, begin in enumerate(self._begins(len(hashes)))
             for i in range(begin, len(hashes))
-            if not self._is_remembered(block_name(hashes[i], group))
+            if not self.is_remembered(block_name(hashes[i], group))
         ]
 
     def reserve(self, hashes: Several[bytes], missing: Several[tuple[int, int]]) -> BlockTables | None:
@@ -147,7 +147,7 @@ class KVGroups:
         """Of each group, the first block that going on from a prefix of so many takes."""
         return [min(length, first_seen(window, length * self.block_size, self.block_size)) for window in self.windows]
 
-    def _is_remembered(self, name: bytes) -> bool:
+    def is_remembered(self, name: bytes) -> bool:
         return self.pool.find(name) is not None
 
     def num_unheld(self, blocks: BlockTables) -> int:

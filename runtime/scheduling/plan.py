@@ -34,6 +34,9 @@ class SchedulerConfig:
     pools_all          pooled requests want the hidden states of all of their tokens, and not of the last one alone
     whole_prompts      a prompt is computed in one step, or waits for one that holds it
     max_loras          adapters that sequences which run may use at once
+    has_states         layers have states (kernels/linear_attention/states.py), whose rows are the sequences' slots
+    num_snapshots      rows behind those, for copies of states that requests may begin with
+    snapshot_tokens    there is a snapshot of each prompt behind its last full block, and one every so many tokens
     tells_kv_events    whether `Scheduler.take_kv_events` returns what the prefix cache remembers and forgets
     """
 
@@ -55,6 +58,9 @@ class SchedulerConfig:
     max_loras: int = 0
     pools_all: bool = False
     whole_prompts: bool = False
+    has_states: bool = False
+    num_snapshots: int = 0
+    snapshot_tokens: int = 512
 
     def pools_all_of(self, pooling: PoolingParams | None) -> bool:
         """Whether a request wants the hidden states of all of its tokens, which no cache has."""
@@ -76,6 +82,8 @@ class ScheduledSequence(NamedTuple):
                      first ones of a cached prefix may be void
     num_outputs      tokens of the answer before those that this step brings
     num_drafts       how many of the last tokens are guesses: the result says how many of them were right
+    source           the row of the state before these tokens, where layers have states; -1: zeros
+    saves            (position, row) where the state behind so many tokens is copied to
     """
 
     sequence: Sequence
@@ -90,6 +98,8 @@ class ScheduledSequence(NamedTuple):
     new_blocks: list[list[int]]
     num_outputs: int
     num_drafts: int = 0
+    source: int = -1
+    saves: tuple[tuple[int, int], ...] = ()
 
 
 def last_token_of(slot: int) -> int:

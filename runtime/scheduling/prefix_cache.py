@@ -19,6 +19,7 @@ from octavo.runtime.scheduling.kv_events import KVCacheEvent, KVEvents
 from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups, block_name
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.scheduling.snapshots import Snapshots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +60,7 @@ class PrefixCache:
         self._events = KVEvents(config.block_size, config.windows) if config.tells_kv_events else None
         self.pool = BlockPool(config.num_blocks, self._events.forgotten if self._events is not None else None)
         self.groups = KVGroups(self.pool, config.block_size, config.windows)
+        self.snapshots = Snapshots(config.max_num_seqs, config.num_snapshots) if config.has_states else None
         self.index: OffloadIndex | None = None
         self.costs = FetchCosts()
         self.offered: list[tuple[bytes, int]] = []
@@ -68,11 +70,49 @@ class PrefixCache:
         self.num_file_queries = 0
         self.num_file_hits = 0
 
+    def begin_step(self) -> None:
+        """Another step is planned."""
+        if self.snapshots is not None:
+            self.snapshots.begin_step()
+
     def find(self, sequence: Sequence) -> BlockTables:
         """The blocks of the longest remembered prefix; the last token is always left to be computed, for its logits."""
         if not self._config.enable_prefix_caching or self._needs_all(sequence):
             return self.groups.empty()
-        return self.groups.find_prefix(self._hashes(sequence, len(sequence.token_ids) - 1))
+        hashes = self._hashes(sequence, len(sequence.token_ids) - 1)
+        if self.snapshots is not None:
+            length = self.groups.longest_prefix(hashes, self.groups.is_remembered)
+            while length and not self.snapshots.has(hashes[length - 1]):
+                length -= 1
+            hashes = hashes[:length]
+        return self.groups.find_prefix(hashes)
+
+    def awaits(self, sequence: Sequence, found: BlockTables) -> bool:
+        """Whether the step that is being planned makes a state which would save it more than what was found."""
+        if self.snapshots is None or not self._config.enable_prefix_caching or self._needs_all(sequence):
+            return False
+        hashes = self._hashes(sequence, len(sequence.token_ids) - 1)
+        return any(self.snapshots.is_coming(name) for name in hashes[len(found) :])
+
+    def source(self, sequence: Sequence, start: int) -> int:
+        """The row of the state that a sequence begins with, from this token on; -1: zeros."""
+        if self.snapshots is None or start == 0:
+            return -1
+        return self.snapshots.use(self._hashes(sequence, start)[-1])
+
+    def saves(self, sequence: Sequence, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """(position, row) of the states to be copied while tokens start .. end are computed, all of which are known."""
+        if self.snapshots is None or not self._config.enable_prefix_caching:
+            return ()
+        size = self._config.block_size
+        step = max(1, self._config.snapshot_tokens // size) * size
+        places = {*range(start // step * step + step, end + 1, step), (sequence.num_prompt - 1) // size * size}
+        found = []
+        for place in sorted(place for place in places if start < place <= end):
+            row = self.snapshots.make(self._hashes(sequence, place)[-1])
+            if row is not None:
+                found.append((place, row))
+        return tuple(found)
 
     def count(self, sequence: Sequence) -> None:
         """A sequence begins, with what was found for it."""
@@ -101,12 +141,16 @@ class PrefixCache:
         for name in self._names(sequence):
             if (block := self.pool.find(name)) is not None:
                 self.pool.forget([block])
+            if self.snapshots is not None:
+                self.snapshots.forget(name)
             if self.index is not None:
                 self.index.discard(name)
 
     def reset(self) -> None:
         """Forget all prefixes that no running sequence holds. What lies in the file is the engine's to forget."""
         self.pool.forget_unheld()
+        if self.snapshots is not None:
+            self.snapshots.reset()
         if self._events is not None and not self.pool.num_remembered:
             self._events.cleared()
 

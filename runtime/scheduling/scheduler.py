@@ -35,17 +35,10 @@ from octavo.runtime.scheduling.fairness import FairShares
 from octavo.runtime.scheduling.kv_events import KVCacheEvent
 from octavo.runtime.scheduling.kv_groups import BlockTables
 from octavo.runtime.scheduling.limits import refusal_of
-from octavo.runtime.scheduling.plan import (
-    ScheduledSequence,
-    SchedulerConfig,
-    Step,
-    StepPlan,
-    StepResult,
-    last_token_of,
-)
+from octavo.runtime.scheduling.plan import ScheduledSequence, SchedulerConfig, Step, StepPlan, StepResult, last_token_of
 from octavo.runtime.scheduling.prefix_cache import Fetch, PrefixCache
 from octavo.runtime.scheduling.sequence import Sequence, append_tokens, is_full
-from octavo.runtime.scheduling.waiting import MOST_COMPARED, Waiting, place_of, rank_of, running_order
+from octavo.runtime.scheduling.waiting import Waiting, by_cached_prefix, place_of, rank_of, running_order
 
 
 class Scheduler:
@@ -136,6 +129,7 @@ class Scheduler:
         Empty only where all that there is to do waits for the results of steps under way.
         """
         self._step_tokens = 0  # until a step is committed
+        self.prefixes.begin_step()
         step = Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits, self.config.max_drafts)
         step.limits = self._shares.limits(self.config.shared_tokens)
         if self._shares.has_several:
@@ -280,6 +274,8 @@ class Scheduler:
                 if not adapters.admits(sequence.adapter):
                     continue
             blocks = self.prefixes.find(sequence)
+            if self.prefixes.awaits(sequence, blocks):
+                continue
             length = len(sequence.token_ids)
             size = self._chunk(step, sequence, length - len(blocks) * block_size)
             if size == 0 and self.config.whole_prompts and length <= step.tokens_left:
@@ -300,8 +296,7 @@ class Scheduler:
         waiting = self.waiting.values()
         if self.config.policy != "lpm" or not self._free_slots:
             return waiting
-        compared = sorted(waiting[:MOST_COMPARED], key=lambda it: (not it.has_begun, -len(self.prefixes.find(it))))
-        return compared + waiting[MOST_COMPARED:]
+        return by_cached_prefix(waiting, self.prefixes.find)
 
     def _fits(self, cached: BlockTables, length: int, *, spare: bool = True) -> bool:
         """Whether the cache can hold all tokens of a sequence that is to be admitted.
@@ -372,6 +367,8 @@ class Scheduler:
                 new_blocks=[table[num_held:] for table in sequence.blocks.tables],
                 num_outputs=sequence.length - sequence.num_prompt,
                 num_drafts=num_drafts,
+                source=self.prefixes.source(sequence, start) if is_new else sequence.slot,
+                saves=self.prefixes.saves(sequence, start, min(end, len(sequence.token_ids))),
             )
         )
         step.tokens_left -= end - start
@@ -433,6 +430,8 @@ class Scheduler:
             sequence.checks_drafts = False
             if not tokens and not is_ended:
                 sequence.go_back()
+                if self.config.has_states and sequence.slot >= 0:
+                    self._preempt(sequence)  # its states are past that position
         num_known = len(sequence.token_ids)
         finish_reason = append_tokens(sequence, tokens, self.config.max_model_len)
         if is_ended and len(sequence.token_ids) - num_known == len(tokens):  # whole, be it at its last token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 
 from octavo.runtime.config import Policy
 from octavo.runtime.messages import AddRequest
@@ -26,6 +26,12 @@ def rank_of(request: AddRequest, policy: Policy, aging: float | None) -> float:
 def place_of(sequence: Sequence) -> tuple[float, float, int]:
     """What sequences are sorted by: rank, then fair shares, then arrival."""
     return sequence.rank, sequence.tag, sequence.number
+
+
+def by_cached_prefix(waiting: list[Sequence], find: Callable[[Sequence], Sized]) -> list[Sequence]:
+    """Those first that have begun, then those of which most is cached, as `find` finds it."""
+    compared = sorted(waiting[:MOST_COMPARED], key=lambda it: (not it.has_begun, -len(find(it))))
+    return compared + waiting[MOST_COMPARED:]
 
 
 def running_order(running: Iterable[Sequence]) -> list[Sequence]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import StateShape
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.dtypes import DTYPES
@@ -39,6 +40,11 @@ def load_draft_model(config: EngineConfig, worker: Worker, limits: SchedulerConf
     check_tokenizers(Path(config.model), Path(asked.model))
     dtype_asked = config.dtype if config.dtype in DTYPES else "auto"
     model = load_model(own_config(config, model=asked.model, dtype=dtype_asked, kv_cache_dtype="auto"))
+    if any(isinstance(shape, StateShape) for shape in model.kv_shapes):
+        raise ValueError(
+            f"--speculative-config: layers of the draft model, {model.architecture}, have states, and what they are "
+            "told can't be taken back; one with attention in all layers works"
+        )
     dtype = kv_cache.choose_dtype(model, "auto", [])
     per_block = kv_cache.bytes_per_block(model, config.block_size, dtype, one_group(len(model.kv_shapes)))
     budget = min(CACHE_BYTES, free_memory(model.device) // 8)

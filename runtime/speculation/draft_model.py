@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.linear_attention.states import Cache, with_blocks
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.block_pool import BlockPool
 from octavo.runtime.scheduling.drafts import num_right
@@ -52,7 +52,7 @@ class DraftModel:
     def __init__(
         self,
         model: Model,
-        caches: list[LayerCache],
+        caches: list[Cache],
         vocab_size: int,
         max_model_len: int,
         seed: int,
@@ -65,9 +65,10 @@ class DraftModel:
         """
         self.model = model
         self.caches = caches
-        self._block_size = caches[0].block_size
+        (first, *_) = with_blocks(caches)
+        self._block_size = first.block_size
         self._longest = min(max_model_len, model.max_position)
-        self._pool = BlockPool(caches[0].key.shape[0])
+        self._pool = BlockPool(first.key.shape[0])
         self._read: OrderedDict[Sequence, _Read] = OrderedDict()  # who was asked about last is the last one
         self._replays = StepReplays(model, caches, self._longest) if records and model.recordable else None
         self._choice = DraftChoice(vocab_size, seed, model.device)

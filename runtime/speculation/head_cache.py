@@ -7,6 +7,7 @@ import torch
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.layers import Attention
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.speculation.draft_choice import DraftChoice
@@ -24,6 +25,7 @@ def load_head_drafts(config: EngineConfig, worker: Worker, limits: SchedulerConf
     assert asked is not None
     model = worker.model
     head = load_head(config, model, limits, notes)
+    assert isinstance(head.layer.attention, Attention)  # `head_files` reads no others
     shape = head.layer.attention.shape
     own = OwnBlocks.behind(limits.num_blocks, limits.block_size, asked.num_speculative_tokens)
     num_blocks = own.of(limits.max_num_seqs).start

@@ -14,15 +14,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.linear_attention.states import Cache, StateCache
 
 
-def tensors_of(caches: Iterable[LayerCache]) -> list[Tensor]:
+def tensors_of(caches: Iterable[Cache]) -> list[Tensor]:
     """All tensors of these caches once: layers of several groups share them (kv_layout.py)."""
-    return list({it.data_ptr(): it for cache in caches for it in (cache.key, cache.value)}.values())
+    return list({it.data_ptr(): it for cache in caches for it in _tensors(cache)}.values())
 
 
-def give_back(caches: Iterable[LayerCache]) -> int:
+def _tensors(cache: Cache) -> tuple[Tensor, ...]:
+    return cache.parts if isinstance(cache, StateCache) else (cache.key, cache.value)
+
+
+def give_back(caches: Iterable[Cache]) -> int:
     """Give back what these caches, on a CPU, hold. Returns the bytes of memory that the process has less then."""
     advise = ctypes.CDLL(None, use_errno=True).madvise
     before = resident_bytes()

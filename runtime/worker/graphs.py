@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import GroupTables, StepInputs
+from octavo.kernels.linear_attention.states import Cache, with_blocks
 from octavo.runtime.model.model import Model
 from octavo.runtime.worker.device import GraphCapture, Mark, give_back_unused
 
@@ -40,7 +40,7 @@ class StepGraphs:
     def __init__(
         self,
         model: Model,
-        caches: list[LayerCache],
+        caches: list[Cache],
         max_num_seqs: int,
         max_model_len: int,
         max_num_batched_tokens: int = MOST_TOKENS,
@@ -49,7 +49,7 @@ class StepGraphs:
         self._model = model
         self._caches = caches
         self._sizes = sizes_for(max_num_seqs, max_num_batched_tokens)
-        width = -(-max_model_len // caches[0].block_size)
+        width = -(-max_model_len // with_blocks(caches)[0].block_size)
         most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
         num_groups = 1 + max(cache.group for cache in caches)
         self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device, num_groups)

@@ -15,15 +15,17 @@ from octavo.kernels.attention import token_rows
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.attention.token_rows import CacheType, TokenRows
+from octavo.kernels.linear_attention.states import Cache, StateCache, StateShape
 from octavo.kernels.native.huge_memory import huge_tensor
 from octavo.quant import scheme
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.model.model import KVScales, KVShape, Model, unscaled
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.scheduling.kv_groups import capacity, most_blocks
 from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
 from octavo.runtime.worker.device import free_memory, give_back_unused, peak_memory, total_memory
 from octavo.runtime.worker.kv_layout import KVLayout, choose_layout, one_group
+from octavo.runtime.worker.state_memory import StatePlan, plan_states
 
 DTYPES: dict[str, CacheType] = {
     "float32": torch.float32,
@@ -55,7 +57,8 @@ class CacheError(ValueError):
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is to be allocated. num_bytes covers all layers. wide_keys: of how many layers keys stay as computed.
+    """What is to be allocated. num_bytes covers all layers, and states. wide_keys: of how many layers keys stay as
+    computed. states: None: there is no model with states.
 
     A block is one group's: with G groups of layers, a sequence has G tables of blocks.
     """
@@ -66,15 +69,14 @@ class CachePlan:
     num_bytes: int
     layout: KVLayout
     wide_keys: int = 0
+    states: StatePlan | None = None
 
     def capacity(self, longest: int) -> int:
         """How many tokens one sequence can have when it has the cache to itself, up to `longest`."""
         return capacity(self.num_blocks, self.block_size, self.layout.windows, longest)
 
 
-def create(
-    model: Model, config: EngineConfig, notes: list[str], group: Group = ALONE
-) -> tuple[list[LayerCache], CachePlan]:
+def create(model: Model, config: EngineConfig, notes: list[str], group: Group = ALONE) -> tuple[list[Cache], CachePlan]:
     """The caches that a config asks for; what a person should know about them is added to notes.
 
     Ranks of a group have equally many blocks, and the plan has the bytes of all of them: they share a machine's memory.
@@ -86,7 +88,9 @@ def create(
         free -= step_bytes(model, config)
     plan = plan_cache(model, config, free, notes, group)
     scales = choose_scales(model, plan.dtype, notes)
-    return allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales, plan.layout), plan
+    num_states = 0 if plan.states is None else plan.states.num_rows
+    caches = allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales, plan.layout, num_states)
+    return caches, plan
 
 
 def plan_cache(
@@ -97,20 +101,29 @@ def plan_cache(
     dtype = choose_dtype(model, config.kv_cache_dtype, notes)
     layout = _layout_for(model, config, dtype, group)
     per_block = sum(group.of_all(bytes_per_block(model, config.block_size, dtype, layout)))
+    budget = _budget_of(model, config, free_bytes)
+    states = plan_states(model, config, budget, notes)
     num_blocks = config.num_blocks
     if num_blocks is not None:
-        _check_num_blocks(num_blocks, per_block, free_bytes)
+        _check_num_blocks(num_blocks, per_block, free_bytes - states.num_bytes)
     else:
-        num_blocks = min(group.of_all(_blocks_for(model, config, free_bytes, per_block, layout)))
-    wide = sum(key_dtype(model, layer, dtype) != dtype for layer in range(len(model.kv_shapes)))
-    return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, layout, wide)
+        num_blocks = min(group.of_all(_blocks_for(model, config, budget - states.num_bytes, per_block, layout)))
+    wide = sum(
+        key_dtype(model, layer, dtype) != dtype
+        for layer, shape in enumerate(model.kv_shapes)
+        if isinstance(shape, KVShape)
+    )
+    num_bytes = num_blocks * per_block + states.num_bytes
+    return CachePlan(
+        dtype, num_blocks, config.block_size, num_bytes, layout, wide, states if states.row_bytes else None
+    )
 
 
 def _layout_for(model: Model, config: EngineConfig, dtype: CacheType, group: Group) -> KVLayout:
     """Groups of layers share memory, so all layers must have equal blocks; otherwise all of them hold all tokens."""
     num_layers = len(model.kv_shapes)
     kinds = {(shape, key_dtype(model, layer, dtype)) for layer, shape in enumerate(model.kv_shapes)}
-    if max(group.of_all(len(kinds))) > 1:
+    if max(group.of_all(len(kinds))) > 1:  # as where some of them have states
         return one_group(num_layers)
     layout = choose_layout(model.kv_windows, config.max_model_len or model.max_position)
     if len(model.kv_windows) == num_layers:
@@ -160,7 +173,7 @@ def choose_dtype(model: Model, name: str, notes: list[str]) -> CacheType:
 def _check_rows(model: Model, name: str) -> None:
     if model.device.type != "cpu":
         raise CacheError(f"--kv-cache-dtype {name}: only a CPU's attention reads such rows; fp8 and int8 work here")
-    if any(shape.is_latent for shape in model.kv_shapes):
+    if any(isinstance(shape, KVShape) and shape.is_latent for shape in model.kv_shapes):
         raise CacheError(f"--kv-cache-dtype {name}: latent attention doesn't read such rows; fp8 and int8 work here")
 
 
@@ -173,7 +186,7 @@ def key_dtype(model: Model, layer: int, dtype: CacheType) -> CacheType:
 def bytes_per_block(model: Model, block_size: int, dtype: CacheType, layout: KVLayout) -> int:
     """Bytes of one block in all layers of the largest group, keys and values."""
     of_layers = [
-        shape.num_bytes(key_dtype(model, layer, dtype), dtype) * block_size
+        0 if isinstance(shape, StateShape) else shape.num_bytes(key_dtype(model, layer, dtype), dtype) * block_size
         for layer, shape in enumerate(model.kv_shapes)
     ]
     return max(sum(of_layers[layer] for layer in layers) for layers in layout.layers)
@@ -196,13 +209,15 @@ def step_bytes(model: Model, config: EngineConfig) -> int:
     return prefills * -(-config.max_num_batched_tokens // length) + decodes + of_logits * model.vocab_size
 
 
-def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int, layout: KVLayout) -> int:
-    budget = config.kv_cache_memory_bytes
-    if budget is None:
-        if model.device.type == "cpu":
-            budget = min(CPU_BUDGET, int(free_bytes * CPU_SHARE) // len(config.parallel.local_engines))
-        else:
-            budget = free_bytes - int(total_memory(model.device) * (1 - config.gpu_memory_utilization))
+def _budget_of(model: Model, config: EngineConfig, free_bytes: int) -> int:
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if model.device.type == "cpu":
+        return min(CPU_BUDGET, int(free_bytes * CPU_SHARE) // len(config.parallel.local_engines))
+    return free_bytes - int(total_memory(model.device) * (1 - config.gpu_memory_utilization))
+
+
+def _blocks_for(model: Model, config: EngineConfig, budget: int, per_block: int, layout: KVLayout) -> int:
     longest = config.max_model_len or model.max_position
     chunk = min(longest, config.max_num_batched_tokens)
     usable = config.max_num_seqs * most_blocks(longest, config.block_size, layout.windows, chunk)
@@ -212,7 +227,7 @@ def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: 
             f"{budget / 1e6:.0f} MB for the KV cache don't hold one block of {config.block_size} tokens "
             f"({least / 1e6:.2f} MB); --kv-cache-memory-bytes gives it more"
         )
-    return min(usable, budget // per_block)
+    return min(usable, budget // max(1, per_block))  # 0 where all layers have states
 
 
 def allocate(
@@ -222,17 +237,24 @@ def allocate(
     dtype: CacheType,
     scales: KVScales | None = None,
     layout: KVLayout | None = None,
-) -> list[LayerCache]:
+    num_states: int = 1,
+) -> list[Cache]:
     """Empty caches of all layers. Without scales they are 1, and keys without one are in the computing type.
 
+    num_states: rows of the state caches, in layers that have states instead of keys and values.
     Without a layout each layer has memory of its own; with one, layer i of every group has the same.
     Zeroed, not just reserved: a kernel may multiply a masked slot by 0, and what memory happens to hold may be NaN.
     On a CPU the zeros come from the system, page by page at the first write: an unused cache costs nothing.
     """
     layout = layout or one_group(len(model.kv_shapes))
     tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    caches = []
-    for layer, (heads, head_dim, is_latent) in enumerate(model.kv_shapes):
+    caches: list[Cache] = []
+    for layer, of_layer in enumerate(model.kv_shapes):
+        if isinstance(of_layer, StateShape):
+            parts = (zeros((num_states, *part), torch.float32, model.device) for part in of_layer.parts)
+            caches.append(StateCache(tuple(parts)))
+            continue
+        heads, head_dim, is_latent = of_layer
         group, place = layout.place_of[layer]
         shape = (num_blocks, heads, block_size)
         one = torch.ones(heads, device=model.device)
@@ -299,7 +321,7 @@ def measure_scales(model: Model, dtype: CacheType, notes: list[str]) -> KVScales
         f"KV cache in {_name(dtype)}: the checkpoint has no scales, so they were measured over {length} drawn tokens "
         f"with a margin of {MARGIN[dtype]}; check the quality, or take a checkpoint with k_scale and v_scale"
     )
-    return [(scale(cache.key), scale(cache.value)) for cache in caches]
+    return [unscaled() if isinstance(cache, StateCache) else (scale(cache.key), scale(cache.value)) for cache in caches]
 
 
 def _name(dtype: CacheType) -> str:

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.step import QUERY_CLASSES, GroupTables, StepInputs
+from octavo.kernels.attention.step import QUERY_CLASSES, GroupTables, StateRows, StepInputs
+from octavo.kernels.linear_attention.states import Cache, StateCache, with_blocks
 from octavo.kernels.lora.rows import AdapterRows
 from octavo.kernels.native.recording import Memory, NotRecordableError, Recording
 from octavo.runtime.model.model import Model, Tap
@@ -51,7 +51,7 @@ class StepReplays:
     of those before a recording is proven.
     """
 
-    def __init__(self, model: Model, caches: list[LayerCache], max_model_len: int) -> None:
+    def __init__(self, model: Model, caches: list[Cache], max_model_len: int) -> None:
         from octavo.kernels.native.thread_pool import pool
 
         pool()  # made now, and not in the step that is recorded first
@@ -59,6 +59,7 @@ class StepReplays:
         self._caches = caches
         self._max_model_len = max_model_len
         self._records_adapters = model.adapters is not None and model.adapters.recordable
+        self._state_parts = [part for cache in caches if isinstance(cache, StateCache) for part in cache.parts]
         self._memory = Memory()
         self._num_steps: Counter[Size] = Counter()
         self._replays: OrderedDict[Size, _Replay] = OrderedDict()
@@ -107,20 +108,24 @@ class StepReplays:
             return None
         if inputs.images is not None or inputs.axes is not None:
             return None
+        if inputs.states is not None and not inputs.states.goes_on:
+            return None
         query_class = QUERY_CLASSES[bisect_left(QUERY_CLASSES, inputs.max_query_len)]
         return Size(tokens, inputs.max_seq_len.bit_length(), query_class, inputs.adapters is not None)
 
     def _record(self, size: Size, inputs: StepInputs, entering: Tensor) -> Tensor:
         longest = min((1 << size.bits_of_length) - 1, self._max_model_len)
         recording = Recording(self._memory)
+        before = self._states(inputs)
         try:
-            held = _held(inputs, size, longest, -(-longest // self._caches[0].block_size))
+            held = _held(inputs, size, longest, -(-longest // with_blocks(self._caches)[0].block_size))
             mark = self.mark
             again = None if mark is None else lambda: recording.call(mark)
             tap = tap_of(again, self.keep)
             replay = _Replay(self._model, self._caches, inputs, held, entering, recording, tap)
         except NotRecordableError as error:
             log.warning("steps of %d tokens can't be recorded: %s", size.tokens, error)
+            self._set_states(inputs, before)  # some layers have changed them
             return self._directly(inputs, entering)
         self._replays[size] = replay
         if len(self._replays) > MOST_REPLAYS:
@@ -129,12 +134,25 @@ class StepReplays:
         return replay.result
 
     def _prove(self, size: Size, replay: _Replay, inputs: StepInputs, entering: Tensor) -> Tensor:
+        """Do the step both ways, from the same states, which are those of the layers afterwards."""
+        before = self._states(inputs)
+        found = [replay.hidden(inputs, entering).clone(), *self._states(inputs)]
+        self._set_states(inputs, before)
         expected = self._directly(inputs, entering)
-        replay.is_proven = torch.equal(replay.hidden(inputs, entering), expected)
+        replay.is_proven = all(map(torch.equal, found, [expected, *self._states(inputs)]))
         if not replay.is_proven:
             log.warning("a recorded step of %d tokens differs from the layers' own, and isn't used", size.tokens)
             del self._replays[size]
         return expected
+
+    def _states(self, inputs: StepInputs) -> list[Tensor]:
+        """Copies of those of the step's sequences."""
+        return [part[inputs.states.rows] for part in self._state_parts] if inputs.states is not None else []
+
+    def _set_states(self, inputs: StepInputs, states: list[Tensor]) -> None:
+        if inputs.states is not None:
+            for part, values in zip(self._state_parts, states, strict=True):
+                part[inputs.states.rows] = values
 
     def _directly(self, inputs: StepInputs, entering: Tensor) -> Tensor:
         return self._model.hidden(inputs, self._caches, tap_of(self.mark, self.keep), entering)
@@ -146,7 +164,7 @@ class _Replay:
     def __init__(
         self,
         model: Model,
-        caches: list[LayerCache],
+        caches: list[Cache],
         inputs: StepInputs,
         held: StepInputs,
         entering: Tensor,
@@ -207,13 +225,20 @@ def _held(inputs: StepInputs, size: Size, longest: int, width: int) -> StepInput
         max_seq_len=longest,
         max_query_len=size.query_class,
         more_groups=tuple(tables(group) for group in inputs.more_groups),
+        states=None if inputs.states is None else _held_states(inputs.states.rows.new_zeros(seqs)),
         adapters=None if inputs.adapters is None else AdapterRows(*(values.clone() for values in inputs.adapters)),
     )
+
+
+def _held_states(rows: Tensor) -> StateRows:
+    return StateRows(rows, rows)
 
 
 def _tensors(inputs: StepInputs) -> Iterator[Tensor]:
     """What layers read of a step, and differs from the next one's."""
     yield from (inputs.positions, inputs.seq_lens, *(inputs.adapters or ()))
+    if inputs.states is not None:
+        yield inputs.states.rows
     if inputs.max_query_len > 1:
         yield inputs.query_starts
     for group in inputs.by_group():

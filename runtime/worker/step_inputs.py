@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.step import StateRows, StepInputs
 from octavo.kernels.lora.rows import sort_by_slot
 from octavo.runtime.parallel.order import StepOrder
 from octavo.runtime.scheduling.plan import SchedulerConfig
@@ -24,6 +24,7 @@ class InputBuilder:
     def __init__(self, config: SchedulerConfig) -> None:
         self._block_size = config.block_size
         self._max_loras = config.max_loras
+        self._has_states = config.has_states
         width = -(-config.max_model_len // config.block_size)
         self._tables = np.zeros((len(config.windows), config.max_num_seqs, width), dtype=np.int32)
 
@@ -45,6 +46,8 @@ class InputBuilder:
             more_tables=more_tables,
             logits_index=_logits_index(order),
         )
+        if self._has_states:
+            inputs = replace(inputs, states=_states_of(order))
         if not order.adapters.any():
             return inputs
         slots = np.repeat(order.adapters - 1, order.ends - order.starts)
@@ -69,6 +72,15 @@ class InputBuilder:
 def with_tokens(inputs: StepInputs, order: StepOrder) -> StepInputs:
     """The same inputs with the order's token ids, all of which are known now."""
     return replace(inputs, token_ids=torch.from_numpy(order.token_ids.astype(np.int64)))
+
+
+def _states_of(order: StepOrder) -> StateRows:
+    """The rows of its sequences' states, which are their slots."""
+    rows = torch.from_numpy(order.slots.astype(np.int64))
+    if not len(order.saves) and np.array_equal(order.sources, order.slots):
+        return StateRows(rows, rows)
+    saves = torch.from_numpy(order.saves.astype(np.int64))
+    return StateRows(rows, torch.from_numpy(order.sources.astype(np.int64)), saves)
 
 
 def _logits_index(order: StepOrder) -> NDArray[np.int64]:

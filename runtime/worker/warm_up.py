@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.attention.token_rows import CacheType
+from octavo.kernels.linear_attention.states import Cache
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, PoolingParams, SamplingParams
 from octavo.runtime.model.model import Model
@@ -42,7 +42,7 @@ GREEDY = SamplingParams(max_tokens=2, temperature=0.0)
 
 
 def run_requests(
-    model: Model, caches: list[LayerCache], limits: SchedulerConfig, followers: Followers | None = None
+    model: Model, caches: list[Cache], limits: SchedulerConfig, followers: Followers | None = None
 ) -> str | None:
     """Answer two requests with two tokens, greedily and with all that a sampler can do; returns what was wrong."""
     engine = Engine(Worker(model, caches, limits), limits, followers=followers)
@@ -83,7 +83,7 @@ def compile_steps(model: Model, limits: SchedulerConfig, cache_dtype: CacheType)
         run_steps(model, kv_cache.allocate(model, 1, limits.block_size, cache_dtype), limits)
 
 
-def run_steps(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
+def run_steps(model: Model, caches: list[Cache], limits: SchedulerConfig) -> None:
     """Run steps of all sizes, so that the kernels of any later step have been compiled."""
     num_groups = 1 + max(cache.group for cache in caches)
     for sizes, rows in _steps(limits, _pairs(model)):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache
 from octavo.kernels.sampling.best import Best
 from octavo.runtime.model.model import Model, Tap
 from octavo.runtime.parallel.order import StepOrder, WantedLogits
@@ -27,7 +27,7 @@ class Worker:
     def __init__(
         self,
         model: Model,
-        caches: list[LayerCache],
+        caches: list[Cache],
         config: SchedulerConfig,
         graphs: StepGraphs | None = None,
         replays: StepReplays | None = None,
@@ -36,7 +36,7 @@ class Worker:
         self.caches = caches
         self.graphs = graphs
         self.replays = replays
-        self.draft_caches: list[LayerCache] = []
+        self.draft_caches: list[Cache] = []
         self._inputs = InputBuilder(config)
         self._most_tokens = config.max_num_batched_tokens
         self._mark: Callable[[], None] | None = None

@@ -13,8 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.step import StateRows, StepInputs
 from octavo.kernels.lora.rows import sort_by_slot
 from octavo.runtime.model.model import Model
 from octavo.runtime.worker import kv_cache
@@ -224,6 +223,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 7}
         | {"head_dim": 24, "attention_bias": True},
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 32}
+        | {"shared_expert_intermediate_size": 72, "mlp_only_layers": [1], "full_attention_interval": 2}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+        | {"linear_value_head_dim": 24, "attention_bias": True},
+    ),
+    "qwen3_5_text": (
+        "Qwen3_5",
+        {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_key_head_dim": 24, "head_dim": 32}
+        | {"linear_value_head_dim": 16, "tie_word_embeddings": True}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5Moe",
+        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 32}
+        | {"shared_expert_intermediate_size": 24, "full_attention_interval": 2, "linear_conv_kernel_dim": 3}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16}
+        | {"linear_value_head_dim": 16},
+    ),
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "attention_bias": True}),
 }
 
@@ -233,7 +253,7 @@ READS_MORE = ("gemma4_text-small", "gemma3n_text")
 
 
 def make_config(family: str, overrides: dict[str, Any]) -> Any:
-    has_text_config = family in ("Gemma3", "Gemma3n", "Gemma4", "Llama4")
+    has_text_config = family in ("Gemma3", "Gemma3n", "Gemma4", "Llama4", "Qwen3_5", "Qwen3_5Moe")
     config_name = f"{family}TextConfig" if has_text_config else f"{family}Config"
     return getattr(transformers, config_name)(**copy.deepcopy(SIZES | overrides))
 
@@ -287,10 +307,14 @@ class Sequences:
             count = -(-len(ids) // BLOCK_SIZE)
             self.tables.append(blocks[:count])
             del blocks[:count]
-        self.caches: list[LayerCache] = kv_cache.allocate(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32)
+        count = len(token_ids)
+        self.rows = random.Random(seed).sample(range(2 * count), count)  # of states, where layers have some
+        self.caches = kv_cache.allocate(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, num_states=2 * count)
 
     def step(self, counts: dict[int, int]) -> list[tuple[int, int, Tensor]]:
         """Compute the next counts[s] tokens of each sequence s: (sequence, position, logits) of every token."""
+        rows = torch.tensor([self.rows[s] for s in counts])
+        sources = torch.tensor([self.rows[s] if self.done[s] else -1 for s in counts])
         owners = [(s, p) for s, count in counts.items() for p in range(self.done[s], self.done[s] + count)]
         for s, count in counts.items():
             self.done[s] += count
@@ -308,6 +332,7 @@ class Sequences:
             tables=tables,
             logits_index=range(len(owners)),
         )
+        inputs = dataclasses.replace(inputs, states=StateRows(rows, sources))
         if self.slots is not None:
             slots = np.array([self.slots[s] for s, _ in owners])
             inputs = dataclasses.replace(inputs, adapters=sort_by_slot(slots, self.model.adapters.num_slots))

@@ -14,7 +14,7 @@ from octavo.quant.kernel import LayerShape
 from octavo.quant.kernel_table import choose_kernel
 from octavo.quant.scheme import PRESETS
 from octavo.quant.target import Target
-from octavo.runtime.model.families.family import Architecture
+from octavo.runtime.model.families.family import Architecture, no_states
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
 
 NORMS = {"pre": "before", "sandwich": "before and after", "post": "after"}
@@ -45,7 +45,7 @@ def architectures() -> str:
     for name, texts in VISION.items():
         for text in texts:
             outer.setdefault(text, []).append(f"`{name}`")
-    heads = ("`model_type`", "norms", "q and k normalized over", "sliding window", "experts")
+    heads = ("`model_type`", "norms", "q and k normalized over", "sliding window", "experts", "in attention's place")
     rows = [
         (
             f"`{name}`" + (f", also the text part of {' and '.join(outer[name])}" if name in outer else ""),
@@ -62,6 +62,11 @@ def _traits(architecture: Architecture) -> tuple[str, ...]:
         QK_NORMS[architecture.qk_norm],
         WINDOWS[architecture.windows],
         EXPERTS[architecture.experts],
+        "latents"
+        if architecture.latent
+        else "states, in most layers"
+        if architecture.state_mixers is not no_states
+        else "",
     )
 
 

@@ -16,6 +16,7 @@ from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index, Positive
 from octavo.runtime.model.families.encoding import EncoderArchitecture
 from octavo.runtime.model.rope import RopeError
+from octavo.runtime.model.state_mixers import StateSpec
 
 Config = Mapping[str, Any]
 Keys = dict[str, Any]
@@ -95,6 +96,10 @@ def alike(settings: Config, sliding: list[bool], heads: KVHeads) -> list[KVHeads
     return [heads] * len(sliding)
 
 
+def no_states(settings: Config) -> list[StateSpec | None]:
+    return [None] * settings["num_hidden_layers"]
+
+
 def has_window(settings: Config) -> bool:
     """Whether a config switches windows on."""
     return settings.get("sliding_window") is not None and bool(settings.get("use_sliding_window", True))
@@ -143,6 +148,7 @@ class Architecture:
     has_layer_scalars  a layer's output, with the residual stream, is multiplied by its `layer_scalar`
     has_streams  the residual stream has several parts, and a low-rank layer stands beside attention
     blocks_alike  no config key makes linear layers of some blocks other ones, experts aside
+    output_gate  attention's output is multiplied by a sigmoid, whose numbers q_proj gives behind each head's query
     experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
                first_k_dense_replace. named: in those of moe_layers, or in every interleave_moe_layer_step'th
@@ -169,11 +175,13 @@ class Architecture:
     heads              of each layer, given which have a window, and what the keys that all have say
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
     routing            how experts are chosen, given what the keys that all have say of it
+    state_mixers       of each layer the mixer with a state that stands in the place of attention; None: none does
     query_scale        what a layer's queries are multiplied by, given the config, it over its defaults, and whether
                        the layer rotates
     further_layers     the key that says how many layers lie behind these in a checkpoint, which aren't served
     mrope              how mrope_section says which pairs of a head turn by which of three positions: one section behind
                        the other, or interleaved; None: all turn by one position
+    unserved           how names of a checkpoint's tensors begin that say further tokens, and aren't served
     rope_types         other names of rope types that this architecture's configs have
     ropes_stretch_max_position  max_position_embeddings is the length before a rope stretches it
     """
@@ -195,6 +203,7 @@ class Architecture:
     blocks_alike: bool = True
     fused: bool = False
     latent: bool = False
+    output_gate: bool = False
     experts: ExpertRule = "none"
     scores: ScoreRule = "softmax"
     expert_bias: bool = False
@@ -213,9 +222,11 @@ class Architecture:
     heads: Callable[[Config, list[bool], KVHeads], list[KVHeads]] = alike
     ropes: Callable[[Config, Config, dict[str, Any]], Ropes] = one_rope
     routing: Callable[[Config, Routing], Routing] = as_it_is
+    state_mixers: Callable[[Config], list[StateSpec | None]] = no_states
     query_scale: Callable[[Config, Config, bool], QueryScale | None] = unscaled
     further_layers: str | None = None
     mrope: Literal["divided", "interleaved"] | None = None
+    unserved: tuple[str, ...] = ()
     rope_types: Mapping[str, str] = field(default_factory=dict)
     ropes_stretch_max_position: bool = True
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import LoadError
 
@@ -48,7 +49,7 @@ class Step:
     ops: Ops
     inputs: list[StepInputs]
     shapes: list[AttentionShape]
-    caches: list[LayerCache]
+    caches: list[Cache]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, layer: int) ->
     """Paged attention of one layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     _, num_heads, num_tokens, head_dim = query.shape
     cache = step.caches[layer]
+    assert isinstance(cache, LayerCache)  # what is proven has attention in each layer
     inputs = step.inputs[cache.group]
     shape = step.shapes[layer]
     qkv = torch.cat([x[0].transpose(0, 1).reshape(num_tokens, -1) for x in (query, key, value)], dim=-1)

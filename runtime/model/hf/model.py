@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import Cache
 from octavo.quant.checkpoint import Checkpoint, quantization_dict, read_config
 from octavo.quant.scheme import AT_LOAD
 from octavo.runtime.config import EngineConfig
@@ -25,7 +25,7 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.hf.attention import PROBE, SERVE, HFModelError, Step, call, describe, register
 from octavo.runtime.model.hf.checks import BLOCK_SIZE, Proven, check_against_transformers, probe_model
 from octavo.runtime.model.layers import GroupedExperts
-from octavo.runtime.model.model import KVScales, KVShape, LayerRow, Tap, distinct_bytes
+from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import some
 from octavo.runtime.speech_messages import SourceShape
@@ -57,7 +57,7 @@ class HFModel:
         self.vocab_size = proven.vocab_size
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         self.max_position = max_position
-        self.kv_shapes = [KVShape(shape.num_kv_heads, shape.head_dim) for shape in proven.shapes]
+        self.kv_shapes: list[CacheShape] = [KVShape(shape.num_kv_heads, shape.head_dim) for shape in proven.shapes]
         self.kv_windows = [shape.window for shape in proven.shapes]
         self.dtype = dtype
         self.device: torch.device = model.device
@@ -81,7 +81,7 @@ class HFModel:
         return []
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+    def forward(self, step: StepInputs, caches: list[Cache], tap: Tap | None = None) -> Tensor:
         """Logits [num logits_index, vocab_size] float32 of the tokens at logits_index; writes the caches."""
         if tap is not None:
             raise self._no_hidden()
@@ -97,7 +97,7 @@ class HFModel:
     def hidden(
         self,
         step: StepInputs,  # noqa: ARG002
-        caches: list[LayerCache],  # noqa: ARG002
+        caches: list[Cache],  # noqa: ARG002
         tap: Tap | None = None,  # noqa: ARG002
         entering: Tensor | None = None,  # noqa: ARG002
     ) -> Tensor:

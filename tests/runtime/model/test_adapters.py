@@ -66,6 +66,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"], "use_dora": True},
     "gpt_oss": {"target_modules": list(ATTENTION)},
     "gemma3n_text": {"target_modules": r".*\.([qkvo]_proj|up_proj|per_layer_projection|linear_(left|right))"},
+    "qwen3_next": {"target_modules": ["in_proj_qkvz", "out_proj", "q_proj"]},
+    "qwen3_5_text": {"target_modules": ["in_proj_qkv", "in_proj_z", "out_proj", "q_proj", "o_proj"], "use_dora": True},
     "gemma4_text": {"target_modules": r".*\.([qko]|gate|up|down)_proj"},
     "gemma4_text-small": {"target_modules": r".*\.([qkvo]_proj|down_proj|per_layer_input_gate|per_layer_projection)"},
 }

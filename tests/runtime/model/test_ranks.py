@@ -39,7 +39,7 @@ OFTEN = ("llama", "qwen2", "gemma3_text", "qwen3_moe", "olmo2", "phi3")
     [
         pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
         for name in CASES
-        if not name.startswith(("gemma3n", "gemma4"))
+        if not name.startswith(("gemma3n", "gemma4", "qwen3_next", "qwen3_5"))
     ],
 )
 def test_logits_are_those_of_one_rank(name: str, ranks: Ranks, tmp_path: Path) -> None:

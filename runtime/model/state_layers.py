@@ -1,0 +1,69 @@
+"""Mixers whose memory of a sequence is a state, with their linear layers: what stands in attention's place in a layer.
+
+Each is an immutable value with the `state` that the cache holds for it (`StateShape`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.gated_delta import GatedDeltaBody, GatedDeltaShape, GatedDeltaWeights
+from octavo.kernels.linear_attention.states import Cache, StateCache, StateShape
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden
+from octavo.quant.linear import Change, Linear
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDelta:
+    """The gated delta rule (kernels/linear_attention/gated_delta.py) with its linear layers, in attention's place.
+
+    eps    of the norm behind it
+    gates  makes b and a, in float32; never quantized, and no linear layer to others
+    """
+
+    body: GatedDeltaBody
+    eps: float
+    qkvz: Linear
+    gates: Linear
+    out: Linear
+    shape: GatedDeltaShape
+    weights: GatedDeltaWeights
+
+    @property
+    def input_quant(self) -> ActivationQuant | None:
+        """None: the gates read x as it is."""
+        return None
+
+    @property
+    def state(self) -> StateShape:
+        return self.shape.state
+
+    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
+        """As `Attention.forward`; the states of the step's sequences go into the cache."""
+        assert isinstance(cache, StateCache)
+        both = self.qkvz.forward(x, step)
+        gates = self.gates.forward(x, step)
+        hidden = self.body(both, gates, step, cache, self.shape, self.weights, self.eps)
+        if rows is not None:
+            hidden = hidden[rows]
+            step = step.of_rows(rows)
+        return self.out.partial(hidden, step)
+
+    def linears(self) -> dict[str, Linear]:
+        return {"qkvz": self.qkvz, "out": self.out}
+
+    def map_linears(self, change: Change) -> GatedDelta:
+        return replace(self, qkvz=change("qkvz", self.qkvz), out=change("out", self.out))
+
+    def tensors(self) -> Iterator[Tensor]:
+        weights = self.weights
+        yield from (weights.conv, weights.rate, weights.dt_bias, weights.norm)
+        yield from self.gates.tensors()
+
+
+StateMixing = GatedDelta
+"""All of them."""

@@ -1,0 +1,81 @@
+"""Mixers whose memory of a sequence is a state of fixed size, as values: sizes, and what a checkpoint has of them.
+
+A mixer is one dataclass here, a member of `StateSpec`. It says what the state cache holds for it (`state`), which
+linear layers it has (`linears`), what else (`tensors`, and `gates`: small linear layers that are never quantized), and
+under which module of a layer these are (`owner`). A family says which layers have it (`Architecture.state_mixers`),
+state_weights.py reads it, and `DecoderBuilder.layer` builds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from octavo.kernels.linear_attention.gated_delta import GatedDeltaShape
+from octavo.kernels.linear_attention.states import StateShape
+
+Linears = dict[str, tuple[dict[str, int], int]]
+"""By the names of `DecoderLayer.linears`, in the order of computing: rows of each module, and the columns of all."""
+
+
+@dataclass(frozen=True)
+class GatedDeltaSpec:
+    """The gated delta rule (kernels/linear_attention/gated_delta.py).
+
+    interleaved  as of `GatedDeltaShape`; such checkpoints have one module for queries, keys, values and z, and one for
+                 both gates, and others have several
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    interleaved: bool
+    window: None = None
+    rope: None = None
+    query_scale: None = None
+    source: None = None
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    owner: ClassVar[str] = "linear_attn"
+    title: ClassVar[str] = "the gated delta rule"
+
+    @cached_property
+    def shape(self) -> GatedDeltaShape:
+        return GatedDeltaShape(
+            self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.taps, self.interleaved
+        )
+
+    @property
+    def state(self) -> StateShape:
+        return self.shape.state
+
+    def linears(self, hidden_size: int) -> Linears:
+        shape = self.shape
+        qkv = 2 * shape.keys + shape.values
+        first = {"in_proj_qkv": qkv, "in_proj_z": shape.values}
+        if self.interleaved:
+            first = {"in_proj_qkvz": qkv + shape.values}
+        return {"qkvz": (first, hidden_size), "out": ({"out_proj": hidden_size}, shape.values)}
+
+    @property
+    def gates(self) -> dict[str, int]:
+        """Modules and their rows, all of which read the layer's input."""
+        if self.interleaved:
+            return {"in_proj_ba": 2 * self.num_value_heads}
+        return {"in_proj_b": self.num_value_heads, "in_proj_a": self.num_value_heads}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "conv1d.weight": (self.shape.channels, 1, self.taps),
+            "dt_bias": (self.num_value_heads,),
+            "A_log": (self.num_value_heads,),
+            "norm.weight": (self.value_dim,),
+        }
+
+
+StateSpec = GatedDeltaSpec
+"""All of them."""
