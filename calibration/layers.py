@@ -26,6 +26,8 @@ ROUTER = re.compile(
 )
 EXPANSION = re.compile(r"(^|\.)kv_b_proj$")
 """What makes keys and values of latents: engines multiply queries by it, and serve it dequantized."""
+GATES = re.compile(r"(^|\.)linear_attn\.in_proj_(ba|b|a)$")
+"""What makes a state's decays, which all later tokens are multiplied by: a few rows, which engines don't quantize."""
 EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed(?!.*projection)|wte|wpe")
 MOST_LAYERS = 10_000
@@ -35,6 +37,7 @@ FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("feed_forward.gate_proj", "feed_forward.up_proj"),
+    ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
 )
 """Layers that engines make one of, by their names in a block."""
 
@@ -66,8 +69,8 @@ class Selection:
 
 
 def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
-    """All linear layers of the decoder blocks but routers, latents' expansions, and those that a pattern names;
-    none of MTP heads.
+    """All linear layers of the decoder blocks but routers, latents' expansions, states' gates, and those that a
+    pattern names; none of MTP heads.
 
     A pattern is a module's full name, its name in the block, a glob ('*.down_proj') or a regex ('re:.*mlp'). Raises
     QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
@@ -80,7 +83,7 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     for linear in found:
         matching = [p for p in patterns if means_layer(p, linear.module, linear.kind)]
         used.update(matching)
-        if matching or ROUTER.search(linear.kind) or EXPANSION.search(linear.kind):
+        if matching or any(kept.search(linear.kind) for kept in (ROUTER, EXPANSION, GATES)):
             ignore.append(linear.module)
         else:
             linears[linear.module] = linear

@@ -183,6 +183,11 @@ def _scale_specs(recipe: Recipe, attention: str, checkpoint: Checkpoint) -> dict
             "kv_cache: layers of this model have caches of several kinds, for which no scales are made; leave it out, "
             "and octavo serve --kv-cache-dtype fp8_e4m3 measures some"
         )
+    if text.get("linear_num_key_heads"):
+        raise RecipeError(
+            "kv_cache: layers of this model have states instead of keys and values, and scales are measured in all "
+            "layers or none; leave it out, and octavo serve --kv-cache-dtype fp8_e4m3 measures those that there are"
+        )
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
     if not isinstance(heads, int):
         raise RecipeError("config.json has no num_key_value_heads: KV-cache scales can't be made")

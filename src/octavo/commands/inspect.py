@@ -215,6 +215,8 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
         "kv_bytes_per_1k_tokens": {"auto": per_1k[checkpoint.kv_cache_dtype or "bfloat16"]} | per_1k,
         "max_position": spec.max_position,
     }
+    if spec.states:
+        facts["state_bytes_per_sequence"] = sum(mixer.state.num_bytes for mixer in spec.states)
     return facts, kernels
 
 
@@ -321,5 +323,7 @@ def _print(facts: dict[str, Any], model: str) -> None:
             f"KV cache: {kv['bfloat16'] / 1e6:.1f} MB per 1,000 tokens, {kv['int8'] / 1e6:.1f} MB in fp8 or int8; "
             f"context {needs['max_position']:,} tokens"
         )
+        if (state := needs.get("state_bytes_per_sequence")) is not None:
+            lines.append(f"states: {state / 1e6:.1f} MB per sequence, however long it is")
     for line in lines:
         console.print(printable(line), highlight=False)

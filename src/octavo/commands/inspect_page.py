@@ -47,6 +47,8 @@ def _tiles(facts: dict[str, Any]) -> Tiles:
             ),
             (f"{needs['max_position']:,}", "tokens of context"),
         ]
+    if (state := needs.get("state_bytes_per_sequence")) is not None:
+        tiles.append((f"{state / 1e6:,.1f} MB", "of states for a sequence, however long it is"))
     return Tiles(tuple(tiles))
 
 
