@@ -36,6 +36,7 @@ from octavo.runtime.model.names import (
     layer_linears,
     routers,
     state_gates,
+    stored_name,
 )
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
@@ -105,7 +106,7 @@ class BlockRunner:
         """Hidden states [T, H] behind the last block -> logits [T, vocab] float32; `tensor` gives weights by name."""
         name = self.embedding_name if self.spec.tied else f"{head_name(self._prefix)}.weight"
         weight = tensor(name)
-        norm_name = f"{self._prefix}norm.weight"
+        norm_name = f"{stored_name(self.spec, f'{self._prefix}norm')}.weight"
         with self._source.holding({name: weight, norm_name: tensor(norm_name)}):
             norm = self._builder.final_norm()
             head = self._builder.head(weight.to(self.device, self.dtype))
@@ -149,7 +150,8 @@ class BlockRunner:
         if before_attention is not None:
             group = next(iter(self._parts[index]))  # whose input the norm makes
             gates = tuple(state_gates(spec, index, self._prefix))
-            folds.append(Fold(group, f"{name}.{before_attention}", "norm", offset=spec.norm_offset, also=gates))
+            norm = stored_name(spec, f"{name}.{before_attention}")
+            folds.append(Fold(group, norm, "norm", offset=spec.norm_offset, also=gates))
         v = f"{name}.self_attn.v_proj"
         v_rows = None
         up_rows = None
@@ -169,7 +171,8 @@ class BlockRunner:
             folds.append(Fold("experts.gate_up", f"{name}.{BEFORE_EXPERTS}", "norm", offset=spec.norm_offset))
         if before_mlp is not None:
             group = "experts.gate_up" if sparse and not has_both else "gate_up"
-            folds.append(Fold(group, f"{name}.{before_mlp}", "norm", offset=spec.norm_offset, also=also))
+            norm = stored_name(spec, f"{name}.{before_mlp}")
+            folds.append(Fold(group, norm, "norm", offset=spec.norm_offset, also=also))
         if spec.activation == "clamped_swiglu":  # is not linear in what up gives
             return folds
         if sparse:

@@ -19,9 +19,9 @@ from octavo.runtime.model.names import (
     routers,
     state_gates,
     state_tensors,
+    stored_name,
     stream_ends,
     stream_tensors,
-    unread_modules,
 )
 from octavo.runtime.model.sources import CheckpointSource
 from octavo.runtime.model.spec import DecoderSpec
@@ -47,7 +47,7 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
         source.tensor(f"{module}.weight", (spec.hidden_size, spec.hidden_size))
     for index in range(len(spec.layers)):
         _check_block(spec, source, index)
-    source.tensor(f"{prefix}norm.weight", (spec.hidden_size,))
+    source.tensor(f"{stored_name(spec, f'{prefix}norm')}.weight", (spec.hidden_size,))
     if not spec.tied:
         source.tensor(f"{head_name(prefix)}.weight", (spec.vocab_size, spec.hidden_size))
     source.leave_layers(len(spec.layers), spec.further_layers)
@@ -88,6 +88,6 @@ def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> Non
     for tensor, shape in stream_tensors(spec).items():
         source.tensor(f"{name}.{tensor}", shape)
     for norm in layer_norms(spec, index):
-        source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))
+        source.tensor(f"{stored_name(spec, f'{name}.{norm}')}.weight", (spec.hidden_size,))
     for norm, size in attention_norms(spec, index).items():
-        source.tensor(f"{name}.self_attn.{norm}.weight", (size,))
+        source.tensor(f"{stored_name(spec, f'{name}.self_attn.{norm}')}.weight", (size,))

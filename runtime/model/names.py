@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -12,6 +13,7 @@ from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
 from octavo.runtime.model.state_mixers import StateSpec
 
+_LAYER = re.compile(r"layers\.\d+\.")
 Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -69,8 +71,25 @@ def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
     return next((n for n in known if has(f"{n.within(layer)}.experts.0.{n.gate}")), moe.names)
 
 
+def stored_name(spec: DecoderSpec, module: str) -> str:
+    """The full name that a module has in a checkpoint of this architecture, by the one that it has in most others."""
+    begin = match.end() if (match := _LAYER.search(module)) else module.rfind(".") + 1
+    name = module[begin:]
+    return module[:begin] + spec.renamed.get(name, name)
+
+
 def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, LinearParts]:
     """All linear layers of layer `index`, by the names that DecoderLayer.linears has, in the order of computing."""
+    found = _layer_linears(spec, index, prefix, has)
+    if not spec.renamed:
+        return found
+    return {
+        kind: replace(parts, modules={stored_name(spec, module): rows for module, rows in parts.modules.items()})
+        for kind, parts in found.items()
+    }
+
+
+def _layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, LinearParts]:
     layer = f"{prefix}layers.{index}"
     mixer = spec.layers[index].mixer
     if isinstance(mixer, StateSpec):
@@ -218,11 +237,10 @@ def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, Linea
         if not spec.moe.beside_mlp:
             return experts
     inner = spec.layers[index].intermediate_size
-    owner = f"{layer}.{spec.dense_owner}"
     gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
     dense = {
-        "gate_up": LinearParts(_within(owner, gate_up), hidden, spec.mlp_bias),
-        "down": LinearParts(_within(owner, {"down_proj": hidden}), inner, spec.mlp_bias),
+        "gate_up": LinearParts(_within(f"{layer}.mlp", gate_up), hidden, spec.mlp_bias),
+        "down": LinearParts(_within(f"{layer}.mlp", {"down_proj": hidden}), inner, spec.mlp_bias),
     }
     return dense | experts
 
@@ -268,10 +286,15 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
         names += [f"{prefix}layers.{i}.{name.rpartition('.')[0]}" for name in stream_tensors(spec)]
         names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
         names += [] if (expanded := expansion(spec, i, prefix)) is None else expanded.modules
-        names += [f"{prefix}layers.{i}.self_attn.{norm}" for norm in attention_norms(spec, i)]
+        in_layer = [*(f"self_attn.{norm}" for norm in attention_norms(spec, i)), *layer_norms(spec, i)]
+        names += [stored_name(spec, f"{prefix}layers.{i}.{norm}") for norm in in_layer]
         names += [*state_gates(spec, i, prefix), *(name.rpartition(".")[0] for name in state_tensors(spec, i, prefix))]
-        names += [*routers(spec, i, prefix, has), *(f"{prefix}layers.{i}.{norm}" for norm in layer_norms(spec, i))]
-    return [*names, f"{prefix}norm", *([head_name(prefix)] if spec.has_head and not spec.tied else [])]
+        names += routers(spec, i, prefix, has)
+    return [
+        *names,
+        stored_name(spec, f"{prefix}norm"),
+        *([head_name(prefix)] if spec.has_head and not spec.tied else []),
+    ]
 
 
 def head_name(prefix: str) -> str:

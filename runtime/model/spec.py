@@ -7,7 +7,8 @@ Whatever changes the computation and isn't known here is refused by its name: a 
 from __future__ import annotations
 
 from collections import ChainMap
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from octavo.kernels.attention.cache import QueryScale
@@ -108,7 +109,7 @@ class DecoderSpec:
     logits_divisor       what logits are divided by, before final_soft_cap
     fused                qkv_proj and gate_up_proj are one tensor each on disk
     has_head             it has a language model's head; else a pooler follows its layers
-    dense_owner          where a dense MLP is in a layer
+    renamed              as in `Architecture`
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
     moe                  what the layers that are `sparse` have
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
@@ -151,7 +152,7 @@ class DecoderSpec:
     logits_divisor: float = 1.0
     fused: bool = False
     has_head: bool = True
-    dense_owner: str = "mlp"
+    renamed: Mapping[str, str] = field(default_factory=dict)
     text_only: bool = False
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
@@ -247,7 +248,7 @@ class DecoderSpec:
             has_sinks=row.has_sinks,
             **_multipliers(settings, row, next((it.mixer.head_dim for it in layers if it.mixer.head_dim), 1)),
             fused=row.fused,
-            dense_owner=row.dense_owner,
+            renamed=row.renamed,
             text_only=text_only,
             num_mtp_layers=0 if row.further_layers else settings.get("num_nextn_predict_layers", 0),
             further_layers=settings[row.further_layers] if row.further_layers else 0,

@@ -13,7 +13,8 @@ from torch import Tensor
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.shard import Range
-from octavo.runtime.model.names import head_name
+from octavo.runtime.model.names import head_name, stored_name
+from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.parallel.group import ALONE, Group
 
 
@@ -37,11 +38,12 @@ class Stage:
     def is_last(self) -> bool:
         return self.target is None
 
-    def of_others(self, num_layers: int, prefix: str) -> tuple[str, ...]:
+    def of_others(self, spec: DecoderSpec, prefix: str) -> tuple[str, ...]:
         """How the names of the tensors begin that other stages have; `prefix` stands before layer names."""
-        names = [f"{prefix}layers.{index}" for index in range(num_layers) if index not in range(*self.layers)]
+        others = (index for index in range(len(spec.layers)) if index not in range(*self.layers))
+        names = [f"{prefix}layers.{index}" for index in others]
         names += [] if self.is_first else [f"{prefix}embed_tokens"]
-        names += [] if self.is_last else [f"{prefix}norm", head_name(prefix)]
+        names += [] if self.is_last else [stored_name(spec, f"{prefix}norm"), head_name(prefix)]
         return tuple(f"{name}." for name in names)
 
 

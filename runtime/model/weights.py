@@ -56,6 +56,7 @@ from octavo.runtime.model.names import (
     head_name,
     layer_linears,
     required_modules,
+    stored_name,
     unread_modules,
 )
 from octavo.runtime.model.operators import GatedActivation, Ops
@@ -179,7 +180,7 @@ def _load_decoder(
     if not spec.has_head:
         model.pooler = decoder_pooler(config, hf_config, spec, source, model.notes)
     model.notes += checkpoint.notes
-    checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
+    checkpoint.leave_all(builder.stage.of_others(spec, source.prefix))
     further = source.leave_layers(len(spec.layers), spec.further_layers)
     for left in [*further, *(f"{begin}*" for begin in source.leave_named(spec.unserved))]:
         model.notes.append(f"{left} is not loaded: it says further tokens, and no drafter is made of it here")
@@ -454,8 +455,8 @@ class DecoderBuilder:
         return head
 
     def norm_weight(self, module: str, size: int) -> Tensor:
-        """A norm's weight in float32, as it is multiplied."""
-        weight = self.source.tensor(f"{module}.weight", (size,))
+        """A norm's weight in float32, as it is multiplied; module: see `stored_name`."""
+        weight = self.source.tensor(f"{stored_name(self.spec, module)}.weight", (size,))
         return weight.to(self.device, torch.float32, copy=True) + self.spec.norm_offset
 
     def table(self, rope: RopeSpec) -> Tensor:

@@ -156,7 +156,9 @@ class Architecture:
                numbers that experts' weights are multiplied by
     weighs_inputs  what multiplies the output of an expert elsewhere multiplies its input
     interleaved  rotations turn neighbors of a head
-    dense_owner, dense_size_key  where a dense MLP is in a layer, and the key that says how large it is inside
+    renamed     modules that have other names in a checkpoint, within a layer or behind all of them: 'mlp.down_proj',
+                'norm'
+    dense_size_key  the key that says how large a dense MLP is inside
     expert_bias  experts and routers have biases
     has_sinks  each head of attention has a sink, `self_attn.sinks`
     top_k_key      the key that says how many experts a token goes to
@@ -209,7 +211,7 @@ class Architecture:
     expert_bias: bool = False
     weighs_inputs: bool = False
     interleaved: bool = False
-    dense_owner: str = "mlp"
+    renamed: Mapping[str, str] = field(default_factory=dict)
     dense_size_key: str = "intermediate_size"
     top_k_key: str = "num_experts_per_tok"
     has_sinks: bool = False

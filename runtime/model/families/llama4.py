@@ -77,7 +77,7 @@ FAMILY = Family(
             scores="sigmoid",
             weighs_inputs=True,
             expert_names=ExpertNames("feed_forward", "gate_proj", "up_proj", "down_proj", router="router"),
-            dense_owner="feed_forward",
+            renamed={f"mlp.{name}": f"feed_forward.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
             dense_size_key="intermediate_size_mlp",
             reads=MOE_KEYS
             | {
