@@ -37,6 +37,7 @@ FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("feed_forward.gate_proj", "feed_forward.up_proj"),
+    ("feed_forward.w1", "feed_forward.w3"),
     ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
 )
 """Layers that engines make one of, by their names in a block."""

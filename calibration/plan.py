@@ -27,6 +27,7 @@ from octavo.quant.scheme import QuantScheme
 from octavo.quant.tensor_file import TensorFile
 
 OUTSIDE = "outside"  # the unit of all that stands in no block
+STATES = {"linear_attention", "mamba", "conv"}  # kinds of layers without keys and values
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def _scale_specs(recipe: Recipe, attention: str, checkpoint: Checkpoint) -> dict
             "kv_cache: layers of this model have caches of several kinds, for which no scales are made; leave it out, "
             "and octavo serve --kv-cache-dtype fp8_e4m3 measures some"
         )
-    if text.get("linear_num_key_heads"):
+    kinds = text.get("layer_types") or text.get("layers_block_type") or ()
+    if text.get("linear_num_key_heads") or STATES.intersection(kinds):
         raise RecipeError(
             "kv_cache: layers of this model have states instead of keys and values, and scales are measured in all "
             "layers or none; leave it out, and octavo serve --kv-cache-dtype fp8_e4m3 measures those that there are"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.tensor_file import TensorFile
 
 FUSED = re.compile(r"^(?P<experts>.+\.experts)\.(?P<kind>gate_up_proj|down_proj)(?P<part>|_bias|_blocks|_scales)$")
+GRANITE = re.compile(r"^(?P<owner>.+\.block_sparse_moe)\.(?P<kind>input_linear|output_linear)\.weight$")
+GRANITE_KINDS = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
 SUFFIXES = {"": "weight", "_bias": "bias", "_blocks": "weight_packed", "_scales": "weight_scale"}
 DIMENSIONS = {"": 3, "_bias": 2, "_blocks": 4, "_scales": 3}
 
@@ -46,6 +48,7 @@ class Fused:
 LAYOUTS: Mapping[str, Fused] = {
     "gemma4": Fused(),
     "gemma4_text": Fused(),
+    "granitemoehybrid": Fused(),
     "gpt_oss": Fused(transposed=True, interleaved=True),
     "llama4": Fused(transposed=True),
     "llama4_text": Fused(transposed=True),
@@ -68,13 +71,13 @@ def split_experts(files: Mapping[str, TensorFile], config: Mapping[str, Any]) ->
     owners = {name: file for file in files.values() for name in file.specs}
     split: dict[str, TensorFile] = {}
     for shard, file in files.items():
-        fused = {name: match for name in file.specs if (match := FUSED.match(name)) and not is_mtp(name, config)}
+        fused = {name: tensor for name in file.specs if (tensor := _parse(name)) and not is_mtp(name, config)}
         derived: dict[str, Derived] = {}
-        for name, match in fused.items():
+        for name, tensor in fused.items():
             scales = f"{name.removesuffix('_blocks')}_scales"
-            if match["part"] == "_blocks" and scales not in owners:
+            if tensor.part == "_blocks" and scales not in owners:
                 raise CheckpointError(f"{scales} is missing")
-            derived.update(_experts(name, match, layout, owners))
+            derived.update(_experts(name, tensor, layout, owners))
         if twice := derived.keys() & owners.keys():
             raise CheckpointError(
                 f"{file.path.name} has the experts of a layer in one tensor, and {min(twice)} as well"
@@ -83,13 +86,29 @@ def split_experts(files: Mapping[str, TensorFile], config: Mapping[str, Any]) ->
     return split
 
 
+class _Tensor(NamedTuple):
+    """A fused tensor's name by its parts: 'model.layers.0.mlp.experts', 'down_proj', '_bias'."""
+
+    experts: str
+    kind: str
+    part: str
+
+
+def _parse(name: str) -> _Tensor | None:
+    if (match := FUSED.match(name)) is not None:
+        return _Tensor(match["experts"], match["kind"], match["part"])
+    if (match := GRANITE.match(name)) is not None:
+        return _Tensor(f"{match['owner']}.experts", GRANITE_KINDS[match["kind"]], "")
+    return None
+
+
 def _experts(
-    name: str, match: re.Match[str], layout: Fused, owners: Mapping[str, TensorFile]
+    name: str, tensor: _Tensor, layout: Fused, owners: Mapping[str, TensorFile]
 ) -> Iterator[tuple[str, Derived]]:
     """The tensors of linear layers that one fused tensor holds."""
     spec = owners[name].specs[name]
-    suffix = SUFFIXES[match["part"]]
-    wanted = DIMENSIONS[match["part"]]
+    suffix = SUFFIXES[tensor.part]
+    wanted = DIMENSIONS[tensor.part]
     if len(spec.shape) != wanted or not 0 < spec.shape[0] <= MAX_EXPERTS:
         raise CheckpointError(
             f"{name} is {list(spec.shape)}; {wanted} dimensions, of which the first counts 1 to {MAX_EXPERTS:,} "
@@ -101,12 +120,14 @@ def _experts(
         ins = [ins[0] * ins[1]]  # groups of blocks
     elif is_transposed:
         outs, ins = ins[0], [outs]
-    rows = _rows(match["kind"], layout, outs)
+    rows = _rows(tensor.kind, layout, outs)
     for index in range(spec.shape[0]):
         for linear, part in rows.items():
             made = TensorSpec(spec.dtype, (len(range(outs)[part]), *ins))
-            tensor = f"{match['experts']}.{index}.{linear}.{suffix}"
-            yield tensor, Derived(made, partial(_make, owners[name], name, index, part, is_transposed))
+            yield (
+                f"{tensor.experts}.{index}.{linear}.{suffix}",
+                Derived(made, partial(_make, owners[name], name, index, part, is_transposed)),
+            )
 
 
 def _rows(kind: str, layout: Fused, outs: int) -> dict[str, slice]:

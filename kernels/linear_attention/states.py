@@ -8,7 +8,7 @@ the row of its slot, and rows behind those of all slots hold copies for sequence
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,3 +65,40 @@ def rows_of(step: StepInputs) -> StateRows:
         raise ValueError("a step of sequences that go on has to say where their states are")
     rows = torch.arange(len(sizes))
     return StateRows(rows, torch.full_like(rows, -1))
+
+
+class Piece(NamedTuple):
+    """Tokens begin .. end (not included) of one sequence, and the rows that the state behind them goes to."""
+
+    sequence: int
+    begin: int
+    end: int
+    rows: tuple[int, ...]
+
+
+def pieces(step: StepInputs) -> Iterator[Piece]:
+    """A step's sequences in order, cut behind the tokens whose states are copied; those without a token left out."""
+    states = rows_of(step)
+    copies: dict[int, list[int]] = {}
+    for token, row in states.saves.tolist():
+        copies.setdefault(token, []).append(row)
+    starts = step.query_starts.tolist()
+    for s, row in enumerate(states.rows.tolist()):
+        begin = starts[s]
+        end = starts[s + 1]
+        for last in sorted({*(token for token in copies if begin <= token < end), end - 1}):
+            if last >= begin:
+                own = [row] if last == end - 1 else []
+                yield Piece(s, begin, last + 1, (*own, *copies.get(last, ())))
+            begin = last + 1
+
+
+def taken(cache: StateCache, step: StepInputs) -> tuple[Tensor, ...]:
+    """Copies of the states of a step's sequences before it, [S, *size] of each tensor; zeros where one begins."""
+    sources = rows_of(step).sources
+    begins = sources < 0
+    parts = tuple(part[sources.clamp(min=0)] for part in cache.parts)
+    if begins.any():
+        for part in parts:
+            part[begins] = 0
+    return parts

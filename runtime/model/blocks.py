@@ -41,6 +41,7 @@ from octavo.runtime.model.names import (
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
 from octavo.runtime.model.state_layers import StateMixing
+from octavo.runtime.model.state_mixers import StateSpec
 from octavo.runtime.model.weights import DecoderBuilder
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
@@ -145,7 +146,6 @@ class BlockRunner:
         mixer = spec.layers[index].mixer
         width = spec.num_heads * mixer.head_dim
         kv_width = mixer.num_kv_heads * mixer.head_dim
-        inner = spec.layers[index].intermediate_size
         folds = []
         if before_attention is not None:
             group = next(iter(self._parts[index]))  # whose input the norm makes
@@ -154,14 +154,14 @@ class BlockRunner:
             folds.append(Fold(group, norm, "norm", offset=spec.norm_offset, also=gates))
         v = f"{name}.self_attn.v_proj"
         v_rows = None
-        up_rows = None
         if spec.fused:
             v = f"{name}.self_attn.qkv_proj"
             v_rows = (width + kv_width, width + 2 * kv_width)
-            up_rows = (inner, 2 * inner)
         if isinstance(mixer, AttentionSpec) and not spec.norms_values:  # latents' values are no range of rows
             repeats = spec.num_heads // mixer.num_kv_heads
             folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=mixer.head_dim))
+        if isinstance(mixer, StateSpec) and mixer.out_norm is not None:
+            folds.append(Fold("out", f"{name}.{mixer.owner}.{mixer.out_norm}", "norm"))
         if isinstance(mixer, LatentSpec) and mixer.q_rank is not None:
             folds.append(Fold("q_b", f"{name}.self_attn.q_a_layernorm", "norm", offset=spec.norm_offset))
         sparse = spec.layers[index].sparse
@@ -179,14 +179,19 @@ class BlockRunner:
             folds += self._expert_folds(index)
         if sparse and not has_both:
             return folds
-        *_, up = self._parts[index]["gate_up"].modules
-        return [*folds, Fold("down", up, "rows", rows=up_rows)]
+        return [*folds, self._up_fold(index, "gate_up")]
 
     def _expert_folds(self, index: int) -> list[Fold]:
         """Each expert's down into its up, the shared one's too."""
         parts = self._parts[index]
-        ups = {name: tuple(parts[name].modules)[1] for name in parts if _group(name) == "experts.gate_up"}
-        return [Fold(name.replace("gate_up", "down"), up, "rows") for name, up in ups.items()]
+        return [self._up_fold(index, name) for name in parts if _group(name) == "experts.gate_up"]
+
+    def _up_fold(self, index: int, name: str) -> Fold:
+        """down into the up beside the gate, which may be half of one module."""
+        modules = self._parts[index][name].modules
+        *_, up = modules
+        rows = (modules[up] // 2, modules[up]) if len(modules) == 1 else None
+        return Fold(name.replace("gate_up", "down"), up, "rows", rows=rows)
 
     @torch.inference_mode()
     def forward(

@@ -33,7 +33,7 @@ from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
-from octavo.runtime.model.state_layers import StateMixing
+from octavo.runtime.model.state_layers import GatedDelta, StateMixer, StateMixing
 from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.vision.towers import VisionTower
 
@@ -277,6 +277,8 @@ def _cache_shape(layer: DecoderLayer | AltUpLayer) -> CacheShape:
 
 
 def _is_recordable(layer: DecoderLayer | AltUpLayer) -> bool:
+    if isinstance(layer.attention, StateMixer):  # computes in torch, of which no launch is recorded
+        return False
     return layer.mlp.capturable and (
-        isinstance(layer.attention, StateMixing) or layer.attention.shape.head_dim % 16 == 0
+        isinstance(layer.attention, GatedDelta) or layer.attention.shape.head_dim % 16 == 0
     )

@@ -63,6 +63,8 @@ def _refusals(ops: Ops, spec: DecoderSpec, target: Target, *, is_divided: bool) 
         yield f"the router of {spec.architecture} is not batch-invariant; leave it out"
     if spec.streams is not None:
         yield f"alternating updates, which {spec.architecture} has, are not batch-invariant; leave it out"
+    if variant := next((mixer.title for mixer in spec.states if not mixer.batch_invariant), None):
+        yield f"{variant}, which {spec.architecture} has, is not batch-invariant; leave it out"
     if spec.has_latents:
         yield f"attention over latents, which {spec.architecture} has, is not batch-invariant; leave it out"
     for size in {layer.mixer.head_dim for layer in spec.layers if layer.mixer.head_dim % 16}:

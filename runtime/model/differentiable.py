@@ -32,7 +32,7 @@ from octavo.runtime.model.layers import (
 )
 from octavo.runtime.model.moe import MlpAndMoe, MoeMlp
 from octavo.runtime.model.spec import DecoderSpec
-from octavo.runtime.model.state_layers import GatedDelta
+from octavo.runtime.model.state_layers import GatedDelta, StateMixer
 
 
 class DifferentiableBlock:
@@ -66,6 +66,8 @@ class DifferentiableBlock:
     def _attention(self, part: Mixing, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         if isinstance(part, LatentAttention):
             return self._latent_attention(part, x, weights)
+        if isinstance(part, StateMixer):
+            return self._state_mixer(part, x, weights)
         if isinstance(part, GatedDelta):
             return self._gated_delta(part, x, weights)
         batch, length, _ = x.shape
@@ -96,6 +98,9 @@ class DifferentiableBlock:
             out = (attention.weigh(scores, seen, shape) @ v.float()).to(x.dtype)
         out = out.transpose(1, 2).flatten(2)
         return self._linear("o", out if gate is None else out * torch.sigmoid(gate), weights)
+
+    def _state_mixer(self, part: StateMixer, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        return self._linear("out", part.body.whole(self._linear("in", x, weights)), weights)
 
     def _gated_delta(self, part: GatedDelta, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         both = self._linear("qkvz", x, weights).flatten(0, 1)

@@ -27,6 +27,7 @@ class MoeSpec:
     shared_intermediate_size  of the expert that every token goes to; None: there is none
     shared_gate               that one is behind a sigmoid gate
     beside_mlp                as an Architecture's `experts` says
+    fused_shared              its gate_up_proj is one tensor on disk
     """
 
     names: ExpertNames
@@ -38,6 +39,7 @@ class MoeSpec:
     shared_intermediate_size: int | None = None
     shared_gate: bool = True
     beside_mlp: bool = False
+    fused_shared: bool = False
 
 
 def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Architecture) -> MoeSpec | None:
@@ -71,8 +73,9 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
         _read_routing(settings, num_experts, top_k, row),
         has_bias=row.expert_bias,
         has_correction=row.scores == "corrected_sigmoid",
-        shared_intermediate_size=num_shared * inner or settings.get("shared_expert_intermediate_size"),
-        shared_gate=not num_shared,
+        shared_intermediate_size=num_shared * inner or settings.get(row.shared_size_key),
+        shared_gate=row.shared_gate and not num_shared,
+        fused_shared=row.fused_mlp,
         beside_mlp=row.experts == "beside_mlp",
     )
 

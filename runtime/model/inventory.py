@@ -22,6 +22,7 @@ from octavo.runtime.model.names import (
     stored_name,
     stream_ends,
     stream_tensors,
+    unread_modules,
 )
 from octavo.runtime.model.sources import CheckpointSource
 from octavo.runtime.model.spec import DecoderSpec

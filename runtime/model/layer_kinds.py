@@ -90,7 +90,7 @@ def sources_of(settings: Config, row: Architecture, sliding: list[bool]) -> list
 
 def inner_sizes(settings: Config, row: Architecture, sources: list[int | None]) -> list[int]:
     """Of each layer, the columns between gate, up and down of its dense MLP."""
-    inner = settings[row.dense_size_key]
+    inner = row.dense_size(settings)
     if isinstance(inner, list):
         if "intermediate_size" not in row.reads or len(inner) != len(sources):
             raise ModelConfigError(

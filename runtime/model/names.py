@@ -237,7 +237,7 @@ def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, Linea
         if not spec.moe.beside_mlp:
             return experts
     inner = spec.layers[index].intermediate_size
-    gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
+    gate_up = {"gate_up_proj": 2 * inner} if spec.fused_mlp else dict.fromkeys(GATE_UP, inner)
     dense = {
         "gate_up": LinearParts(_within(f"{layer}.mlp", gate_up), hidden, spec.mlp_bias),
         "down": LinearParts(_within(f"{layer}.mlp", {"down_proj": hidden}), inner, spec.mlp_bias),
@@ -255,7 +255,8 @@ def _experts(moe: MoeSpec, hidden: int, layer: str, names: ExpertNames) -> dict[
         parts[f"experts.{i}.down"] = LinearParts(down, moe.intermediate_size, moe.has_bias)
     if (inner := moe.shared_intermediate_size) is not None:
         shared = f"{names.within(layer)}.{names.shared}"
-        parts["shared.gate_up"] = LinearParts(_within(shared, dict.fromkeys(GATE_UP, inner)), hidden)
+        gate_up = {"gate_up_proj": 2 * inner} if moe.fused_shared else dict.fromkeys(GATE_UP, inner)
+        parts["shared.gate_up"] = LinearParts(_within(shared, gate_up), hidden)
         parts["shared.down"] = LinearParts(_within(shared, {"down_proj": hidden}), inner)
     return parts
 

@@ -110,6 +110,7 @@ class DecoderSpec:
     fused                qkv_proj and gate_up_proj are one tensor each on disk
     has_head             it has a language model's head; else a pooler follows its layers
     renamed              as in `Architecture`
+    fused_mlp            gate_up_proj is one tensor on disk, also where qkv_proj is not
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
     moe                  what the layers that are `sparse` have
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
@@ -153,6 +154,7 @@ class DecoderSpec:
     fused: bool = False
     has_head: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
+    fused_mlp: bool = False
     text_only: bool = False
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
@@ -229,7 +231,7 @@ class DecoderSpec:
             num_heads=settings["num_attention_heads"],
             layers=layers,
             max_position=_longest(layers, settings["max_position_embeddings"], row),
-            norm_eps=float(settings["rms_norm_eps"]),
+            norm_eps=float(settings[row.eps_key]),
             activation=_activation(settings, row),
             tied=bool(settings["tie_word_embeddings"]),
             has_head=not is_pooled,
@@ -247,8 +249,7 @@ class DecoderSpec:
             swiglu_limit=settings.get("swiglu_limit", 0.0),
             has_sinks=row.has_sinks,
             **_multipliers(settings, row, next((it.mixer.head_dim for it in layers if it.mixer.head_dim), 1)),
-            fused=row.fused,
-            renamed=row.renamed,
+            **_on_disk(row),
             text_only=text_only,
             num_mtp_layers=0 if row.further_layers else settings.get("num_nextn_predict_layers", 0),
             further_layers=settings[row.further_layers] if row.further_layers else 0,
@@ -348,6 +349,11 @@ def _streams(settings: Config, row: Architecture) -> StreamSpec | None:
     if active >= count:
         raise ModelConfigError(f"config.json: altup_active_idx {active} is none of altup_num_inputs {count} parts")
     return StreamSpec(count, active, settings["altup_correct_scale"], settings["laurel_rank"])
+
+
+def _on_disk(row: Architecture) -> dict[str, Any]:
+    """How modules lie in a checkpoint."""
+    return {"fused": row.fused, "fused_mlp": row.fused or row.fused_mlp, "renamed": row.renamed}
 
 
 def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str, Any]:

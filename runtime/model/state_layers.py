@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -65,5 +66,57 @@ class GatedDelta:
         yield from self.gates.tensors()
 
 
-StateMixing = GatedDelta
+class StateBody(Protocol):
+    """What lies between the two linear layers of a `StateMixer` (kernels/linear_attention)."""
+
+    @property
+    def state(self) -> StateShape: ...
+
+    def forward(self, x: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
+        """x [T, N] -> [T, M]; the states of the step's sequences go into the cache."""
+        ...
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Of whole sequences x [B, T, N], which leaves no state and has gradients: [B, T, M]."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StateMixer:
+    """Mamba 2's state space, or a short convolution, between two linear layers."""
+
+    into: Linear
+    out: Linear
+    body: StateBody
+
+    @property
+    def state(self) -> StateShape:
+        return self.body.state
+
+    @property
+    def input_quant(self) -> ActivationQuant | None:
+        return self.into.input_quant
+
+    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
+        """As `Attention.forward`."""
+        assert isinstance(cache, StateCache)
+        hidden = self.body.forward(self.into.forward(x, step), step, cache)
+        if rows is not None:
+            hidden = hidden[rows]
+            step = step.of_rows(rows)
+        return self.out.partial(hidden, step)
+
+    def linears(self) -> dict[str, Linear]:
+        return {"in": self.into, "out": self.out}
+
+    def map_linears(self, change: Change) -> StateMixer:
+        return replace(self, into=change("in", self.into), out=change("out", self.out))
+
+    def tensors(self) -> Iterator[Tensor]:
+        return self.body.tensors()
+
+
+StateMixing = GatedDelta | StateMixer
 """All of them."""

@@ -1,9 +1,11 @@
 """Mixers whose memory of a sequence is a state of fixed size, as values: sizes, and what a checkpoint has of them.
 
 A mixer is one dataclass here, a member of `StateSpec`. It says what the state cache holds for it (`state`), which
-linear layers it has (`linears`), what else (`tensors`, and `gates`: small linear layers that are never quantized), and
-under which module of a layer these are (`owner`). A family says which layers have it (`Architecture.state_mixers`),
-state_weights.py reads it, and `DecoderBuilder.layer` builds it.
+linear layers it has (`linears`), what else (`tensors`, and `gates`: small linear layers that are never quantized),
+under which module of a layer these are (`owner`), and which norm's channels the last linear layer reads (`out_norm`);
+whether its body is batch-invariant, too.
+A family says which layers have it (`Architecture.state_mixers`), state_weights.py reads it, and `DecoderBuilder.layer`
+builds it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaShape
+from octavo.kernels.linear_attention.mamba2 import Mamba2Shape
 from octavo.kernels.linear_attention.states import StateShape
 
 Linears = dict[str, tuple[dict[str, int], int]]
@@ -41,6 +44,8 @@ class GatedDeltaSpec:
     head_dim: int = 0
     owner: ClassVar[str] = "linear_attn"
     title: ClassVar[str] = "the gated delta rule"
+    batch_invariant: ClassVar[bool] = True
+    out_norm: ClassVar[str | None] = None  # its norm is one for all heads
 
     @cached_property
     def shape(self) -> GatedDeltaShape:
@@ -77,5 +82,81 @@ class GatedDeltaSpec:
         }
 
 
-StateSpec = GatedDeltaSpec
+@dataclass(frozen=True)
+class Mamba2Spec:
+    """Mamba 2's state space (kernels/linear_attention/mamba2.py), between two linear layers."""
+
+    shape: Mamba2Shape
+    has_conv_bias: bool
+    window: None = None
+    rope: None = None
+    query_scale: None = None
+    source: None = None
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    owner: ClassVar[str] = "mamba"
+    title: ClassVar[str] = "Mamba 2's state space"
+    batch_invariant: ClassVar[bool] = False  # a chunk of tokens begins where a step does
+    out_norm: ClassVar[str | None] = "norm"
+
+    @property
+    def state(self) -> StateShape:
+        return self.shape.state
+
+    def linears(self, hidden_size: int) -> Linears:
+        first = {"in_proj": sum(self.shape.columns)}
+        return {"in": (first, hidden_size), "out": ({"out_proj": hidden_size}, self.shape.inner)}
+
+    @property
+    def gates(self) -> dict[str, int]:
+        return {}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        heads = (self.shape.num_heads,)
+        bias = {"conv1d.bias": (self.shape.channels,)} if self.has_conv_bias else {}
+        return {
+            "conv1d.weight": (self.shape.channels, 1, self.shape.taps),
+            **bias,
+            "dt_bias": heads,
+            "A_log": heads,
+            "D": heads,
+            "norm.weight": (self.shape.inner,),
+        }
+
+
+@dataclass(frozen=True)
+class ShortConvSpec:
+    """A short convolution between two gates (kernels/linear_attention/short_conv.py) and two linear layers."""
+
+    channels: int
+    taps: int
+    window: None = None
+    rope: None = None
+    query_scale: None = None
+    source: None = None
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    owner: ClassVar[str] = "conv"
+    title: ClassVar[str] = "a short convolution"
+    batch_invariant: ClassVar[bool] = False  # as far as it is known
+    out_norm: ClassVar[str | None] = None
+
+    @property
+    def state(self) -> StateShape:
+        return StateShape(((self.taps - 1, self.channels),))
+
+    def linears(self, hidden_size: int) -> Linears:
+        return {"in": ({"in_proj": 3 * self.channels}, hidden_size), "out": ({"out_proj": hidden_size}, self.channels)}
+
+    @property
+    def gates(self) -> dict[str, int]:
+        return {}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        return {"conv.weight": (self.channels, 1, self.taps)}
+
+
+StateSpec = GatedDeltaSpec | Mamba2Spec | ShortConvSpec
 """All of them."""

@@ -6,18 +6,43 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaWeights
+from octavo.kernels.linear_attention.mamba2 import Mamba2Weights
+from octavo.kernels.linear_attention.mamba2_cpu import Mamba2
+from octavo.kernels.linear_attention.short_conv import ShortConv
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.runtime.model.attention_weights import LayerReader
 from octavo.runtime.model.names import LinearParts, state_gates, state_tensors
 from octavo.runtime.model.sources import LoadError
-from octavo.runtime.model.state_layers import GatedDelta, StateMixing
-from octavo.runtime.model.state_mixers import GatedDeltaSpec, StateSpec
+from octavo.runtime.model.state_layers import GatedDelta, StateBody, StateMixer, StateMixing
+from octavo.runtime.model.state_mixers import GatedDeltaSpec, Mamba2Spec, ShortConvSpec, StateSpec
 
 
 def read_state_mixer(builder: LayerReader, index: int, mixer: StateSpec, parts: dict[str, LinearParts]) -> StateMixing:
     """parts: the layer's linear layers."""
-    return _read_gated_delta(builder, index, mixer, parts)
+    if isinstance(mixer, GatedDeltaSpec):
+        return _read_gated_delta(builder, index, mixer, parts)
+    tensors = _read_tensors(builder, index, mixer)
+    body: StateBody
+    if isinstance(mixer, ShortConvSpec):
+        body = ShortConv(tensors["conv.weight"].squeeze(1).T.contiguous())
+    else:
+        body = _mamba2(mixer, tensors, builder.spec.norm_eps)
+    into, out = (builder.linear(*builder.read(parts[name])) for name in ("in", "out"))
+    return StateMixer(into, out, body)
+
+
+def _mamba2(mixer: Mamba2Spec, tensors: dict[str, Tensor], eps: float) -> Mamba2:
+    bias = tensors.get("conv1d.bias")
+    weights = Mamba2Weights(
+        conv=tensors["conv1d.weight"].squeeze(1).T.contiguous(),
+        conv_bias=torch.zeros(mixer.shape.channels) if bias is None else bias,
+        rate=-tensors["A_log"].exp(),
+        dt_bias=tensors["dt_bias"],
+        skip=tensors["D"],
+        norm=tensors["norm.weight"],
+    )
+    return Mamba2(mixer.shape, weights, eps)
 
 
 def _read_gated_delta(

@@ -112,7 +112,7 @@ class RankLayout:
         own = self.expert_inner if owner.startswith("experts") else self.shared_inner if owner else self.inner
         if name == "down":
             return (Shard("columns", (own,), self.place == 0),)
-        if spec.fused and not owner:
+        if spec.fused_mlp and not owner:
             return (Shard("rows", (own, _behind(own, spec.layers[0].intermediate_size))),)
         return (Shard("rows", (own,)),) * 2
 

@@ -49,6 +49,15 @@ LATENT = {
     "moe_intermediate_size": 40,
     "rope_theta": 100.0,
 }
+GRANITE = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.3,
+}
 MSCALED = YARN | {"mscale": 0.9, "mscale_all_dim": 0.7}
 
 GEMMA4 = {
@@ -210,6 +219,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_chunk_size": 8, "intermediate_size_mlp": 72, "num_local_experts": 4, "head_dim": 24}
         | {"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": [0, 1, 3]},
     ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        GRANITE | {"num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 72},
+    ),
+    "granitemoehybrid-dense": (
+        "GraniteMoeHybrid",
+        GRANITE
+        | {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 72,
+            "mamba_n_groups": 2,
+            "position_embedding_type": "rope",
+        }
+        | {"mamba_conv_bias": False, "attention_bias": True, "time_step_limit": [0.2, 1.5]},
+    ),
+    "lfm2": (
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16, "conv_L_cache": 4}
+        | {"tie_word_embeddings": False, "norm_eps": 1e-3},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24}),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -248,6 +277,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+HAS_STATES = tuple(name for name in CASES if name.startswith(("qwen3_next", "qwen3_5", "granitemoehybrid", "lfm2")))
+"""Cases with layers that have a state instead of keys and values, which aren't divided over ranks."""
 READS_MORE = ("gemma4_text-small", "gemma3n_text")
 """Cases whose layers read more than the residual stream and their own cache."""
 

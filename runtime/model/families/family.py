@@ -96,6 +96,11 @@ def alike(settings: Config, sliding: list[bool], heads: KVHeads) -> list[KVHeads
     return [heads] * len(sliding)
 
 
+def intermediate_size(settings: Config) -> Any:
+    """One number, or one for each layer."""
+    return settings["intermediate_size"]
+
+
 def no_states(settings: Config) -> list[StateSpec | None]:
     return [None] * settings["num_hidden_layers"]
 
@@ -158,7 +163,10 @@ class Architecture:
     interleaved  rotations turn neighbors of a head
     renamed     modules that have other names in a checkpoint, within a layer or behind all of them: 'mlp.down_proj',
                 'norm'
-    dense_size_key  the key that says how large a dense MLP is inside
+    dense_size  how large a dense MLP is inside
+    fused_mlp   gate_up_proj is one tensor on disk, also where qkv_proj is not; so is a shared expert's
+    eps_key     the key that has the norms' eps
+    shared_size_key, shared_gate  how large an expert is that every token goes to, and whether it is behind a gate
     expert_bias  experts and routers have biases
     has_sinks  each head of attention has a sink, `self_attn.sinks`
     top_k_key      the key that says how many experts a token goes to
@@ -212,8 +220,12 @@ class Architecture:
     weighs_inputs: bool = False
     interleaved: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
-    dense_size_key: str = "intermediate_size"
+    dense_size: Callable[[Config], Any] = intermediate_size
     top_k_key: str = "num_experts_per_tok"
+    fused_mlp: bool = False
+    eps_key: str = "rms_norm_eps"
+    shared_size_key: str = "shared_expert_intermediate_size"
+    shared_gate: bool = True
     has_sinks: bool = False
     clamps_swiglu: bool = False
     expert_names: ExpertNames = MLP_EXPERTS

@@ -116,6 +116,7 @@ HARMLESS = frozenset(
         "is_encoder_decoder",
         "is_llama_config",
         "label2id",
+        "mamba_chunk_size",
         "mamba_ssm_dtype",
         "max_window_layers",
         "mlp_bias",

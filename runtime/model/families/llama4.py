@@ -78,7 +78,7 @@ FAMILY = Family(
             weighs_inputs=True,
             expert_names=ExpertNames("feed_forward", "gate_proj", "up_proj", "down_proj", router="router"),
             renamed={f"mlp.{name}": f"feed_forward.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
-            dense_size_key="intermediate_size_mlp",
+            dense_size=lambda settings: settings["intermediate_size_mlp"],
             reads=MOE_KEYS
             | {
                 "attention_bias": bool,

@@ -17,6 +17,7 @@ from octavo.kernels.attention.cache import QueryScale
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 from octavo.runtime.model.spec import DecoderSpec, Mixer
+from octavo.runtime.model.state_mixers import Mamba2Spec
 
 LENGTHS = (37, 21, 30)
 
@@ -115,6 +116,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "first position of queries": ("llama4_text", layers_changed(query_scale=QueryScale(0.7, 5))),
     "norms without weights": ("llama4_text", changed(qk_norm=None)),
     "weights of experts' inputs": ("llama4_text", routing_changed(weighs="outputs")),
+    "limits of time steps": ("granitemoehybrid-dense", lambda spec: time_steps_unlimited(spec)),
     "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
     "norm of values": ("gemma4_text", changed(norms_values=False)),
@@ -125,6 +127,19 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "numbers of the active part": ("gemma3n_text", lambda spec: streams_changed(spec, scales_corrected=False)),
     "whose cache is read": ("gemma4_text-small", lambda spec: source_shifted(spec)),
 }
+
+
+def time_steps_unlimited(spec: DecoderSpec) -> DecoderSpec:
+    mixers = [layer.mixer for layer in spec.layers]
+    return with_mixers(
+        spec,
+        [
+            dataclasses.replace(mixer, shape=dataclasses.replace(mixer.shape, dt_limits=(0.0, math.inf)))
+            if isinstance(mixer, Mamba2Spec)
+            else mixer
+            for mixer in mixers
+        ],
+    )
 
 
 def rope_everywhere(spec: DecoderSpec) -> DecoderSpec:

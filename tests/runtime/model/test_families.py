@@ -33,6 +33,7 @@ from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.cache_memory import tensors_of
 
 NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3", "mistral4", "llama4_text", "gemma4_text", "gemma4_text-moe")
+NAMES += ("granitemoehybrid", "lfm2")
 SERVED = (*NAMES, *READS_MORE)
 PROMPTS = [list(range(3, 40)), list(range(40, 49))]
 
@@ -99,6 +100,7 @@ def test_a_quantized_one_computes_with_the_numbers_of_its_files(
         tensors[tensor] = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.clone()
     own = ("per_layer_input_gate", "per_layer_projection", "linear_left", "linear_right")
     ends = ("proj.weight", *(f"{name}.weight" for name in own))
+    ends += ("_linear.weight", ".w1.weight", ".w2.weight", ".w3.weight")
     assert changed == sum(tensor.endswith(ends) and "router" not in tensor for tensor in original.names)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").write_bytes((source / "config.json").read_bytes())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from divided import Pretended, divergence, prefilled, prompts
-from hf_oracle import CASES, make_hf, save, scattered_logits
+from hf_oracle import CASES, HAS_STATES, make_hf, save, scattered_logits
 from ranks import Ranks
 from torch import Tensor
 from trimmed import whole
@@ -39,7 +39,7 @@ OFTEN = ("llama", "qwen2", "gemma3_text", "qwen3_moe", "olmo2", "phi3")
     [
         pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
         for name in CASES
-        if not name.startswith(("gemma3n", "gemma4", "qwen3_next", "qwen3_5"))
+        if not name.startswith(("gemma3n", "gemma4")) and name not in HAS_STATES
     ],
 )
 def test_logits_are_those_of_one_rank(name: str, ranks: Ranks, tmp_path: Path) -> None:
