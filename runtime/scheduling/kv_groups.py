@@ -56,14 +56,19 @@ class KVGroups:
         """Tables of a sequence that has nothing in the cache."""
         return BlockTables([[] for _ in self.windows], [0 for _ in self.windows])
 
-    def most_blocks(self, num_tokens: int) -> int:
-        """See the function of that name."""
-        return most_blocks(num_tokens, self.block_size, self.windows)
+    def most_blocks(self, num_tokens: int, at_once: int = 0) -> int:
+        """See the function of that name. at_once: tokens that a step can't divide, wherever a block begins."""
+        chunk = max(TOKENS_UNDER_WAY, at_once + self.block_size if at_once else 0)
+        return most_blocks(num_tokens, self.block_size, self.windows, chunk)
 
     @property
     def num_free_columns(self) -> int:
         """How many more entries one sequence's tables can get."""
         return self.pool.num_free // len(self.windows)
+
+    def num_columns_beside(self, cached: BlockTables) -> int:
+        """The same once these are held."""
+        return (self.pool.num_free - self.num_unheld(cached)) // len(self.windows)
 
     def grow(self, blocks: BlockTables, count: int) -> None:
         """Append `count` entries to each table; the pool must have them."""
@@ -154,10 +159,10 @@ class KVGroups:
         """How many free blocks `hold` would take."""
         return self.pool.num_unheld(chain.from_iterable(blocks.held()))
 
-    def num_needed(self, cached: BlockTables, length: int) -> int:
+    def num_needed(self, cached: BlockTables, length: int, at_once: int = 0) -> int:
         """How many free blocks a sequence of so many tokens may take, of which these are cached."""
         num_held = sum(len(table) for table in cached.held())
-        return self.most_blocks(length) - num_held + self.num_unheld(cached)
+        return self.most_blocks(length, at_once) - num_held + self.num_unheld(cached)
 
     def hold(self, blocks: BlockTables) -> None:
         """Add a holder to each block of tables that `find_prefix` returned."""

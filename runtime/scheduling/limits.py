@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from octavo.runtime.messages import AddRequest
 from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.vision.recipes import tokens_at_once
 
 
-def refusal_of(request: AddRequest, config: SchedulerConfig, most_blocks: Callable[[int], int]) -> str | None:
-    """None for a request that can. most_blocks: how many blocks so many tokens may need."""
+def refusal_of(request: AddRequest, config: SchedulerConfig, most_blocks: Callable[[int, int], int]) -> str | None:
+    """None for a request that can. most_blocks: how many blocks so many tokens may need, of which so many at once."""
     num_prompt = request.prompt_length
     if num_prompt == 0:
         return "the prompt is empty: at least one token is needed"
@@ -23,7 +24,7 @@ def refusal_of(request: AddRequest, config: SchedulerConfig, most_blocks: Callab
     most = min(num_prompt + request.params.max_tokens, config.max_model_len) - 1  # the last one is never computed
     if request.pooling is not None:
         most = num_prompt
-    needed = most_blocks(most)
+    needed = most_blocks(most, tokens_at_once(request.images))
     if needed > config.num_blocks:
         return (
             f"the request may need {most} tokens of KV cache, {needed} blocks of {config.block_size}; the cache "

@@ -37,7 +37,7 @@ from octavo.runtime.scheduling.kv_groups import BlockTables
 from octavo.runtime.scheduling.limits import refusal_of
 from octavo.runtime.scheduling.plan import ScheduledSequence, SchedulerConfig, Step, StepPlan, StepResult, last_token_of
 from octavo.runtime.scheduling.prefix_cache import Fetch, PrefixCache
-from octavo.runtime.scheduling.sequence import Sequence, append_tokens, is_full
+from octavo.runtime.scheduling.sequence import Sequence, append_tokens, images_wait, is_full
 from octavo.runtime.scheduling.waiting import Waiting, by_cached_prefix, place_of, rank_of, running_order
 
 
@@ -139,7 +139,7 @@ class Scheduler:
         tokens_kept, columns_kept = self._room_for(step, due)
         step.tokens_left -= tokens_kept
         starved = self._plan_prefills(step, columns_kept)
-        while starved and not step.scheduled and not columns_kept:
+        while starved and not (step.scheduled or columns_kept or images_wait(self.running)):
             self._preempt(self.running[-1])
             starved = self._plan_prefills(step, columns_kept)
         step.tokens_left += tokens_kept
@@ -183,7 +183,7 @@ class Scheduler:
             return None
         if first.adapter is not None and not self.adapters.has_room(first.adapter, [it.adapter for it in self.running]):
             return due
-        while not self._free_slots or not self._fits(self.prefixes.find(first), len(first.token_ids)):
+        while not self._free_slots or not self._fits(first, self.prefixes.find(first)):
             greedy = self._shares.one_to_give_way(first, self.running)
             if greedy is None:
                 return due
@@ -231,7 +231,7 @@ class Scheduler:
         if due is None or not self._free_slots:
             return 0, 0
         cached = self.prefixes.find(due)
-        needed = self._groups.num_needed(cached, len(due.token_ids))
+        needed = self._groups.num_needed(cached, len(due.token_ids), due.at_once)
         if needed > self.pool.num_free:
             return 0, 0
         left = len(due.token_ids) - len(cached) * self.config.block_size
@@ -276,11 +276,12 @@ class Scheduler:
             blocks = self.prefixes.find(sequence)
             if self.prefixes.awaits(sequence, blocks):
                 continue
-            length = len(sequence.token_ids)
-            size = self._chunk(step, sequence, length - len(blocks) * block_size)
-            if size == 0 and self.config.whole_prompts and length <= step.tokens_left:
+            size = self._chunk(step, sequence, sequence.length - len(blocks) * block_size)
+            if size == 0 and self.config.whole_prompts and sequence.length <= step.tokens_left:
                 continue
-            if size == 0 or not self._fits(blocks, length, spare=sequence is not due):
+            columns = self._groups.num_columns_beside(blocks) if sequence.at_once else size
+            size = sequence.uncut(min(size, columns * block_size), len(blocks) * block_size)
+            if size == 0 or not self._fits(sequence, blocks, spare=sequence is not due):
                 break
             if self.prefixes.begin_fetch(sequence, blocks):
                 self.waiting.deferred.add(sequence.request_id)
@@ -298,13 +299,12 @@ class Scheduler:
             return waiting
         return by_cached_prefix(waiting, self.prefixes.find)
 
-    def _fits(self, cached: BlockTables, length: int, *, spare: bool = True) -> bool:
-        """Whether the cache can hold all tokens of a sequence that is to be admitted.
-
-        spare: each running sequence keeps a column for its growth, or the next step would preempt what this one admits.
+    def _fits(self, sequence: Sequence, cached: BlockTables, *, spare: bool = True) -> bool:
+        """Whether the cache can hold all tokens of a sequence, of which these are cached. spare: and a column for each
+        running one's growth, or the next step would preempt what this one admits.
         """
         headroom = len(self.running) * len(self.config.windows) if spare else 0
-        return self._groups.num_needed(cached, length) + headroom <= self.pool.num_free
+        return self._groups.num_needed(cached, sequence.length, sequence.at_once) + headroom <= self.pool.num_free
 
     def _start(self, sequence: Sequence, blocks: BlockTables) -> None:
         """Let a waiting sequence run, with the blocks of a cached prefix."""

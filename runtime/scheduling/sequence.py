@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from octavo.runtime.messages import (
@@ -15,7 +16,7 @@ from octavo.runtime.messages import (
 from octavo.runtime.scheduling.adapter_slots import Adapter
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
 from octavo.runtime.scheduling.kv_groups import BlockTables
-from octavo.runtime.vision.recipes import PromptImage
+from octavo.runtime.vision.recipes import PromptImage, tokens_at_once
 
 
 class Sequence:
@@ -47,7 +48,7 @@ class Sequence:
     may_fetch        whether it has still to ask for blocks of its prefix that lie in a file
     num_fetched      of its cached tokens, those that came from there
     pooling          what is wanted instead of tokens; None: tokens
-    images           of its prompt
+    images           of its prompt. at_once: tokens of the largest one that a step may not divide; 0: there is none
     axes             positions of its prompt's tokens where they are no line; for whoever makes steps' inputs alone
     features         as of AddRequest: read again where it begins again
     """
@@ -56,6 +57,7 @@ class Sequence:
         "_hashes",
         "adapter",
         "arrival_time",
+        "at_once",
         "axes",
         "blocks",
         "cache_salt",
@@ -106,6 +108,7 @@ class Sequence:
         self.params = request.params
         self.pooling = request.pooling
         self.images = request.images
+        self.at_once = tokens_at_once(request.images)
         self.axes: object = None
         self.features = request.features
         self.token_ids = list(request.token_ids)
@@ -241,6 +244,11 @@ class Sequence:
     def images_among(self, begin: int, end: int) -> list[PromptImage]:
         """The images that some of the tokens begin .. end stand for."""
         return [image for image in self.images if image.start < end and image.start + image.length > begin]
+
+
+def images_wait(running: Iterable[Sequence]) -> bool:
+    """Whether an image that needs many blocks at once may get those that steps under way still see."""
+    return any(it.at_once and it.num_steps for it in running)
 
 
 def is_stop(params: SamplingParams, token: int, num_outputs: int) -> bool:

@@ -8,6 +8,7 @@ The formulas are those of transformers' PIL processors, so that pixels are equal
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -261,3 +262,8 @@ class PromptImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frames: tuple[Size, ...]
     pixels: bytes
     is_whole: bool = False
+
+
+def tokens_at_once(images: Iterable[PromptImage]) -> int:
+    """Tokens of a prompt with these images that no step may divide; 0: there are none."""
+    return max((image.length for image in images if image.is_whole), default=0)

@@ -152,6 +152,28 @@ def test_who_gives_its_blocks_back_sees_its_image_again(tiny: TinyVision) -> Non
     assert engine.scheduler.stats().num_preemptions
 
 
+@pytest.mark.parametrize("tiny", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_no_step_cuts_an_image_whose_tokens_see_each_other(tiny: TinyVision, *, prefix_caching: bool) -> None:
+    """In caches from one that is too small on, where layers with windows take fewer blocks than a chunk of a prompt."""
+    cases = {"a": [FIRST, SECOND], "b": [SECOND, FIRST]}
+    truth = {name: tiny.greedy(tiny.inputs(text_of(tiny, 2), both), 6) for name, both in cases.items()}
+    refused = []
+    for num_blocks in range(33, 61, 3):
+        limits = {"num_blocks": num_blocks, "max_model_len": 76}
+        engine = engine_of(tiny.directory, 40, enable_prefix_caching=prefix_caching, **limits)
+        requests = [request_of(tiny, engine, both, name) for name, both in cases.items()]
+        answers: dict[str, list[int]] = {"a": [], "b": []}
+        refusals = [output for request in requests for output in engine.add(request)]
+        refused.append(len(refusals))
+        for _ in range(100):  # steps: an engine that never ends isn't waited for
+            for output in engine.step() if engine.has_work else ():
+                answers[output.request_id] += output.token_ids
+        assert answers == ({"a": [], "b": []} if refusals else truth)
+    assert refused[0] == 2
+    assert refused[-1] == 0
+
+
 def test_answers_to_one_prompt_share_its_images(tiny: TinyVision) -> None:
     engine = engine_of(tiny.directory)
     one = request_of(tiny, engine, [FIRST], "n0")
