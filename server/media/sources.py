@@ -60,11 +60,14 @@ def _of_data(source: ImageSource) -> bytes:
 def _of_file(source: ImageSource, directory: Path | None) -> bytes:
     if directory is None:
         raise source.refusal("this server reads no files (it would those below --allowed-local-media-path)")
-    parts = urlsplit(source.url)
-    if parts.netloc not in ("", "localhost") or "\0" in unquote(parts.path):
+    try:
+        _, host, path, *_ = urlsplit(source.url)
+    except ValueError:  # brackets around what is no address
+        host = path = "["
+    if host not in ("", "localhost") or "\0" in unquote(path):
         raise source.refusal("a file of this machine is wanted: file:///PATH")
     root = os.path.realpath(directory)
-    path = os.path.realpath(unquote(parts.path))
+    path = os.path.realpath(unquote(path))
     if os.path.commonpath((root, path)) != root or path == root:
         raise source.refusal("the file doesn't lie below --allowed-local-media-path")
     try:

@@ -198,6 +198,7 @@ def test_what_is_refused_says_why(seeing: Server, shared: Path, tmp_path: Path) 
         ((f"file://{shared}/link.png",), {}, "the file doesn't lie below --allowed-local-media-path"),
         ((f"file://{shared}/../x.png",), {}, "the file doesn't lie below --allowed-local-media-path"),
         ((f"file://{shared}/none.png",), {}, "the file can't be read: No such file or directory"),
+        (("file://[x/y.png",), {}, "a file of this machine is wanted: file:///PATH"),
         ((data_url(b"hello"),), {}, "messages: image 1: it is no image of a kind that is read: PNG, JPEG"),
         ((good,), {"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: a prompt with images is not cut"),
         ((good,), {"use_beam_search": True, "n": 2}, "use_beam_search: prompts with images are not searched"),
