@@ -47,6 +47,7 @@ class Images:
 
     async def _read(self, source: ImageSource) -> ReadImage:
         content = await asyncio.to_thread(content_of, source, self._directory)
+        await self._lock.acquire()  # who hangs up meanwhile leaves the queue
         # shielded: a job that has begun is finished; otherwise its answer would be taken for the next job's
         answer = await asyncio.shield(self._decoded(Job(content, self.vision.recipe)))
         if not isinstance(answer, ReadImage):
@@ -54,14 +55,16 @@ class Images:
         return answer
 
     async def _decoded(self, job: Job) -> ReadImage | Refused:
-        async with self._lock:
-            try:
-                async with asyncio.timeout(DECODE_SECONDS):
-                    await self._process.connect()
-                    answer = await self._process.exchange(msgspec.msgpack.encode(job), MOST_SENT)
-            except (OSError, EOFError, TimeoutError):
-                self._process.close()
-                return _GONE
+        """With the lock, which it releases."""
+        try:
+            async with asyncio.timeout(DECODE_SECONDS):
+                await self._process.connect()
+                answer = await self._process.exchange(msgspec.msgpack.encode(job), MOST_SENT)
+        except (OSError, EOFError, TimeoutError):
+            self._process.close()
+            return _GONE
+        finally:
+            self._lock.release()
         return await asyncio.to_thread(self._checked, answer)
 
     def _checked(self, answer: bytes) -> ReadImage | Refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.server
 import threading
@@ -20,6 +21,9 @@ from octavo_server import Server, serving
 from PIL import Image
 from tiny_vision import TinyVision, as_png, make_tiny_vision, picture
 
+from octavo.runtime.vision.recipes import VisionModel, WholeImage
+from octavo.server.media.images import Images
+from octavo.server.media.sources import ImageSource
 from octavo.text.chat_template import ChatTemplate, ChatTemplateError
 
 FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
@@ -209,6 +213,27 @@ def test_what_is_refused_says_why(seeing: Server, shared: Path, tmp_path: Path) 
             answer = asked(client, *urls, **fields)
             assert answer.status_code == 400, answer.text
             assert says in answer.json()["error"]["message"]
+
+
+def test_who_hangs_up_leaves_the_queue() -> None:
+    """One image is decoded at a time: what nobody waits for any more is not, but for one that has begun."""
+    vision = VisionModel(WholeImage((28, 28), 28, 3, 16), 5, 5, 3)
+
+    async def left_over() -> int:
+        images = Images(vision, "<image>", "<image>", None)
+        source = ImageSource(url_of(FIRST), "messages", 1)
+        known = asyncio.all_tasks()
+        asking = [asyncio.create_task(images.read([source])) for _ in range(8)]
+        assert len(await asking[0]) == 1
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        count = len(asyncio.all_tasks() - known)
+        assert len(await images.read([source])) == 1
+        images.close()
+        return count
+
+    assert asyncio.run(left_over()) <= 1
 
 
 def test_a_template_of_text_alone_refuses_images() -> None:
