@@ -69,6 +69,8 @@ def tower_of(
                 f"--max-num-batched-tokens {config.max_num_batched_tokens}: an image's {tokens} tokens see each other, "
                 "and are computed in one step"
             )
+        if config.deterministic and tower.facts.sees_ahead:
+            raise UnreadImagesError("--deterministic: attention to an image's later tokens is not batch-invariant")
         return tower, ""
     except UnreadImagesError as error:
         return None, f"images are not read: {error}"

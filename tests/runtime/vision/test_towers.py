@@ -219,6 +219,14 @@ def test_without_images_allowed_no_tower_is_loaded(tiny: TinyVision) -> None:
     assert len(tokens_of(run_to_end(engine, [request])["t"])) == 2
 
 
+@pytest.mark.parametrize("tiny", ["gemma3"], indirect=True)
+def test_images_whose_tokens_see_each_other_are_not_deterministic(tiny: TinyVision) -> None:
+    model = engine_of(tiny.directory, deterministic=True).worker.model
+    assert model.tower is None
+    why = "--deterministic: attention to an image's later tokens is not batch-invariant"
+    assert f"images are not read: {why}" in model.notes
+
+
 def test_files_of_transformers_4_are_read(tmp_path: Path) -> None:
     """LLaVA's tower had a module more around it; the image processor had a file of its own, with older keys."""
     tiny = make_tiny_vision("llava", tmp_path)
