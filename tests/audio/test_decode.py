@@ -74,7 +74,8 @@ BAD = {
     "a FLAC cut short": (FLAC[: len(FLAC) // 2], "FLAC"),
     "a FLAC whose frames are noise": (FLAC[:60] + bytes(range(256)) * 40, "FLAC"),
     "an OGG of noise": (b"OggS" + bytes(range(200)), "OGG"),
-    "an MP3 of noise": (b"ID3" + bytes(range(200)), "MP3"),
+    "an MP3 of noise": (b"\xff\xfb" + bytes(range(200)), "MP3"),
+    "a tag alone": (b"ID3" + bytes(range(200)), "no MP3 behind them"),
     "no samples": (written("wav", RATE, np.zeros((0, 1), np.float32)), "no samples"),
     "not finite": (written("wav, float", RATE, np.full((200, 1), np.nan, np.float32)), "no finite numbers"),
     "many channels": (written("wav", RATE, np.zeros((10, 40), np.float32)), "40 channels"),
@@ -140,3 +141,23 @@ def test_pieces_are_all_of_a_recording() -> None:
     assert last.begin + last.seconds == pytest.approx(3.3)
     own = np.frombuffer(last.features, np.float32).reshape(80, 100)
     np.testing.assert_array_equal(own, log_mel(samples[round(last.begin * RATE) :], 80, 100))
+
+
+def tagged(content: bytes, count: int = 1) -> bytes:
+    """Behind ID3 tags of 300 bytes."""
+    return count * (b"ID3\x04\x00\x00" + bytes((0, 0, 2, 44)) + bytes(300)) + content
+
+
+def test_tags_in_front_are_passed_over() -> None:
+    content = written("mp3", RATE, voice(RATE))
+    np.testing.assert_array_equal(decode(io.BytesIO(tagged(content, 2)), 60), decode(io.BytesIO(content), 60))
+
+
+@pytest.mark.parametrize("container", ["AIFF", "AU", "WAV"])
+def test_no_tag_hides_a_format_that_is_not_decoded(container: str) -> None:
+    """Of a WAV behind tags libsndfile reads less than there is, and says nothing."""
+    file = io.BytesIO()
+    soundfile.write(file, voice(RATE), RATE, format=container)
+    for count in (1, 9):
+        with pytest.raises(AudioError, match="no MP3 behind them"):
+            decode(io.BytesIO(tagged(file.getvalue(), count)), 60)

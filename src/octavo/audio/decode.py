@@ -1,8 +1,8 @@
 """Sound files to samples, with the extra `audio`: WAV, FLAC, OGG (Vorbis, Opus) and MP3 become one channel at 16 kHz.
 
 What a file says of itself is not believed: samples are counted as they come, and no more than a limit is kept, however
-few bytes they were packed in. A file is known by its first bytes, so that libsndfile's parsers of rarer formats never
-see what a client sends.
+few bytes they were packed in. A file is known by its first bytes, behind the ID3 tags that libsndfile passes over, so
+that its parsers of rarer formats never see what a client sends.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from octavo.audio.log_mel import Floats
 BLOCK = 1 << 14  # frames that are decoded at once
 MOST_CHANNELS = 16
 RATES = (1_000, 384_000)
+MOST_TAGS = 8  # in front of what is heard
 ENDLESS = (0, 0xFFFFFFFF)  # the length in the head of a WAV file whose writer could not go back to it
 
 
@@ -41,11 +42,14 @@ def decode(file: BinaryIO, most_seconds: float) -> Floats:
 
 def _kind_of(file: BinaryIO) -> str:
     """WAV, FLAC, OGG or MP3; leaves the file at its beginning."""
-    head = file.read(12)
     size = file.seek(0, 2)
-    file.seek(0)
-    if not head:
+    if size == 0:
         raise AudioError("the file is empty")
+    has_tags, head = _behind_tags(file)
+    file.seek(0)
+    is_mp3 = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
+    if has_tags and not is_mp3:
+        raise AudioError("the file has ID3 tags, and no MP3 behind them")
     if head[:4] == b"RIFF" and head[8:] == b"WAVE":
         said = int.from_bytes(head[4:8], "little")
         if said not in ENDLESS and said + 8 > size:
@@ -55,11 +59,23 @@ def _kind_of(file: BinaryIO) -> str:
         return "FLAC"
     if head[:4] == b"OggS":
         return "OGG"
-    if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0):
+    if is_mp3:
         return "MP3"
     other = "MP4 or M4A" if head[4:8] == b"ftyp" else "WebM" if head[:4] == b"\x1a\x45\xdf\xa3" else ""
     is_other = f": it is {other}" if other else ""
     raise AudioError(f"the file is no WAV, FLAC, OGG or MP3, which are what is decoded here{is_other}")
+
+
+def _behind_tags(file: BinaryIO) -> tuple[bool, bytes]:
+    """Whether there are ID3 tags, and the first bytes behind them."""
+    begin = 0
+    for _ in range(1 + MOST_TAGS):
+        file.seek(begin)
+        head = file.read(12)
+        if head[:3] != b"ID3" or len(head) < 10:
+            break
+        begin += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    return begin > 0, head
 
 
 def _samples(sound: _Stream, kind: str, most_seconds: float) -> Floats:
