@@ -101,6 +101,11 @@ class Renewal:
             for name in ("max_model_len", "vocab_size"):
                 if getattr(new, name) != getattr(member.ready, name):
                     raise UpdateError(f"{name} would be {getattr(new, name)}, and is {getattr(member.ready, name)}")
+            if (new.vision, new.source) != (member.ready.vision, member.ready.source):
+                raise UpdateError(
+                    "images or recordings would be read in another way than now, or not at all: are config.json and "
+                    "preprocessor_config.json the model's?"
+                )
 
     async def _renew_in_turn(self, start: Start, *, aborts: bool) -> int:
         fleet = self._fleet

@@ -46,6 +46,7 @@ from octavo.runtime.parallel.lifeline import end_with_parent, read_line, start_h
 from octavo.runtime.process import open_link
 from octavo.runtime.progress import Progress
 from octavo.runtime.shared_link import SharedLink
+from octavo.runtime.vision.recipes import VisionModel, WholeImage
 
 VOCAB = 1024
 BLOCK = 128
@@ -60,6 +61,7 @@ LAYER_SECONDS = 0.05
 GIVEN_BACK = 4096  # bytes, when it is put to sleep
 STEP = "FAKE_ENGINE_STEP_SECONDS"
 LONGEST = "FAKE_ENGINE_LONGEST"  # the longest sequence that it takes; 4096
+SEES = "FAKE_ENGINE_SEES"  # placeholders of an image; it reads text alone
 
 
 def token_at(prompt: list[int], params: SamplingParams, position: int) -> int:
@@ -203,7 +205,9 @@ def main() -> int:
     link = open_link(context, address, start.addresses)
     report = StartupReport("fake", "fake", "float32", f"cpu, {start.index}", "float32", [], 0, 0, {})
     try:
-        link.send(Ready(int(os.environ.get(LONGEST, "4096")), 1000, 16, VOCAB, report))
+        count = int(os.environ.get(SEES, "0"))
+        vision = VisionModel(WholeImage((28, 28), None, 3, count), 5, 5, 1) if count else None
+        link.send(Ready(int(os.environ.get(LONGEST, "4096")), 1000, 16, VOCAB, report, vision=vision))
         _Engine(link, Progress(progress_path(address)), float(os.environ.get(STEP, "0"))).run()
     except RuntimeError as error:
         link.send(Failed(str(error)))

@@ -135,6 +135,10 @@ def test_what_is_known_of_the_model_stays_so(monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setenv(fake_engine.LONGEST, "2048")
             with pytest.raises(UpdateError, match="max_model_len would be 2048, and is 4096"):
                 await renewal.renew(starts.start)
+            monkeypatch.delenv(fake_engine.LONGEST)
+            monkeypatch.setenv(fake_engine.SEES, "4")
+            with pytest.raises(UpdateError, match="images or recordings would be read in another way"):
+                await renewal.renew(starts.start)
             assert pids(fleet) == before
             await until(lambda: starts.num_alive == NUM_ENGINES)
 
