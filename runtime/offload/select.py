@@ -21,7 +21,15 @@ from octavo.version import VERSION
 
 GIB = 1 << 30
 READ_BYTES = 1 << 22
-FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py")  # what a model is made of
+FILES = (  # what a model is made of, and what its images are
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.gguf",
+    "*.py",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 def check_offload(config: EngineConfig) -> None:

@@ -24,6 +24,7 @@ from octavo.runtime.config import EngineConfig, MediaLimits
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.offload.select import digest_of_files
 from octavo.runtime.startup import load_engine
 from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
@@ -225,6 +226,17 @@ def test_images_whose_tokens_see_each_other_are_not_deterministic(tiny: TinyVisi
     assert model.tower is None
     why = "--deterministic: attention to an image's later tokens is not batch-invariant"
     assert f"images are not read: {why}" in model.notes
+
+
+def test_blocks_in_a_file_are_those_of_images_as_they_are_normalized(tmp_path: Path) -> None:
+    """Names of blocks have the pixels, which are told from each other before they are normalized."""
+    make_tiny_vision("llava", tmp_path)
+    before = digest_of_files(tmp_path)
+    file = tmp_path / "processor_config.json"
+    content = json.loads(file.read_text())
+    content["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+    file.write_text(json.dumps(content))
+    assert digest_of_files(tmp_path) != before
 
 
 def test_files_of_transformers_4_are_read(tmp_path: Path) -> None:
