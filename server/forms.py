@@ -26,7 +26,7 @@ async def received_form(http: Request, most_bytes: int, too_large: str, fields: 
     pieces = _bounded(http, most_bytes + BESIDE, too_large)
     try:
         form = await MultiPartParser(http.headers, pieces, max_files=1, max_fields=MAX_FIELDS).parse()
-    except (MultiPartException, UnicodeDecodeError) as error:
+    except (MultiPartException, UnicodeError) as error:
         raise bad_request(f"the body is no multipart form: {error}") from None
     unknown = next((name for name in form if name not in fields), None)
     if unknown is not None:

@@ -303,6 +303,9 @@ def test_forms_that_are_none_are_refused(http: httpx.Client) -> None:
     assert http.post(TRANSCRIPTIONS, data={"model": "tiny", "file": "x"}).status_code == 400
     broken = {"content-type": "multipart/form-data; boundary=x"}
     assert http.post(TRANSCRIPTIONS, content=b"--y\r\nnothing", headers=broken).status_code == 400
+    undefined = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}  # a codec that decodes nothing
+    form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\ntiny\r\n--x--\r\n'
+    assert http.post(TRANSCRIPTIONS, content=form, headers=undefined).status_code == 400
 
 
 def test_other_routes_say_what_works(http: httpx.Client, client: httpx.Client) -> None:
