@@ -154,7 +154,7 @@ class BlockRunner:
             folds.append(Fold(group, norm, "norm", offset=spec.norm_offset, also=gates))
         v = f"{name}.self_attn.v_proj"
         v_rows = None
-        if spec.fused:
+        if spec.fused_qkv:
             v = f"{name}.self_attn.qkv_proj"
             v_rows = (width + kv_width, width + 2 * kv_width)
         if isinstance(mixer, AttentionSpec) and not spec.norms_values:  # latents' values are no range of rows

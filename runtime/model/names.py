@@ -109,7 +109,7 @@ def _attention(spec: DecoderSpec, mixer: AttentionSpec, layer: str) -> dict[str,
     kv_width = mixer.num_kv_heads * mixer.head_dim
     of_queries = width * (1 + mixer.has_gate)
     qkv = dict(zip(QKV[: 1 + mixer.kv_parts], (of_queries, kv_width, kv_width), strict=False))
-    if spec.fused:
+    if spec.fused_qkv:
         qkv = {"qkv_proj": width + 2 * kv_width}
     return {
         "qkv": LinearParts(_within(f"{layer}.self_attn", qkv), hidden, spec.qkv_bias),

@@ -107,10 +107,10 @@ class DecoderSpec:
     has_sinks            each head of attention has one more score in its softmax (AttentionShape.sinks)
     residual_multiplier  what attention's and the MLP's output are multiplied by before they are added
     logits_divisor       what logits are divided by, before final_soft_cap
-    fused                qkv_proj and gate_up_proj are one tensor each on disk
+    fused_qkv            qkv_proj is one tensor on disk
     has_head             it has a language model's head; else a pooler follows its layers
     renamed              as in `Architecture`
-    fused_mlp            gate_up_proj is one tensor on disk, also where qkv_proj is not
+    fused_mlp            gate_up_proj is one tensor on disk
     text_only            the text half of a vision checkpoint, whose other half isn't loaded
     moe                  what the layers that are `sparse` have
     num_mtp_layers       layers beside these that say further tokens, which heads are made of (runtime/speculation)
@@ -151,7 +151,7 @@ class DecoderSpec:
     round_embedding_scale: bool = False
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
-    fused: bool = False
+    fused_qkv: bool = False
     has_head: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
     fused_mlp: bool = False
@@ -353,7 +353,7 @@ def _streams(settings: Config, row: Architecture) -> StreamSpec | None:
 
 def _on_disk(row: Architecture) -> dict[str, Any]:
     """How modules lie in a checkpoint."""
-    return {"fused": row.fused, "fused_mlp": row.fused or row.fused_mlp, "renamed": row.renamed}
+    return {"fused_qkv": row.fused_qkv, "fused_mlp": row.fused_mlp, "renamed": row.renamed}
 
 
 def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str, Any]:

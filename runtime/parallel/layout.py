@@ -119,7 +119,7 @@ class RankLayout:
     def _qkv(self, spec: DecoderSpec) -> tuple[Shard, ...]:
         query = _times(self.query_heads, self.head_dim)
         key = _times(self.kv_heads, self.head_dim)
-        if not spec.fused:
+        if not spec.fused_qkv:
             return Shard("rows", (query,)), Shard("rows", (key,)), Shard("rows", (key,))
         width = spec.num_heads * self.head_dim
         kv_width = spec.layers[0].mixer.num_kv_heads * self.head_dim

@@ -150,6 +150,6 @@ def one_layer(config: dict[str, Any]) -> DecoderSpec:
         spec = DecoderSpec.from_hf(config | own)
     except UnsupportedModelError as error:
         raise LoadError(str(error).removeprefix("config.json: ").partition("; --model-impl")[0]) from error
-    if spec.norms != "pre" or spec.moe is not None or spec.fused or spec.has_latents:
+    if spec.norms != "pre" or spec.moe is not None or spec.fused_qkv or spec.has_latents:
         raise LoadError(f"model_type {config.get('model_type')!r}: the layer of a head is Llama's or Qwen's")
     return replace(spec, tied=False)

@@ -90,7 +90,8 @@ def in_step(launch: Callable[..., object], **sizes: Any) -> Callable[..., object
     """A launcher that finds the tensors of its step among the others."""
 
     def launched(**tensors: Tensor) -> object:
-        inputs = replace(STEP, **{name: tensors.pop(name) for name in list(tensors) if hasattr(STEP, name)})
+        own = [name for name in tensors if hasattr(STEP, name) and name != "cos_sin"]  # which is a layer's table here
+        inputs = replace(STEP, **{name: tensors.pop(name) for name in own})
         more: dict[str, Any] = {"eps": 1e-5} if "qkv" in tensors else {}
         if "lse" in tensors:
             more["output"] = Output(*(tensors.pop(name) for name in Output._fields))

@@ -257,12 +257,13 @@ def test_what_is_not_batch_invariant_is_refused_by_name(fixtures: Path) -> None:
     moe = DecoderSpec.from_hf(read_config(fixtures / "tiny-moe"))
     cpu = Device.choose("cpu")
     gpu = Device(torch.device("cuda"), 90, lambda _: REFERENCE)
+    narrow = tuple(replace(layer, mixer=replace(layer.mixer, head_dim=24)) for layer in spec.layers)
     config = EngineConfig(model="", deterministic=True)
     for device, refused, is_divided, why in (
         (gpu, spec, False, "no kernel of a GPU of compute capability 9.0 is known to be batch-invariant; --device cpu"),
         (cpu, spec, True, "sums over the ranks of an engine are not known to be"),
         (cpu, moe, False, "the router of .* is not batch-invariant"),
-        (cpu, replace(spec, head_dim=24), False, "heads of 24 elements have no batch-invariant attention"),
+        (cpu, replace(spec, layers=narrow), False, "heads of 24 elements have no batch-invariant attention"),
     ):
         with pytest.raises(LoadError, match=f"--deterministic: {why}"):
             choose_ops(config, refused, device, torch.bfloat16, is_divided=is_divided)

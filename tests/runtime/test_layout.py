@@ -41,7 +41,8 @@ def spec_of(
         attention_scale=0.125,
         tied=False,
         moe=moe,
-        fused=fused,
+        fused_qkv=fused,
+        fused_mlp=fused,
     )
 
 
@@ -230,7 +231,7 @@ def test_what_a_rank_reads_of_each_module() -> None:
     assert rank.shards("o", spec) == (Shard("columns", ((384, 576),), adds_bias=False),)
     assert rank.shards("gate_up", spec) == (Shard("rows", ((768, 1536),)),) * 2
     assert rank.shards("down", spec) == (Shard("columns", ((768, 1536),), adds_bias=False),)
-    fused = replace(spec, fused=True)
+    fused = spec_of(9, 3, fused=True)
     assert rank.shards("qkv", fused) == (Shard("rows", ((384, 576), (704, 768), (896, 960))),)
     assert rank.shards("gate_up", fused) == (Shard("rows", ((768, 1536), (2304, 3072))),)
 

@@ -146,7 +146,7 @@ class Architecture:
     qkv_bias, o_bias, mlp_bias  always, never, or the config key that says it
     windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named.
                chunks: `attention_chunk_size` on those named, or else on those that rotate; it doesn't slide
-    fused      qkv_proj and gate_up_proj are one tensor each on disk
+    fused_qkv  qkv_proj is one tensor on disk
     latent     attention is over latents, whose sizes LATENT_KEYS say
     attention_scale  what q . k is multiplied by; None: what the head's size or a config key says
     norms_values  values are normed over each head, without a weight
@@ -164,7 +164,7 @@ class Architecture:
     renamed     modules that have other names in a checkpoint, within a layer or behind all of them: 'mlp.down_proj',
                 'norm'
     dense_size  how large a dense MLP is inside
-    fused_mlp   gate_up_proj is one tensor on disk, also where qkv_proj is not; so is a shared expert's
+    fused_mlp   gate_up_proj is one tensor on disk, and a shared expert's
     eps_key     the key that has the norms' eps
     shared_size_key, shared_gate  how large an expert is that every token goes to, and whether it is behind a gate
     expert_bias  experts and routers have biases
@@ -211,7 +211,7 @@ class Architecture:
     has_layer_scalars: bool = False
     has_streams: bool = False
     blocks_alike: bool = True
-    fused: bool = False
+    fused_qkv: bool = False
     latent: bool = False
     output_gate: bool = False
     experts: ExpertRule = "none"
