@@ -2,9 +2,9 @@
 
     python benchmarks/speculation.py MODEL [--streams 1,8,32] [--tokens 256] [--rounds 5] [--config '{"method": ...}']
 
-One process has the model; two engines take turns on it, each with an empty prefix cache. A round runs the same requests
-twice on each, the first engine first and last, since what runs first is slower, and what the machine does in between
-falls on both. A ratio is that of one round; the table has the median of them, the lowest and the highest. Tasks:
+One process has the model; two engines take turns on it, each with an empty prefix cache. A round has two sets of
+requests, of which each engine is the first to run one: what runs first is slower, and a drafter may remember what it
+has seen. A ratio is that of one round; the table has the median of them, the lowest and the highest. Tasks:
 
     rewrite     "rewrite this code", of functions of Python's standard library
     extract     JSON out of records in a text
@@ -123,10 +123,9 @@ def pairs(
     found: list[Pair] = []
     for number in range(-1, arguments.rounds):  # the first one is not counted
         rng = random.Random(1000 * streams + number)
-        work = [task(text, rng, arguments.tokens) for _ in range(streams)]
-        order = [plain, engine, engine, plain] if number % 2 else [engine, plain, plain, engine]
+        one, other = ([task(text, rng, arguments.tokens) for _ in range(streams)] for _ in range(2))
         rates: dict[Engine, list[tuple[float, float]]] = {plain: [], engine: []}
-        for it in order:
+        for it, work in ((plain, one), (engine, one), (engine, other), (plain, other)):
             rates[it].append(rate(it, [named(asked, i) for i, asked in enumerate(work)]))
         if number >= 0:
             base, speculating = (statistics.harmonic_mean(speed for speed, _ in rates[it]) for it in (plain, engine))
