@@ -22,6 +22,7 @@ from octavo.server.options import FairBy
 from octavo.server.processes.board import owner_key
 
 MOST_SECONDS = 60  # of Retry-After: by then things have changed
+MOST_MEDIA = 2 << 30  # bytes of pixels and audio features that requests under way have, each in two processes
 T = TypeVar("T")
 
 
@@ -117,6 +118,7 @@ class Admission:
         self._num_of: Counter[str] = Counter()  # answers of each owner of whom some are under way
         self._num_coming = 0  # answers whose requests have a place or a ticket, and are not open in the engine yet
         self._tokens_coming = 0  # of their prompts
+        self._media_bytes = 0  # of answers that are under way
         self.on_change: Callable[[], None] = lambda: None
 
     @property
@@ -206,14 +208,30 @@ class Admission:
             return
         raise self._full("tokens", total - limit, limit)
 
+    def _check_media(self, num_bytes: int) -> None:
+        """Raise ApiError where images or recordings of so many bytes have no room; any have where there are none."""
+        if num_bytes and self._media_bytes and self._media_bytes + num_bytes > MOST_MEDIA:
+            raise ApiError(
+                429,
+                f"images and recordings of requests under way take {self._media_bytes >> 20} of "
+                f"{MOST_MEDIA >> 20} MiB, and this one's take {-(-num_bytes >> 20)}; try again later",
+                code="queue_full",
+                headers={"Retry-After": str(self._seconds_to_wait(1))},
+            )
+
     @property
     def _num_open(self) -> int:
         return self._client.num_open + self._num_coming + self._client.elsewhere.num_answers
 
     def admit(
-        self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "", owner: str = ""
+        self,
+        prompt_lengths: Sequence[int],
+        timeout: float | None,
+        key_owner: str = "",
+        owner: str = "",
+        media_bytes: int = 0,
     ) -> Ticket:
-        """Take a request of one answer for each of these prompts.
+        """Take a request of one answer for each of these prompts, which have images or recordings of so many bytes.
 
         Raises ApiError (429) when too many wait, or when those that do take longer than it may wait.
         timeout: seconds that the client gives it. owner: who has a fair share, as --fair-by says.
@@ -223,6 +241,7 @@ class Admission:
         num_tokens = sum(prompt_lengths)
         self._check_places(count, owner)
         self._check_tokens(num_tokens, owner)
+        self._check_media(media_bytes)
         self._check_time(timeout, owner)
         now = time.monotonic()
         ticket = Ticket(
@@ -233,8 +252,9 @@ class Admission:
         self._num_coming += count
         self._tokens_coming += num_tokens
         self._num_of[owner] += count
+        self._media_bytes += media_bytes
         ticket._open = _once(ticket, self._opened, count, num_tokens)
-        ticket._leave = _once(ticket, self._leave, owner, count)
+        ticket._leave = _once(ticket, self._leave, owner, count, media_bytes)
         self.on_change()
         return ticket
 
@@ -242,7 +262,8 @@ class Admission:
         self._num_coming -= count
         self._tokens_coming -= num_tokens
 
-    def _leave(self, owner: str, count: int) -> None:
+    def _leave(self, owner: str, count: int, media_bytes: int = 0) -> None:
+        self._media_bytes -= media_bytes
         self._num_of[owner] -= count
         if not self._num_of[owner]:
             del self._num_of[owner]

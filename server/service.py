@@ -191,7 +191,8 @@ class Service:
         key_owner = owner_of(http)
         set_owner(choices, self._fair_by, key_owner)
         lengths = [len(choice.request.token_ids) for choice in choices]
-        ticket = self._admit(http, lengths, key_owner, choices[0].sent.owner)
+        sent = {choice.sent.request_id: choice.sent.media_bytes for choice in choices}  # one for several answers
+        ticket = self._admit(http, lengths, key_owner, choices[0].sent.owner, sum(sent.values()))
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
 
@@ -210,10 +211,12 @@ class Service:
         ticket = self._admit(http, [len(prompt.token_ids) for prompt in prompts], key_owner, owner)
         return await pool(requests, self._client, self._metrics, ticket)
 
-    def _admit(self, http: Request, lengths: list[int], key_owner: str, owner: str) -> Ticket:
+    def _admit(self, http: Request, lengths: list[int], key_owner: str, owner: str, media_bytes: int = 0) -> Ticket:
         """A ticket for prompts of these lengths, or ApiError."""
         leave_place(http.scope)  # for the ticket, which may need several
-        ticket = self.admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, owner)
+        ticket = self.admission.admit(
+            lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, owner, media_bytes
+        )
         ticket.name = getattr(http.state, "request_name", http.state.request_id)
         return ticket
 

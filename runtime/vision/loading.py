@@ -62,6 +62,10 @@ def tower_of(
             raise UnreadImagesError("--limit-mm-per-prompt allows no image")
         if not is_alone:
             raise UnreadImagesError("images are read by engines of one rank that generate, so far")
+        if device.type != "cpu":
+            raise UnreadImagesError(
+                "no GPU has read one yet, and its memory is planned without; --device cpu reads them"
+            )
         tower = load_tower(Path(config.model), source, dtype, device, most)
         tokens = tower.facts.most_at_once
         if config.max_num_batched_tokens < tokens:

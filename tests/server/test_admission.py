@@ -20,7 +20,8 @@ import pytest
 from octavo_server import PATIENCE, Server, events, num_in_flight, serving, value, wait_until
 from slow_cases import slow
 
-from octavo.server.admission import Admission, QueueLimits
+from octavo.server.admission import MOST_MEDIA, Admission, QueueLimits
+from octavo.server.errors import ApiError
 from octavo.server.middleware import GENERATING_PATHS
 from octavo.server.options import FairBy
 from octavo.server.processes.board import Elsewhere
@@ -264,6 +265,20 @@ def test_other_processes_are_told_of_a_place_that_is_taken_and_given_back(fair_b
     place.leave()
     place.leave()
     assert told == [1, 0]
+
+
+def test_images_and_recordings_have_room_for_so_many_bytes_at_a_time() -> None:
+    """Unless there are no others: what is larger than that could never be answered."""
+    fleet: Any = SimpleNamespace(num_open=0, num_queued_tokens=0, elsewhere=Elsewhere(), finish_rate=lambda: 0.0)
+    admission = Admission(fleet, QueueLimits(max_num_seqs=1))
+    with admission.admit([1], None, media_bytes=MOST_MEDIA + 1):
+        with pytest.raises(ApiError, match="take 2048 of 2048 MiB, and this one's take 1; try again later") as refused:
+            admission.admit([1], None, media_bytes=1)
+        assert refused.value.status == 429
+        admission.admit([1], None).__exit__()
+    with admission.admit([1], None, media_bytes=MOST_MEDIA - 1), admission.admit([1, 1], None, media_bytes=1):
+        pass
+    admission.admit([1], None, media_bytes=MOST_MEDIA).__exit__()
 
 
 def resident_bytes(server: Server) -> int:

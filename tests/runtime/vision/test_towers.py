@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.offload.select import digest_of_files
 from octavo.runtime.startup import load_engine
+from octavo.runtime.vision.loading import tower_of
 from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
@@ -283,3 +285,14 @@ def test_a_config_as_qwen2_vl_was_published(tmp_path: Path) -> None:
     engine = engine_of(tmp_path)
     answer = tokens_of(run_to_end(engine, [request_of(tiny, engine, [FIRST, SECOND])])["a"])
     assert answer == tiny.greedy(tiny.inputs(text_of(tiny, 2), [FIRST, SECOND]), 6)
+
+
+@pytest.mark.parametrize("tiny", ["gemma3"], indirect=True)
+def test_a_gpu_reads_the_text_half(tiny: TinyVision) -> None:
+    """Until one has read an image: nothing is loaded there to find that out."""
+    config = EngineConfig(model=str(tiny.directory))
+    source: Any = None
+    gpu = torch.device("cuda")
+    tower, why = tower_of(config, source, torch.bfloat16, gpu, is_alone=True)
+    assert tower is None
+    assert why.startswith("images are not read: no GPU has read one yet")
