@@ -191,11 +191,6 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
         return len(self.token_ids) if self.num_prompt is None else self.num_prompt
 
     @property
-    def media_bytes(self) -> int:
-        """What it carries besides tokens."""
-        return len(self.features) + sum(len(image.pixels) for image in self.images)
-
-    @property
     def request_ids(self) -> list[str]:
         """The ids of all answers."""
         return [self.request_id, *self.other_ids]

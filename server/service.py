@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from octavo.runtime.messages import PoolingParams, PoolingTask
+from octavo.runtime.messages import AddRequest, PoolingParams, PoolingTask
 from octavo.server.admission import Admission, QueueLimits, Ticket, timeout_of
 from octavo.server.beam_search import search_beams
 from octavo.server.encoding import JsonResponse, encode_in_turns
@@ -191,7 +191,7 @@ class Service:
         key_owner = owner_of(http)
         set_owner(choices, self._fair_by, key_owner)
         lengths = [len(choice.request.token_ids) for choice in choices]
-        sent = {choice.sent.request_id: choice.sent.media_bytes for choice in choices}  # one for several answers
+        sent = {choice.sent.request_id: _media_bytes(choice.sent) for choice in choices}  # one for several answers
         ticket = self._admit(http, lengths, key_owner, choices[0].sent.owner, sum(sent.values()))
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
@@ -237,3 +237,8 @@ class Service:
         if size < VERY_LONG_BODY:
             return await asyncio.to_thread(work)
         return await asyncio.get_running_loop().run_in_executor(self._long_work, work)
+
+
+def _media_bytes(request: AddRequest) -> int:
+    """What it carries besides tokens."""
+    return len(request.features) + sum(len(image.pixels) for image in request.images)
