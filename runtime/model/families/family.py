@@ -135,6 +135,21 @@ def rope_of_each_kind(given: dict[str, Any], theta: float, local_theta: float) -
     return {"full_attention": (given, theta), "sliding_attention": (local, local_theta)}
 
 
+def rope_with_local_base(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:  # noqa: ARG001
+    """Gemma 3's and 3n's: transformers 4 has the base of layers with a window as a key of its own."""
+    local_theta = float(config.get("rope_local_base_freq") or 1e4)
+    return rope_of_each_kind(given, float(config.get("rope_theta") or 1e6), local_theta)
+
+
+def rope_without_sections(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:
+    """M-RoPE's sections say which position a pair turns by, and nothing about how far; text has one position a token.
+
+    Older configs call the rope by their name.
+    """
+    rope = {key: value for key, value in given.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return one_rope(config, settings, rope)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One model_type of a family: traits that no config key tells, and keys.

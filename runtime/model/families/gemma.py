@@ -5,16 +5,13 @@ Gemma 3 has a rope for each kind of layer.
 
 from __future__ import annotations
 
-from typing import Any
-
 from octavo.runtime.model.config_types import Count, Positive
 from octavo.runtime.model.families.family import (
     WINDOW_KEYS,
     Architecture,
     Config,
     Family,
-    Ropes,
-    rope_of_each_kind,
+    rope_with_local_base,
     slide_in_every_other,
 )
 
@@ -36,12 +33,6 @@ _GEMMA = {
 
 def _all_but_every_nth(settings: Config, rotates: list[bool]) -> list[bool]:
     return [(i + 1) % settings["sliding_window_pattern"] != 0 for i in range(len(rotates))]
-
-
-def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:  # noqa: ARG001
-    """Gemma 3's."""
-    local_theta = float(config.get("rope_local_base_freq") or 1e4)
-    return rope_of_each_kind(given, float(config.get("rope_theta") or 1e6), local_theta)
 
 
 FAMILY = Family(
@@ -83,7 +74,7 @@ FAMILY = Family(
                 "sliding_window_pattern": Count,
             },
             sliding_layers=_all_but_every_nth,
-            ropes=_ropes,
+            ropes=rope_with_local_base,
             ropes_stretch_max_position=False,
         ),
     },

@@ -5,26 +5,18 @@ Later layers read the keys and values of earlier ones, and the first ones leave 
 
 from __future__ import annotations
 
-from typing import Any
-
 from octavo.runtime.model.config_types import Count, Index, Positive
 from octavo.runtime.model.families.family import (
     WINDOW_KEYS,
     Architecture,
     Config,
     Family,
-    Ropes,
-    rope_of_each_kind,
+    rope_with_local_base,
 )
 
 
 def _all_but_every_fifth(settings: Config, rotates: list[bool]) -> list[bool]:  # noqa: ARG001
     return [(i + 1) % 5 != 0 for i in range(len(rotates))]
-
-
-def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:  # noqa: ARG001
-    local_theta = float(config.get("rope_local_base_freq") or 1e4)
-    return rope_of_each_kind(given, float(config.get("rope_theta") or 1e6), local_theta)
 
 
 FAMILY = Family(
@@ -74,7 +66,7 @@ FAMILY = Family(
                 "activation_sparsity_pattern": list[float],
             },
             sliding_layers=_all_but_every_fifth,
-            ropes=_ropes,
+            ropes=rope_with_local_base,
             ropes_stretch_max_position=False,
         ),
     },

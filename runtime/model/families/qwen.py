@@ -4,8 +4,6 @@ halves of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, which rotate by three positions whe
 
 from __future__ import annotations
 
-from typing import Any
-
 from octavo.runtime.model.config_types import Count, Index
 from octavo.runtime.model.families.family import (
     MOE_KEYS,
@@ -13,9 +11,8 @@ from octavo.runtime.model.families.family import (
     Architecture,
     Config,
     Family,
-    Ropes,
     has_window,
-    one_rope,
+    rope_without_sections,
 )
 
 _SWITCHED_WINDOW_KEYS = {"sliding_window": Index, "use_sliding_window": bool, "max_window_layers": Index}
@@ -42,19 +39,13 @@ def _every_other_up_to_max_window_layers(settings: Config, rotates: list[bool]) 
     return [has_window(settings) and i % 2 == 0 and i < most for i in range(len(rotates))]
 
 
-def _without_sections(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:
-    """M-RoPE's sections say nothing about how far a pair turns; older configs call the rope by their name."""
-    rope = {key: value for key, value in given.items() if key not in ("mrope_section", "mrope_interleaved")}
-    return one_rope(config, settings, rope)
-
-
 _QWEN_2_VL = Architecture(
     defaults=_QWEN
     | {"num_key_value_heads": 8, "max_window_layers": 80, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5},
     qkv_bias="always",
     windows="layer_types",
     reads=_QWEN_WINDOW_KEYS,
-    ropes=_without_sections,
+    ropes=rope_without_sections,
     rope_types={"mrope": "default"},
     mrope="divided",
 )
@@ -85,7 +76,7 @@ FAMILY = Family(
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             reads={"attention_bias": bool},
-            ropes=_without_sections,
+            ropes=rope_without_sections,
             mrope="interleaved",
         ),
         "qwen3": Architecture(

@@ -13,9 +13,8 @@ from octavo.runtime.model.families.family import (
     Architecture,
     Config,
     Family,
-    Ropes,
     UnsupportedModelError,
-    one_rope,
+    rope_without_sections,
 )
 from octavo.runtime.model.state_mixers import GatedDeltaSpec
 
@@ -83,12 +82,6 @@ def _apart(settings: Config) -> list[GatedDeltaSpec | None]:
     return _gated_deltas(settings, interleaved=False)
 
 
-def _rope_of_text(config: Config, settings: Config, given: dict[str, Any]) -> Ropes:
-    """Text has one position a token, so that all sections of a multimodal rope turn alike."""
-    sections = ("mrope_section", "mrope_interleaved")
-    return one_rope(config, settings, {key: value for key, value in given.items() if key not in sections})
-
-
 def _traits(**others: Any) -> Architecture:
     """What all of them have."""
     return Architecture(
@@ -122,7 +115,7 @@ FAMILY = Family(
             defaults=_LINEAR | {"num_key_value_heads": 4},
             reads=_READS_3_5,
             state_mixers=_apart,
-            ropes=_rope_of_text,
+            ropes=rope_without_sections,
         ),
         "qwen3_5_moe_text": _traits(
             defaults=_LINEAR
@@ -131,7 +124,7 @@ FAMILY = Family(
             experts="all",
             reads=_READS_3_5 | _SHARED_EXPERT_KEYS,
             state_mixers=_apart,
-            ropes=_rope_of_text,
+            ropes=rope_without_sections,
         ),
     },
     vision={"qwen3_5": ("qwen3_5_text",), "qwen3_5_moe": ("qwen3_5_moe_text",)},
