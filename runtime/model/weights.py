@@ -6,7 +6,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -263,7 +263,7 @@ class DecoderBuilder:
         table = self._token_table()
         stack = Stack(
             self.embedding(table) if stage.is_first else Received(stage, table),
-            self._layers(range(*stage.layers), on_layer),
+            list(self._layers(range(*stage.layers), on_layer)),
             self.final_norm() if stage.is_last else self._add_norm(None),
             self._end(table),
             first_layer=stage.layers[0],
@@ -291,16 +291,13 @@ class DecoderBuilder:
             return NoHead()
         return self.head(table) if self.stage.is_last else HandedOn(self.stage)
 
-    def _layers(self, indices: range, on_layer: OnLayer) -> list[DecoderLayer] | list[AltUpLayer]:
+    def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[DecoderLayer | AltUpLayer]:
+        streams = self.spec.streams
         on_layer(0, len(indices))
-        layers = []
-        around = []
         for loaded, index in enumerate(indices, start=1):
-            layers.append(self.layer(index))
-            if self.spec.streams is not None:
-                around.append(read_altup(self, self.spec.streams, index, layers[-1]))
+            layer = self.layer(index)
+            yield layer if streams is None else read_altup(self, streams, index, layer)
             on_layer(loaded, len(indices))
-        return around or layers
 
     def _token_table(self) -> Tensor:
         """This rank's rows of the embedding [vocab, hidden]; no rows in a stage that has no use for them."""
