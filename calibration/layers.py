@@ -233,7 +233,7 @@ def portability_warnings(
         if any(kept.intersection(joined_with(module)) for module in of_kind):
             warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
     is_int8 = scheme.weight.dtype == "int8" and scheme.activation is not None
-    if is_int8 and format == "compressed-tensors" and any("experts." in x.kind for x in selection.linears.values()):
+    if is_int8 and format == "compressed-tensors" and has_experts:
         warnings.append(
             "int8 experts with int8 inputs: transformers 5.24 with compressed-tensors 0.20 finds none of their tensors "
             "and doesn't load the model; octavo does, and what transformers loads is FP8_DYNAMIC or W4A16"
