@@ -7,10 +7,7 @@ with what is wrong. It ends when the server closes the socket, which is its stdi
 from __future__ import annotations
 
 import gc
-import os
 import pickle
-import signal
-import socket
 import sys
 from typing import Any
 
@@ -19,27 +16,17 @@ from pydantic import TypeAdapter
 
 from octavo.server.bodies import DECODED, OUT_OF_MEMORY, REFUSED, validated
 from octavo.server.errors import ApiError
-from octavo.text.frames import LENGTH_BYTES
-from octavo.text.template_process import limit_memory
+from octavo.text.answering import answer_frames, limit_memory, server_link
 
 MEMORY_BYTES = 1 << 30  # beside what the process has at start; 4 million token ids, the most, take 400 MB
 
 
 def main() -> int:
     """Decode until the socket is closed; returns the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
-        signal.signal(number, signal.SIG_IGN)
+    link = server_link()
     limit_memory(MEMORY_BYTES)
     gc.disable()  # decoded values have no reference cycles, and looking for them would take most of the time
-    link = socket.socket(fileno=os.dup(0)).makefile("rwb")
-    while len(size := link.read(LENGTH_BYTES)) == LENGTH_BYTES:
-        answer = _answer(link.read(int.from_bytes(size, "little")))
-        link.write(len(answer).to_bytes(LENGTH_BYTES, "little"))
-        link.write(answer)
-        link.flush()
-        if answer == OUT_OF_MEMORY:
-            return 1
-    return 0
+    return answer_frames(link, _answer, OUT_OF_MEMORY)
 
 
 def _answer(frame: bytes) -> bytes:

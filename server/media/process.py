@@ -7,35 +7,24 @@ takes too long. It ends when the server closes the socket, which is its stdin.
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
-import socket
 import sys
 
 import msgspec
 
 from octavo.server.media.frames import ImageError, frames_of
 from octavo.server.media.jobs import TOO_LARGE, Answer, Decoded, Job, Refused
-from octavo.text.frames import frame_of, receive_frame
-from octavo.text.template_process import limit_memory
+from octavo.text.answering import answer_frames, limit_memory, server_link
 
 MEMORY_BYTES = 1 << 30  # beside what the process has at start; MAX_PIXELS with transparency take 800 MiB
 
 
 def main() -> int:
     """Decode until the socket is closed; returns the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
-        signal.signal(number, signal.SIG_IGN)
-    link = socket.socket(fileno=os.dup(0))
+    link = server_link()
     limit_memory(MEMORY_BYTES)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while (frame := receive_frame(link)) is not None:
-        try:
-            link.sendall(frame_of(msgspec.msgpack.encode(_answer(frame))))
-        except (BrokenPipeError, ConnectionResetError):
-            return 1  # the server was killed meanwhile
-    return 0
+    return answer_frames(link, lambda frame: msgspec.msgpack.encode(_answer(frame)))
 
 
 def _answer(frame: bytes) -> Answer:

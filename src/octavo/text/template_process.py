@@ -11,19 +11,17 @@ server does no more than decode: a template that broke out of the sandbox may ha
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import resource
-import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from octavo.text.answering import answer_frames, limit_memory, send_answer, server_link
 from octavo.text.chat_template import ChatTemplate, ChatTemplateError, Message
-from octavo.text.frames import frame_of, receive_frame
+from octavo.text.frames import receive_frame
 
 RENDERED = b"T"
 REFUSED = b"E"  # a ChatTemplateError
@@ -55,52 +53,40 @@ class Job:
 
 def main() -> int:
     """Render until the socket is closed; returns the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
-        signal.signal(number, signal.SIG_IGN)
-    link = socket.socket(fileno=os.dup(0))
+    link = server_link()
     first = receive_frame(link)
     if first is None:
         return 0
     setup: Setup = pickle.loads(first)
     limit_memory(setup.memory_bytes)
-    _limit_time(setup.cpu_seconds)
-    if not _answer(link, setup, None):
+    if not send_answer(link, _answer(setup, None), OUT_OF_MEMORY):
         return 1
-    while (frame := receive_frame(link)) is not None:
-        _limit_time(setup.cpu_seconds)
-        if not _answer(link, setup, frame):
-            return 1
-    return 0
+    return answer_frames(link, partial(_answer, setup), OUT_OF_MEMORY)
 
 
-def _answer(link: socket.socket, setup: Setup, frame: bytes | None) -> bool:
-    """Check the templates (no frame), or render a job; whether the process can go on."""
+def _answer(setup: Setup, frame: bytes | None) -> bytes:
+    """Of the templates, which are checked (no frame), or of a job, which is rendered."""
+    _limit_time(setup.cpu_seconds)
     try:
         if frame is None:
             setup.template.check()
-            content = RENDERED
-        else:
-            job: Job = pickle.loads(frame)
-            text = setup.template.render(
-                job.messages,
-                template=job.template,
-                add_generation_prompt=job.add_generation_prompt,
-                continue_final_message=job.continue_final_message,
-                tools=job.tools,
-                documents=job.documents,
-                variables=job.variables,
-                max_characters=job.max_characters,
-            )
-            content = RENDERED + text.encode("utf-8", "surrogatepass")
+            return RENDERED
+        job: Job = pickle.loads(frame)
+        text = setup.template.render(
+            job.messages,
+            template=job.template,
+            add_generation_prompt=job.add_generation_prompt,
+            continue_final_message=job.continue_final_message,
+            tools=job.tools,
+            documents=job.documents,
+            variables=job.variables,
+            max_characters=job.max_characters,
+        )
+        return RENDERED + text.encode("utf-8", "surrogatepass")
     except ChatTemplateError as error:
-        content = REFUSED + str(error).encode("utf-8", "surrogatepass")
+        return REFUSED + str(error).encode("utf-8", "surrogatepass")
     except MemoryError:
-        content = OUT_OF_MEMORY
-    try:
-        link.sendall(frame_of(content))
-    except (BrokenPipeError, ConnectionResetError):
-        return False  # the server was killed meanwhile
-    return content != OUT_OF_MEMORY
+        return OUT_OF_MEMORY
 
 
 def _limit_time(seconds: int) -> None:
@@ -110,18 +96,6 @@ def _limit_time(seconds: int) -> None:
     if hard == resource.RLIM_INFINITY or soft < hard:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def limit_memory(num_bytes: int) -> None:
-    """Limit the process to num_bytes more than it has now; there is no limit without /proc, which says how many."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:
-        return
-    limit = pages * resource.getpagesize() + num_bytes
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or limit < hard:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 if __name__ == "__main__":
