@@ -11,7 +11,6 @@ builds it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaShape
@@ -22,36 +21,35 @@ Linears = dict[str, tuple[dict[str, int], int]]
 """By the names of `DecoderLayer.linears`, in the order of computing: rows of each module, and the columns of all."""
 
 
+class _WithoutKeys:
+    """What `AttentionSpec` says of a layer, of one that has no keys and values; and no gates."""
+
+    window: ClassVar[None] = None
+    rope: ClassVar[None] = None
+    query_scale: ClassVar[None] = None
+    source: ClassVar[None] = None
+    num_kv_heads: ClassVar[int] = 0
+    head_dim: ClassVar[int] = 0
+
+    @property
+    def gates(self) -> dict[str, int]:
+        """Modules and their rows, all of which read the layer's input."""
+        return {}
+
+
 @dataclass(frozen=True)
-class GatedDeltaSpec:
+class GatedDeltaSpec(_WithoutKeys):
     """The gated delta rule (kernels/linear_attention/gated_delta.py).
 
-    interleaved  as of `GatedDeltaShape`; such checkpoints have one module for queries, keys, values and z, and one for
-                 both gates, and others have several
+    Checkpoints whose shape is `interleaved` have one module for queries, keys, values and z, and one for both gates;
+    others have several.
     """
 
-    num_key_heads: int
-    num_value_heads: int
-    key_dim: int
-    value_dim: int
-    taps: int
-    interleaved: bool
-    window: None = None
-    rope: None = None
-    query_scale: None = None
-    source: None = None
-    num_kv_heads: int = 0
-    head_dim: int = 0
+    shape: GatedDeltaShape
     owner: ClassVar[str] = "linear_attn"
     title: ClassVar[str] = "the gated delta rule"
     batch_invariant: ClassVar[bool] = True
     out_norm: ClassVar[str | None] = None  # its norm is one for all heads
-
-    @cached_property
-    def shape(self) -> GatedDeltaShape:
-        return GatedDeltaShape(
-            self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.taps, self.interleaved
-        )
 
     @property
     def state(self) -> StateShape:
@@ -61,39 +59,32 @@ class GatedDeltaSpec:
         shape = self.shape
         qkv = 2 * shape.keys + shape.values
         first = {"in_proj_qkv": qkv, "in_proj_z": shape.values}
-        if self.interleaved:
+        if shape.interleaved:
             first = {"in_proj_qkvz": qkv + shape.values}
         return {"qkvz": (first, hidden_size), "out": ({"out_proj": hidden_size}, shape.values)}
 
     @property
     def gates(self) -> dict[str, int]:
-        """Modules and their rows, all of which read the layer's input."""
-        if self.interleaved:
-            return {"in_proj_ba": 2 * self.num_value_heads}
-        return {"in_proj_b": self.num_value_heads, "in_proj_a": self.num_value_heads}
+        heads = self.shape.num_value_heads
+        return {"in_proj_ba": 2 * heads} if self.shape.interleaved else {"in_proj_b": heads, "in_proj_a": heads}
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
+        heads = (self.shape.num_value_heads,)
         return {
-            "conv1d.weight": (self.shape.channels, 1, self.taps),
-            "dt_bias": (self.num_value_heads,),
-            "A_log": (self.num_value_heads,),
-            "norm.weight": (self.value_dim,),
+            "conv1d.weight": (self.shape.channels, 1, self.shape.taps),
+            "dt_bias": heads,
+            "A_log": heads,
+            "norm.weight": (self.shape.value_dim,),
         }
 
 
 @dataclass(frozen=True)
-class Mamba2Spec:
+class Mamba2Spec(_WithoutKeys):
     """Mamba 2's state space (kernels/linear_attention/mamba2.py), between two linear layers."""
 
     shape: Mamba2Shape
     has_conv_bias: bool
-    window: None = None
-    rope: None = None
-    query_scale: None = None
-    source: None = None
-    num_kv_heads: int = 0
-    head_dim: int = 0
     owner: ClassVar[str] = "mamba"
     title: ClassVar[str] = "Mamba 2's state space"
     batch_invariant: ClassVar[bool] = False  # a chunk of tokens begins where a step does
@@ -106,10 +97,6 @@ class Mamba2Spec:
     def linears(self, hidden_size: int) -> Linears:
         first = {"in_proj": sum(self.shape.columns)}
         return {"in": (first, hidden_size), "out": ({"out_proj": hidden_size}, self.shape.inner)}
-
-    @property
-    def gates(self) -> dict[str, int]:
-        return {}
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -126,17 +113,11 @@ class Mamba2Spec:
 
 
 @dataclass(frozen=True)
-class ShortConvSpec:
+class ShortConvSpec(_WithoutKeys):
     """A short convolution between two gates (kernels/linear_attention/short_conv.py) and two linear layers."""
 
     channels: int
     taps: int
-    window: None = None
-    rope: None = None
-    query_scale: None = None
-    source: None = None
-    num_kv_heads: int = 0
-    head_dim: int = 0
     owner: ClassVar[str] = "conv"
     title: ClassVar[str] = "a short convolution"
     batch_invariant: ClassVar[bool] = False  # as far as it is known
@@ -148,10 +129,6 @@ class ShortConvSpec:
 
     def linears(self, hidden_size: int) -> Linears:
         return {"in": ({"in_proj": 3 * self.channels}, hidden_size), "out": ({"out_proj": hidden_size}, self.channels)}
-
-    @property
-    def gates(self) -> dict[str, int]:
-        return {}
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo.kernels.linear_attention.gated_delta import GatedDeltaShape
 from octavo.runtime.model.config_types import Count, Index, Positive
 from octavo.runtime.model.families.family import (
     MOE_KEYS,
@@ -61,7 +62,7 @@ def _gated_deltas(settings: Config, *, interleaved: bool) -> list[GatedDeltaSpec
         raise UnsupportedModelError(
             f"linear_num_value_heads {value_heads} isn't a multiple of linear_num_key_heads {key_heads}"
         )
-    mixer = GatedDeltaSpec(
+    shape = GatedDeltaShape(
         key_heads,
         value_heads,
         settings["linear_key_head_dim"],
@@ -69,6 +70,7 @@ def _gated_deltas(settings: Config, *, interleaved: bool) -> list[GatedDeltaSpec
         settings["linear_conv_kernel_dim"],
         interleaved,
     )
+    mixer = GatedDeltaSpec(shape)
     return [mixer if kind == "linear_attention" else None for kind in kinds]
 
 
