@@ -22,6 +22,7 @@ from octavo.kernels.linear_attention.gated_delta_vectors import LANES, ROWS, cha
 from octavo.kernels.linear_attention.states import StateCache, rows_of
 from octavo.kernels.native.dtypes import KINDS, exp, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
+from octavo.kernels.norm.cpu import normalize, silu
 
 _REASSOCIATE = {"reassoc", "contract", "nsz"}
 _TOKENS = 16  # that go through a state together
@@ -96,16 +97,6 @@ def _scan(state, mixed, first_value, beta, decay, out, tokens):  # type: ignore[
             out[t, j] = _change(state[j], key, query, decay[t], change, keys)
 
 
-@numba.njit(fastmath=_REASSOCIATE)
-def _norm_and_gate(row, z, weight, eps, count):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(count):
-        total += row[i] * row[i]
-    factor = np.float32(1.0 / np.sqrt(total / np.float32(count) + np.float32(eps)))
-    for i in range(count):
-        row[i] = row[i] * factor * weight[i] * (z[i] / (np.float32(1) + exp(-z[i])))
-
-
 @numba.njit
 def _softplus(x):  # type: ignore[no-untyped-def]
     return x if x > 20.0 else math.log1p(math.exp(x))
@@ -178,8 +169,9 @@ def _finish(a, eps, column, head, first, tokens, outs, z):  # type: ignore[no-un
     for i in range(tokens):
         x_row = (first + i) * 2 * (a[_KEY_HEADS] * a[_KEY_DIM] + width)
         load_row(a[_X] + (x_row + column) * size, a[_KIND], z, dv)
-        _norm_and_gate(outs[i], z, norm, eps, dv)
-        store_row(outs[i], np.float32(1), a[_OUT] + ((first + i) * width + head * dv) * size, a[_KIND], dv)
+        normalize(outs[i], norm, eps, dv)
+        silu(z, outs[i], dv)
+        store_row(z, np.float32(1), a[_OUT] + ((first + i) * width + head * dv) * size, a[_KIND], dv)
 
 
 @kernel("q" * (_COUNT - 2) + "d")

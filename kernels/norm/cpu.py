@@ -58,7 +58,8 @@ def _rms_norm(args):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _silu(gate, up, count):  # type: ignore[no-untyped-def]
+def silu(gate, up, count):  # type: ignore[no-untyped-def]
+    """gate = silu(gate) * up, in place; float32."""
     for i in range(count):
         gate[i] = gate[i] / (np.float32(1) + exp(-gate[i])) * up[i]
 
@@ -101,7 +102,7 @@ def _gated(args):  # type: ignore[no-untyped-def]
         load_row(a[1] + 2 * i * size, kind, gate, count)
         load_row(a[1] + (2 * i + 1) * size, kind, up, count)
         if a[6] == 0:
-            _silu(gate, up, count)
+            silu(gate, up, count)
         elif a[6] == 1:
             _gelu_tanh(gate, up, count)
         else:
