@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.dense.slabs import nibbles_of, rows_of, slabs_of, words_of
+from octavo.kernels.dense.slabs import fields_of, rows_of, slabs_of, words_of
 from octavo.kernels.fp4.reference import decode_e2m1, encode_e2m1
 from octavo.kernels.native.dtypes import KINDS, size_of
 from octavo.kernels.native.gemm_tile import (
@@ -79,7 +79,7 @@ class Packed(PackedWeight):
     def unpack(self) -> Tensor:
         if self.scale is None or self.row_scale is None:
             return rows_of(self.slabs).float()[: self.num_rows, : self.num_columns]
-        numbers = decode_e2m1(rows_of(nibbles_of(self.slabs)).to(torch.uint8)).float()
+        numbers = decode_e2m1(rows_of(fields_of(self.slabs, 4)).to(torch.uint8)).float()
         scale = rows_of(self.scale[..., None]).float().repeat_interleave(self.num_columns // self.num_groups, 1)
         return (numbers * scale * self.row_scale.reshape(-1, 1))[: self.num_rows, : self.num_columns]
 

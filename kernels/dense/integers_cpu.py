@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.dense.slabs import planes_of, rows_of, slabs_of, words_of
+from octavo.kernels.dense.slabs import fields_of, planes_of, rows_of, slabs_of, words_of
 from octavo.kernels.int4.reference import IQ4_LEVELS
 from octavo.kernels.native.dtypes import FLOAT32, FP16, KINDS, bf16_to_float, half_to_float, load_row, size_of
 from octavo.kernels.native.gemm_tile import (
@@ -150,19 +150,11 @@ class PackedIntegers(PackedWeight):
     def _fields(self) -> Tensor:
         """Codes from 0 up, [N, K], of slabs of nibbles."""
         words = WORDS[self.kind]
-        high = HIGH_BITS.get(self.kind, 0)
-        n = self.slabs.shape[0] * LANES
-        steps = self.slabs.reshape(self.slabs.shape[0], -1, words + (high > 0), LANES).transpose(2, 3)
-        found = []
-        for word in range(words):
-            for p in range(4):
-                for half in range(2):
-                    code = (steps[..., word] >> (16 * half + 4 * p)) & 15
-                    if high:
-                        plane = steps[..., words] >> (16 * half + high * (4 * word + p))
-                        code = code | ((plane & ((1 << high) - 1)) << 4)
-                    found.append(code)
-        return torch.stack(found, -1).transpose(1, 2).reshape(n, -1)
+        steps = self.slabs.reshape(self.slabs.shape[0], -1, words + (self.kind in HIGH_BITS), LANES).transpose(2, 3)
+        codes = fields_of(steps[..., :words, None], 4).flatten(3)
+        if self.kind in HIGH_BITS:
+            codes |= fields_of(steps[..., words:], HIGH_BITS[self.kind]) << 4
+        return rows_of(codes)
 
 
 def pack(codes: Tensor, scales: Scales, bits: int, low: int) -> PackedIntegers:

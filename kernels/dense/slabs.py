@@ -53,7 +53,7 @@ def _gathered(eights: Tensor, bits: int) -> Tensor:
     return half(eights) | half(eights >> 8) << 16
 
 
-def nibbles_of(words: Tensor) -> Tensor:
-    """Words [..., 1] int32 to their nibbles [..., 8], in the order of columns."""
-    shifts = (16 * half + 4 * pair for pair in range(4) for half in range(2))
-    return torch.cat([(words >> shift) & 15 for shift in shifts], dim=-1)
+def fields_of(words: Tensor, bits: int) -> Tensor:
+    """Words [..., 1] int32, of W4 (4 bits) or of planes (1 or 2), to their fields [..., 32 / bits], as columns go."""
+    shifts = (16 * half + bits * pair for pair in range(16 // bits) for half in range(2))
+    return torch.cat([(words >> shift) & ((1 << bits) - 1) for shift in shifts], dim=-1)
