@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from octavo.quant.gguf.codebooks import codebook
-from octavo.quant.gguf.fields import fields, half, nibbles, words
+from octavo.quant.gguf.fields import fields, half, nibbles, split, words
 
 Blocks = tuple[Tensor, Tensor, None]
-_SEVEN_SIGNS = 7 * torch.arange(4)
 
 
 def iq2_xxs(b: Tensor) -> Blocks:
@@ -58,8 +57,7 @@ def iq3_s(b: Tensor) -> Blocks:
 def iq1_s(b: Tensor) -> Blocks:
     """In eighths, so that they are integers."""
     high = words(b[:, 34:], 2)
-    ninths = (high[:, :, None] >> (3 * torch.arange(4))) & 7
-    codes = 8 * _of_codebook("IQ1", b[:, 2:34].long() | (ninths.flatten(1) << 8))
+    codes = 8 * _of_codebook("IQ1", b[:, 2:34].long() | (split(high, 3, 4) << 8))
     more = (1 - 2 * (high >> 15)).to(torch.int8)
     return codes + more.repeat_interleave(32, 1), _odd((high >> 12) & 7) * half(b[:, :2]) / 8, None
 
@@ -72,8 +70,7 @@ def iq1_m(b: Tensor) -> Blocks:
     scales = words(b[:, 48:], 2)
     d = ((scales >> 12) << (4 * torch.arange(4))).sum(1, keepdim=True)
     d = d.to(torch.uint16).view(torch.float16).float()
-    threes = (scales[:, :, None] >> (3 * torch.arange(4))) & 7
-    return codes + more, _odd(threes.flatten(1)) * d / 8, None
+    return codes + more, _odd(split(scales, 3, 4)) * d / 8, None
 
 
 def tq1_0(b: Tensor) -> Blocks:
@@ -101,7 +98,7 @@ def _odd(scale: Tensor) -> Tensor:
 
 def _even_signs(four: Tensor) -> Tensor:
     """Words [n, m] of four times seven bits, as signs of 32 columns each."""
-    return _signs(_with_parity(((four[:, :, None] >> _SEVEN_SIGNS) & 127).flatten(1)))
+    return _signs(_with_parity(split(four, 7, 4)))
 
 
 def _with_parity(seven: Tensor) -> Tensor:
@@ -112,4 +109,4 @@ def _with_parity(seven: Tensor) -> Tensor:
 
 def _signs(eight: Tensor) -> Tensor:
     """Bytes [n, m] as 1 or -1 for each of their bits, [n, 8 m] int8, the lowest first."""
-    return (1 - 2 * ((eight[:, :, None] >> torch.arange(8)) & 1)).to(torch.int8).flatten(1)
+    return 1 - 2 * split(eight, 1, 8).to(torch.int8)

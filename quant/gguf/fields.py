@@ -28,3 +28,8 @@ def words(raw: Tensor, nbytes: int) -> Tensor:
     """[n, bytes] to little-endian integers of so many bytes, [n, bytes / nbytes] int64."""
     parts = raw.reshape(len(raw), -1, nbytes).long()
     return (parts << (8 * torch.arange(nbytes))).sum(2)
+
+
+def split(values: Tensor, bits: int, count: int) -> Tensor:
+    """[n, m] integers to the `count` lowest fields of each, [n, count * m] int64, the lowest first."""
+    return ((values[:, :, None] >> (bits * torch.arange(count))) & ((1 << bits) - 1)).flatten(1)
