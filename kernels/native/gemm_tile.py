@@ -201,6 +201,14 @@ class Tile:
                 for w, total in zip(weights, row, strict=True):
                     builder.store(dot(builder, self.kind, builder.load(total), columns, w[part]), total)
 
+    def sums(self) -> list[list[Any]]:
+        """Where float32 sums over groups stand, as `totals`; 0 at first."""
+        places = [[cgutils.alloca_once(self.builder, F32X16) for _ in row] for row in self.totals]
+        for row in places:
+            for place in row:
+                self.builder.store(ir.Constant(F32X16, [0.0] * 16), place)
+        return places
+
     def total(self, row: int, vector: int) -> Any:
         return self.builder.load(self.totals[row][vector])
 
@@ -356,10 +364,7 @@ def _sum_scaled(tile: Tile, walk: list[Any], groups: Any, scales: tuple[Any, int
     address, kind = scales
     scale_bytes = 32 if kind == dtypes.BF16 else 64
     distances = tile.look_ahead(ahead, part)
-    finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
-    for row in finals:
-        for final in row:
-            builder.store(ir.Constant(F32X16, [0.0] * 16), final)
+    finals = tile.sums()
     slabs = [at_step(builder, address, builder.mul(tile.slab(v), groups), scale_bytes) for v in range(len(tile.w))]
     rows = range(len(tile.x)) if starts is not None else ()
     firsts = [at_step(builder, starts, builder.mul(tile.row(r), groups), 4) for r in rows]

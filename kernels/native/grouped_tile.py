@@ -125,10 +125,7 @@ def _sum_groups(tile: Tile, places: _Places, walk: list[Any], sums: Any, base: A
     builder = tile.builder
     steps, ahead, part = walk
     distances = tile.look_ahead(ahead, part)
-    finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
-    for row in finals:
-        for final in row:
-            builder.store(ir.Constant(F32X16, [0.0] * 16), final)
+    finals = tile.sums()
     less = builder.fneg(builder.sitofp(base, F32))
     rows = [at_step(builder, sums, builder.mul(tile.row(r), places.groups), 4) for r in range(len(tile.x))]
     with cgutils.for_range(builder, places.groups) as loop:
