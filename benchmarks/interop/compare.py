@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,17 +206,9 @@ class Judge:
             return "refused", without_paths(" ".join(error.split()))[:WORDS].replace("|", "/")
         dtypes = [dtype for dtype in DTYPES if dtype in one + other]
         noise = max(distance(*(self.answers[run] for run in self.noise[dtype])).lead_p99 for dtype in dtypes)
-        equal, remarks = [], []
-        for number, (prompt, a, b) in enumerate(zip(self.prompts, ours.tokens, theirs.tokens, strict=True), 1):
-            place = equal_tokens(a, b)
-            equal.append(str(place))
-            if place < GOAL:
-                context = prompt + a[:place]
-                gap = abs(self.score([*context, a[place]]) - self.score([*context, b[place]]))
-                parts = self.parts(dtypes, number - 1, a[:place])
-                verdict = "near-tie" if gap <= noise else "its own" if parts else "NO near-tie"
-                remarks.append(f"prompt {number}, token {place + 1}: {verdict}, {gap:.3f}")
-        return " ".join(equal), "; ".join(remarks) + (f" (near is under {noise:.3f})" if remarks else "")
+        return greedy_cells(
+            self.url, self.prompts, ours, theirs, noise, lambda number, start: self.parts(dtypes, number, start)
+        )
 
     def parts(self, dtypes: list[str], number: int, start: list[int]) -> bool:
         """Whether two of transformers' own runs begin an answer with the same tokens and then part, here as well."""
@@ -223,11 +216,38 @@ class Judge:
         runs = [self.answers[name].tokens[number] for name in {name for pair in names for name in pair}]
         return len({tokens[len(start)] for tokens in runs if tokens[: len(start)] == start}) > 1
 
-    def score(self, ids: list[int]) -> float:
-        """Log-probability of the last token."""
-        choice = post(self.url, {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0})["choices"][0]
-        value: float = choice["logprobs"]["token_logprobs"][-1]
-        return value
+
+def greedy_cells(
+    url: str,
+    prompts: list[list[int]],
+    ours: Answer,
+    theirs: Answer,
+    near: float,
+    parts: Callable[[int, list[int]], bool] | None = None,
+) -> tuple[str, str]:
+    """(equal tokens from the start for each prompt, a remark on each difference before the goal).
+
+    url: of the server that says how far apart two tokens are; near: what a near-tie isn't above. parts: whether one
+    engine's own runs part there, too: (index of the prompt, tokens until there).
+    """
+    equal, remarks = [], []
+    for number, (prompt, a, b) in enumerate(zip(prompts, ours.tokens, theirs.tokens, strict=True), 1):
+        place = equal_tokens(a, b)
+        equal.append(str(place))
+        if place < GOAL:
+            context = prompt + a[:place]
+            gap = abs(score(url, [*context, a[place]]) - score(url, [*context, b[place]]))
+            is_own = parts is not None and parts(number - 1, a[:place])
+            verdict = "near-tie" if gap <= near else "its own" if is_own else "NO near-tie"
+            remarks.append(f"prompt {number}, token {place + 1}: {verdict}, {gap:.3f}")
+    return " ".join(equal), "; ".join(remarks) + (f" (near is under {near:.3f})" if remarks else "")
+
+
+def score(url: str, ids: list[int]) -> float:
+    """Log-probability of the last token."""
+    choice = post(url, {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0})["choices"][0]
+    value: float = choice["logprobs"]["token_logprobs"][-1]
+    return value
 
 
 def distance_cells(one: Answer, other: Answer) -> tuple[str, ...]:

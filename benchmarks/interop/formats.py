@@ -23,19 +23,18 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_servers import Server, octavo_server, running
+from benchmarks.cpu_servers import NAME, Server, octavo_server, running
 from benchmarks.cpu_vs_peers import cpu_name
-from benchmarks.interop.agreement import distance, equal_tokens
-from benchmarks.interop.compare import ask_octavo, markdown, post, without_paths
+from benchmarks.interop.agreement import distance
+from benchmarks.interop.compare import GOAL, ask_octavo, greedy_cells, markdown, without_paths
 from benchmarks.interop.peers import Answer, Peer, Questions, ask, questions
 
 from octavo import __version__
 
-GOAL = 16
 WORDS = 300  # characters of an engine's reason
 HEAD = ("format", "scheme", "engine", "equal tokens", "differences before token 16")
 CT = ("transformers", "vLLM")
@@ -125,7 +124,8 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
                     continue
                 ours = single if name.endswith("float32") else half
                 near = distance(single, half).lead_p99
-                row = [case.format, case.scheme, name, *judged(run.url, asked.prompts, ours, answer, near)]
+                cells = greedy_cells(run.url, asked.prompts, begun(ours), begun(answer), near)
+                row = [case.format, case.scheme, name, *cells]
                 return {"row": row, "refusals": refusals, "versions": [answer.version]}
     return {
         "row": [case.format, case.scheme, "none", "", "see the reasons below"],
@@ -170,7 +170,7 @@ def ask_llama(program: str, file: Path, asked: Questions, log: Path) -> Answer:
     """Greedy tokens by llama.cpp's own server, one prompt at a time."""
     threads = str(len(os.sched_getaffinity(0)))
     flags = ("--threads", threads, "--parallel", "1", "--ctx-size", "1024")
-    command = (program, "--model", str(file), "--alias", "smollm2", "--host", "127.0.0.1", "--port", "{port}", *flags)
+    command = (program, "--model", str(file), "--alias", NAME, "--host", "127.0.0.1", "--port", "{port}", *flags)
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     said = (version.stdout + version.stderr).split("version:")[-1].split("\n")[0].strip()
     try:
@@ -194,25 +194,9 @@ def continued(url: str, ids: list[int]) -> list[int]:
     return tokens
 
 
-def judged(url: str, prompts: list[list[int]], ours: Answer, theirs: Answer, near: float) -> tuple[str, str]:
-    """(equal tokens for each prompt, the gap at each difference)."""
-    equal, remarks = [], []
-    for number, (prompt, a, b) in enumerate(zip(prompts, ours.tokens, theirs.tokens, strict=True), 1):
-        place = equal_tokens(a[:GOAL], b[:GOAL])
-        equal.append(str(place))
-        if place < GOAL:
-            context = prompt + a[:place]
-            gap = abs(score(url, [*context, a[place]]) - score(url, [*context, b[place]]))
-            verdict = "near-tie" if gap <= near else "NO near-tie"
-            remarks.append(f"prompt {number}, token {place + 1}: {verdict}, {gap:.3f}")
-    return " ".join(equal), "; ".join(remarks) + (f" (near is under {near:.3f})" if remarks else "")
-
-
-def score(url: str, ids: list[int]) -> float:
-    """Log-probability of the last token."""
-    choice = post(url, {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0})["choices"][0]
-    value: float = choice["logprobs"]["token_logprobs"][-1]
-    return value
+def begun(answer: Answer) -> Answer:
+    """The answer up to GOAL."""
+    return replace(answer, tokens=[tokens[:GOAL] for tokens in answer.tokens])
 
 
 def brief(words: str) -> str:
