@@ -101,7 +101,7 @@ def pack_fp4(numbers: Tensor, scale: Tensor, row_scale: Tensor) -> Packed:
     codes = torch.nn.functional.pad(encode_e2m1(numbers), pad)
     scales = torch.nn.functional.pad(scale.to(torch.bfloat16), pad)
     rows = torch.nn.functional.pad(row_scale.float(), (0, -n % LANES)).reshape(-1, LANES).contiguous()
-    slabs = slabs_of(words_of(codes.to(torch.uint8)), 1)
+    slabs = slabs_of(words_of(codes), 1)
     return Packed(FP4, slabs, slabs_of(scales, 1)[..., 0].contiguous(), rows, n, k)
 
 
