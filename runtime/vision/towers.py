@@ -29,7 +29,7 @@ class TowerModule(Protocol):
 class VisionTower:
     """A model's tower, on the model's device.
 
-    facts: what the server is told. spreads: placeholders have positions in height and width (M-RoPE).
+    facts: what the server is told.
     """
 
     def __init__(self, facts: VisionModel, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
