@@ -10,11 +10,11 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
 from octavo.runtime.vision.recipes import MAX_PIXELS, Recipe, Size, View
+from octavo.server.media.jobs import Decoded
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -23,15 +23,7 @@ class ImageError(ValueError):
     """No image, or one that isn't read; the message says why."""
 
 
-class Frames(NamedTuple):
-    """Pixels as `PromptImage` has them, and the size of the image that they were made of."""
-
-    size: Size
-    frames: tuple[Size, ...]
-    pixels: bytes
-
-
-def frames_of(content: bytes, recipe: Recipe) -> Frames:
+def frames_of(content: bytes, recipe: Recipe) -> Decoded:
     """What a tower sees of an image. Of several pictures in a file, the first one is the image. Raises ImageError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow's own limits: those here are lower, or said of metadata
@@ -40,7 +32,7 @@ def frames_of(content: bytes, recipe: Recipe) -> Frames:
         picture = _decoded(image)
         views = _views(picture.size, recipe)
         pixels = b"".join(_pixels(picture, views, Image.Resampling(recipe.resample)))
-    return Frames(picture.size, tuple(view.frame for view in views), pixels)
+    return Decoded(picture.size, tuple(view.frame for view in views), pixels)
 
 
 def _views(size: Size, recipe: Recipe) -> tuple[View, ...]:

@@ -15,7 +15,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Decoded(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """See frames.Frames."""
+    """Pixels as `PromptImage` has them, and the size of the image that they were made of."""
 
     size: Size
     frames: tuple[Size, ...]

@@ -13,7 +13,7 @@ import sys
 import msgspec
 
 from octavo.server.media.frames import ImageError, frames_of
-from octavo.server.media.jobs import TOO_LARGE, Answer, Decoded, Job, Refused
+from octavo.server.media.jobs import TOO_LARGE, Answer, Job, Refused
 from octavo.text.answering import answer_frames, limit_memory, server_link
 
 MEMORY_BYTES = 1 << 30  # beside what the process has at start; MAX_PIXELS with transparency take 800 MiB
@@ -30,7 +30,7 @@ def main() -> int:
 def _answer(frame: bytes) -> Answer:
     try:
         job = msgspec.msgpack.decode(frame, type=Job)
-        return Decoded(*frames_of(job.content, job.recipe))
+        return frames_of(job.content, job.recipe)
     except ImageError as error:
         return Refused(str(error))
     except MemoryError:
