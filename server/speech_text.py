@@ -5,7 +5,7 @@ Read from the tokenizer, where Whisper's marks have fixed names, and from genera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,10 @@ class SpeechText:
     latest_start: int | None
     suppressed: tuple[int, ...]
     never_first: tuple[int, ...]
+
+    def text_tokens(self, token_ids: Iterable[int]) -> list[int]:
+        """Those that are text: no marks and no timestamps."""
+        return [token for token in token_ids if token < self.end]
 
     @property
     def first_time(self) -> int:

@@ -36,7 +36,7 @@ class Segment:
 
 def text_of(said: Sequence[Said], speech: SpeechText, tokenizer: Tokenizer) -> str:
     """The text of all pieces."""
-    texts = (tokenizer.decode([token for token in it.token_ids if token < speech.end]) for it in said)
+    texts = (tokenizer.decode(speech.text_tokens(it.token_ids)) for it in said)
     return "".join(texts).strip()
 
 
@@ -97,7 +97,7 @@ def verbose_segments(
 
 
 def _measures(said: Said, speech: SpeechText, tokenizer: Tokenizer) -> Json:
-    text = tokenizer.decode([token for token in said.token_ids if token < speech.end]).encode()
+    text = tokenizer.decode(speech.text_tokens(said.token_ids)).encode()
     own = said.logprobs[len(said.logprobs) - len(said.token_ids) :]
     return {
         "avg_logprob": sum(entry.logprob for entry in own) / max(1, len(own)),

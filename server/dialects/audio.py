@@ -23,6 +23,7 @@ from octavo.server.strict_json import HUNG_UP, StrictRoute
 from octavo.server.transcript import Said, duration_of, segments_of, srt_of, text_of, verbose_segments, vtt_of
 from octavo.server.transcription import Asked, choice_of_language, choices_of
 from octavo.text.detokenizer import IncrementalDecoder
+from octavo.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
@@ -150,7 +151,7 @@ class _Transcript:
     async def _events(self, choices: Sequence[Choice], steps: Steps) -> AsyncGenerator[bytes, None]:
         """OpenAI's events. Pieces are computed together, and told one after another."""
         text = ""
-        waiting = [_Pending(self) for _ in choices]
+        waiting = [_Pending(self._speech, self._tokenizer) for _ in choices]
         at = 0
         async with aclosing(steps):
             async for deltas in steps:
@@ -168,24 +169,18 @@ class _Transcript:
                     yield event({"type": "transcript.text.delta", "delta": fresh})
         yield event({"type": "transcript.text.done", "text": text})
 
-    def decoder(self) -> IncrementalDecoder:
-        return IncrementalDecoder(self._tokenizer, skip_special_tokens=False)
-
-    def text_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        return [token for token in token_ids if token < self._speech.end]
-
 
 class _Pending:
     """A piece's text that was not told yet."""
 
-    def __init__(self, transcript: _Transcript) -> None:
-        self._transcript = transcript
-        self._decoder = transcript.decoder()
+    def __init__(self, speech: SpeechText, tokenizer: Tokenizer) -> None:
+        self._speech = speech
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
         self._text = ""
         self.has_ended = False
 
     def take(self, delta: Delta) -> None:
-        self._text += self._decoder.push(self._transcript.text_tokens(delta.token_ids))
+        self._text += self._decoder.push(self._speech.text_tokens(delta.token_ids))
         if delta.finish_reason is not None:
             self._text += self._decoder.finish()
             self.has_ended = True
