@@ -8,6 +8,7 @@ dequantized at load comes last.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -320,6 +321,13 @@ def choose_for(weight: Weight, target: Target) -> KernelChoice:
     if found.kernel.takes_nan or isinstance(weight, Tensor) or not has_nan(weight.codes):
         return found
     return choose_kernel(scheme, replace(shape, has_nan=True), target)
+
+
+def note_departures(choices: Iterable[KernelChoice], notes: list[str]) -> None:
+    """Say once, for each scheme, why a kernel departs from what the checkpoint says."""
+    for choice in choices:
+        if choice.departs and choice.reason not in notes:
+            notes.append(choice.reason)
 
 
 def one_by_one(why: str) -> KernelChoice:

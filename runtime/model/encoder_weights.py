@@ -6,7 +6,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.packed import PackedShape
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.kernel_table import note_departures
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
@@ -38,27 +39,18 @@ from octavo.runtime.model.encoder_spec import EncoderSpec, activation_of
 from octavo.runtime.model.families.encoding import HeadStep
 from octavo.runtime.model.pooler_choice import PoolerParts, make_pooler, purpose_of
 from octavo.runtime.model.pooling import Pooler, Projection
+from octavo.runtime.model.refused_flags import FOR_DECODERS, refuse_flags
 from octavo.runtime.model.rope import RopeSpec, RopeTable
 from octavo.runtime.model.sentence_files import read_modules
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
 
 MAX_DISTANCE = 128  # at which MPNet's buckets of distances end
-NOT_SERVED: dict[str, Callable[[EngineConfig], bool]] = {
-    "--deterministic": lambda config: config.deterministic,
-    "--enable-lora": lambda config: config.lora.enable_lora,
-    "--load-format dummy": lambda config: config.load_format == "dummy",
-    "--speculative-config": lambda config: config.speculative_config is not None,
-    "--kv-offloading-path": lambda config: config.kv_offloading_path is not None,
-    "--tensor-parallel-size or --pipeline-parallel-size": lambda config: config.parallel.num_ranks > 1,
-}
-"""Flags that mean nothing to an encoder, or that it doesn't have."""
 
 
 def load_encoder(config: EngineConfig, device: Device, hf_config: dict[str, Any]) -> Encoder:
     """The encoder of `config.model`. Raises UnsupportedEncoderError, CheckpointError, LoadError."""
     spec = EncoderSpec.from_hf(hf_config)
-    if flag := next((flag for flag, is_given in NOT_SERVED.items() if is_given(config)), None):
-        raise LoadError(f"{flag}: {spec.architecture} is an encoder, which is not served with it; leave it out")
+    refuse_flags(config, FOR_DECODERS, f"{spec.architecture} is an encoder")
     if device.torch_device.type != "cpu":
         raise LoadError(f"{spec.architecture} is an encoder; encoders run on the CPU so far: --device cpu works")
     notes = list(device.notes)
@@ -198,9 +190,7 @@ class EncoderBuilder:
             weights = [quantized_at_load(n, w, wanted, self.target.device) for n, w in zip(named, weights, strict=True)]
         biases = [self._source.bias(name, own, expected=has_bias) for name in named]
         linear = make_linear(weights, biases, self.target)
-        for part in linear.parts:
-            if part.choice.departs and part.choice.reason not in self.notes:
-                self.notes.append(part.choice.reason)
+        note_departures((part.choice for part in linear.parts), self.notes)
         return linear, factor
 
     def _norm(self, module: str) -> LayerNorm:

@@ -5,7 +5,6 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from octavo.kernels.attention.cache import AttentionShape
 from octavo.kernels.attention.packed import PackedShape
 from octavo.kernels.native.huge_memory import huge_tensor
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.kernel_table import note_departures
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
@@ -24,6 +24,7 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encoder import ACTIVATIONS, EncoderAttention, EncoderLayer, LayerNorm, PlainMlp
 from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.model.refused_flags import FOR_DECODERS, Flags, refuse_flags
 from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
 from octavo.runtime.model.speech import (
@@ -42,26 +43,19 @@ from octavo.runtime.worker.device import free_memory
 
 HEAD = "proj_out"  # some writers store the embedding once more under this name
 SOURCE_SHARE = 0.4  # of free memory that sources may take; the cache of tokens takes half of what is left at most
-NOT_SERVED: dict[str, Callable[[EngineConfig], bool]] = {
-    "--deterministic": lambda config: config.deterministic,
-    "--enable-lora": lambda config: config.lora.enable_lora,
-    "--load-format dummy": lambda config: config.load_format == "dummy",
-    "--speculative-config": lambda config: config.speculative_config is not None,
-    "--kv-offloading-path": lambda config: config.kv_offloading_path is not None,
+NOT_SERVED: Flags = {
+    **FOR_DECODERS,
     "--kv-events-config": lambda config: config.kv_events_config.is_on,
-    "--tensor-parallel-size or --pipeline-parallel-size": lambda config: config.parallel.num_ranks > 1,
     "--runner pooling": lambda config: config.runner == "pooling",
     "--model-impl hf": lambda config: config.model_impl == "hf",
     "--lm-head-dtype int8": lambda config: config.lm_head_dtype == "int8",
 }
-"""Flags that a speech model isn't served with."""
 
 
 def load_speech(config: EngineConfig, device: Device, hf_config: dict[str, Any]) -> SpeechModel:
     """The model of `config.model`. Raises UnsupportedModelError, CheckpointError, LoadError."""
     spec = SpeechSpec.from_hf(hf_config)
-    if flag := next((flag for flag, is_given in NOT_SERVED.items() if is_given(config)), None):
-        raise LoadError(f"{flag}: {spec.architecture} is a speech model, which is not served with it; leave it out")
+    refuse_flags(config, NOT_SERVED, f"{spec.architecture} is a speech model")
     if device.torch_device.type != "cpu":
         raise LoadError(f"{spec.architecture} is a speech model; these run on the CPU so far: --device cpu works")
     if config.max_model_len is not None and config.max_model_len > spec.max_position:
@@ -200,9 +194,7 @@ class SpeechBuilder:
         ]
         biases = [self._source.bias(name, rows, expected=has_bias) for name, has_bias in modules.items()]
         linear = make_linear(weights, biases, self.target)
-        for part in linear.parts:
-            if part.choice.departs and part.choice.reason not in self.notes:
-                self.notes.append(part.choice.reason)
+        note_departures((part.choice for part in linear.parts), self.notes)
         return linear
 
     def _norm(self, module: str) -> LayerNorm:

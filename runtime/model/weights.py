@@ -18,7 +18,7 @@ from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.dequantized import open_dequantized
-from octavo.quant.kernel_table import KernelChoice
+from octavo.quant.kernel_table import KernelChoice, note_departures
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import HEAD_INT8
@@ -424,10 +424,7 @@ class DecoderBuilder:
         return linear
 
     def note(self, *choices: KernelChoice) -> None:
-        """Say once, for each scheme, why a kernel departs from what the checkpoint says."""
-        for choice in choices:
-            if choice.departs and choice.reason not in self.notes:
-                self.notes.append(choice.reason)
+        note_departures(choices, self.notes)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
         return quantized_at_load(module, weight, self.config.dtype, self.device)
