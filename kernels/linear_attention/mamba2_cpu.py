@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.mamba2 import Mamba2Shape, Mamba2Weights, by_head, gated_and_normed, times
-from octavo.kernels.linear_attention.states import StateCache, StateShape, pieces, rows_of, taken
+from octavo.kernels.linear_attention.states import StateCache, StateShape, is_one_token_each, pieces, rows_of, taken
 
 CHUNK = 64
 """Tokens. Their pairs are [H, CHUNK, CHUNK] numbers."""
@@ -40,8 +40,7 @@ class Mamba2:
         """`mamba2.mamba2`."""
         z, mixed, dt = torch.split(x.float(), list(self.shape.columns), dim=1)
         steps = times(dt, self.shape, self.weights)
-        states = rows_of(step)
-        if step.max_query_len == 1 and len(x) == len(states.rows) and not len(states.saves):
+        if is_one_token_each(step, len(x)):
             y = self._decode(mixed, steps, step, cache)
         else:
             y = self._prefill(mixed, steps, step, cache)

@@ -67,6 +67,12 @@ def rows_of(step: StepInputs) -> StateRows:
     return StateRows(rows, torch.full_like(rows, -1))
 
 
+def is_one_token_each(step: StepInputs, num_tokens: int) -> bool:
+    """Whether each of a step's sequences has one of its tokens, and no state is copied: all of them go on at once."""
+    states = rows_of(step)
+    return step.max_query_len == 1 and num_tokens == len(states.rows) and not len(states.saves)
+
+
 class Piece(NamedTuple):
     """Tokens begin .. end (not included) of one sequence, and the rows that the state behind them goes to."""
 
