@@ -5,6 +5,7 @@ A model whose tower or preprocessing isn't known here is served without images, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from octavo.runtime.vision.towers import (
 BICUBIC = 3
 LANCZOS = 1
 BILINEAR = 2
+FILTERS = 6  # of Pillow, by number
+MOST_LAYERS = 1000
+MOST_SIZE = 1 << 28  # of whatever else a tower's config counts
+MOST_SQUARES = 256  # of an image; the grids of so many are compared in 30 ms
 MAX_LONGEST = 4096  # of an image's longer side, beyond which Idefics 3's processor resizes it once more
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -87,16 +92,37 @@ def load_tower(
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
     given = _Preprocessing(directory)
-    recipe, made = MAKERS[config.model_type](config, given)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        _check_sizes(config)
+        recipe, made = MAKERS[config.model_type](config, given)
+        with no_init_weights():
+            module = made(config).to(dtype)
+    except UnreadImagesError:
+        raise
+    except Exception as error:  # of transformers' code, of any type, where numbers mean nothing to it
+        raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
     sees_ahead = config.model_type == "gemma3"
     mark = config.boi_token_index if sees_ahead else config.image_token_id
     facts = VisionModel(recipe, config.image_token_id, mark, most_images, sees_ahead)
-    with no_init_weights():
-        module = made(config).to(dtype)
     _fill(module, source)
-    return VisionTower(facts, module.to(device), given.mean, given.std)
+    tower = VisionTower(facts, module.to(device), given.mean, given.std)
+    if problem := tower.problem(config.get_text_config().hidden_size):
+        raise UnreadImagesError(f"the tower can't see an image: {problem}")
+    return tower
+
+
+def _check_sizes(config: Any) -> None:
+    """Raise UnreadImagesError for a tower that no machine holds, before transformers begins to make it."""
+    vision = config.vision_config.to_dict()
+    for key, value in vision.items():
+        most = MOST_LAYERS if key in ("depth", "num_hidden_layers") else MOST_SIZE
+        if isinstance(value, int) and value > most:
+            raise UnreadImagesError(f"vision_config: {key} {value}; {most} is the most")
+    for key in ("image_token_id", "boi_token_index"):
+        if not 0 <= getattr(config, key, 0) < config.get_text_config().vocab_size:
+            raise UnreadImagesError(f"config.json: {key} {getattr(config, key)} is no token of the vocabulary")
 
 
 class _Preprocessing:
@@ -118,12 +144,20 @@ class _Preprocessing:
         if found.get("do_pad") and self.kind not in (*IDEFICS_PROCESSORS, *PIXTRAL_PROCESSORS):  # of batches
             raise UnreadImagesError("preprocessor_config.json: do_pad true is not supported")
         is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS + GEMMA_PROCESSORS
-        self.mean = tuple(found.get("image_mean") or (HALF if is_half else CLIP_MEAN))
-        self.std = tuple(found.get("image_std") or (HALF if is_half else CLIP_STD))
+        self.mean = self._channels("image_mean", HALF if is_half else CLIP_MEAN)
+        self.std = self._channels("image_std", HALF if is_half else CLIP_STD)
         resample = found.get("resample")
         default = LANCZOS if self.kind in IDEFICS_PROCESSORS else BICUBIC
         default = BILINEAR if self.kind in GEMMA_PROCESSORS else default
-        self.resample = default if resample is None else int(resample)
+        self.resample = default if resample is None else resample
+        if self.resample not in range(FILTERS):
+            raise UnreadImagesError(f"preprocessor_config.json: resample {resample!r} is none of Pillow's filters")
+
+    def _channels(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        found = self.values.get(key) or default
+        if len(found) != 3 or not all(isinstance(one, int | float) and math.isfinite(one) for one in found):
+            raise UnreadImagesError(f"preprocessor_config.json: {key} {found} isn't a number for each channel")
+        return tuple(found)
 
     def check_kind(self, known: Sequence[str]) -> None:
         if self.kind not in known:
@@ -187,7 +221,7 @@ def _idefics(config: Any, given: _Preprocessing) -> tuple[Tiles, type[nn.Module]
     vision = config.vision_config
     longest = given.size("size").get("longest_edge")
     side = (given.values.get("max_image_size") or {}).get("longest_edge")
-    if longest is None or longest > MAX_LONGEST or side != vision.image_size:
+    if longest is None or not 1 <= longest <= MAX_LONGEST or side != vision.image_size:
         raise UnreadImagesError(
             f"preprocessor_config.json: longest_edge {longest} in squares of {side} is not supported; up to "
             f"{MAX_LONGEST}, in squares of {vision.image_size}, as the tower sees them, is"
@@ -223,6 +257,8 @@ def _internvl(config: Any, given: _Preprocessing) -> tuple[Grid, type[nn.Module]
             f"supported; squares of {side}, the last layer and 0.5 are"
         )
     most = int(given.values.get("max_patches") or 12)  # whatever crop_to_patches says: InternVL's processor sets it
+    if most > MOST_SQUARES:
+        raise UnreadImagesError(f"preprocessor_config.json: max_patches {most}; {MOST_SQUARES} are the most")
     least = min(int(given.values.get("min_patches") or 1), most)
     count = (side // vision.patch_size[0]) ** 2 // 4
     return Grid(side, least, most, given.resample, count), InternModule

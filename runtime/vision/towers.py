@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from octavo.runtime.vision.recipes import Grid, Lines, PromptImage, Size, Tiles, VisionModel, WholePatches
+from octavo.runtime.vision.recipes import Grid, Layout, Lines, PromptImage, Size, Tiles, VisionModel, WholePatches
 
 MAX_KEPT_BYTES = 256 << 20
 
@@ -98,6 +98,22 @@ class VisionTower:
         return recipe.grid(image.frames[0]) if isinstance(recipe, WholePatches) else None
 
     @torch.inference_mode()
+    def problem(self, hidden_size: int) -> str | None:
+        """What goes wrong when the tower sees an image, or None: while requests run, it would end all of them.
+
+        hidden_size: the decoder's. The image is black, and the one of two shapes that becomes fewer pixels.
+        """
+        try:
+            layout = min((self.facts.recipe.layout(size, "") for size in ((1, 1), (16, 1))), key=_num_pixels)
+            frames = tuple(view.frame for view in layout.views)
+            made = self.module(list(self._frames(PromptImage(b"", 0, 0, frames, bytes(3 * _num_pixels(layout))))))
+        except Exception as error:  # of transformers' modules, of any type
+            return f"{type(error).__name__}: {error}"
+        if len(made) != layout.num_placeholders or made.shape[1] % hidden_size:
+            return f"it makes {list(made.shape)} for {layout.num_placeholders} tokens of {hidden_size} numbers"
+        return None if bool(made.isfinite().all()) else "it makes numbers that are not finite"
+
+    @torch.inference_mode()
     def embed(self, image: PromptImage) -> Tensor:
         """[placeholders, hidden] in the model's type, on its device."""
         kept = self._kept.get(image.digest)
@@ -120,6 +136,10 @@ class VisionTower:
             frame = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)
             yield (frame * self._scale - self._shift).to(self._device, self._dtype)
             begin = end
+
+
+def _num_pixels(layout: Layout) -> int:
+    return sum(width * height for width, height in (view.frame for view in layout.views))
 
 
 class LlavaModule(nn.Module):

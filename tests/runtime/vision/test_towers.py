@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -296,3 +297,37 @@ def test_a_gpu_reads_the_text_half(tiny: TinyVision) -> None:
     tower, why = tower_of(config, source, torch.bfloat16, gpu, is_alone=True)
     assert tower is None
     assert why.startswith("images are not read: no GPU has read one yet")
+
+
+@pytest.mark.parametrize(
+    ("tiny", "file", "change", "why"),
+    [
+        ("qwen2_5_vl", "pre", {"image_mean": [0.5]}, "image_mean [0.5] isn't a number for each channel"),
+        ("qwen2_5_vl", "pre", {"image_std": [0, 0, 0]}, "it makes numbers that are not finite"),
+        ("qwen2_5_vl", "config", {"depth": 10**9}, "depth 1000000000; 1000 is the most"),
+        ("llava", "pre", {"resample": 99}, "resample 99 is none of Pillow's filters"),
+        ("llava", "pre", {"size": {"shortest_edge": 10**9}}, "67108864 pixels are the most"),
+        ("llava", "config", {"vision_feature_layer": 99}, "IndexError"),
+        ("llava", "config", {"image_token_id": 10**9}, "image_token_id 1000000000 is no token of the vocabulary"),
+        ("gemma3", "config", {"mm_tokens_per_image": 0}, "ZeroDivisionError"),
+        ("internvl", "pre", {"max_patches": 10**9}, "max_patches 1000000000; 256 are the most"),
+        ("idefics3", "pre", {"size": {"longest_edge": 0}}, "longest_edge 0 in squares of"),
+    ],
+    indirect=["tiny"],
+)
+def test_numbers_by_which_no_image_is_seen_leave_the_text(
+    tiny: TinyVision, file: str, change: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    """Found at load: an image that a tower fails on would end the engine, and everybody's requests."""
+    shutil.copytree(tiny.directory, tmp_path / "model")
+    path = tmp_path / "model" / ("config.json" if file == "config" else "preprocessor_config.json")
+    if not path.exists():
+        path = path.with_name("processor_config.json")
+    content = json.loads(path.read_text())
+    of_images = content.get("image_processor", content) if file == "pre" else content
+    (of_images["vision_config"] if "depth" in change else of_images).update(change)
+    path.write_text(json.dumps(content))
+    model = engine_of(tmp_path / "model").worker.model
+    assert model.tower is None
+    (note,) = (note for note in model.notes if note.startswith("images are not read: "))
+    assert why in note
