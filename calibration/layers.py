@@ -116,13 +116,17 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
             if match and not head and not (checkpoint.layout.is_decoder and OTHER_TOWERS.search(match["prefix"])):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}, and config.json doesn't say that it is quantized")
-                kind = EXPERT.sub(".experts.*.", f".{match['kind']}")[1:]
-                found.append(LinearLayer(module, int(match["index"]), kind, *spec.shape))
+                found.append(LinearLayer(module, int(match["index"]), kind_in_block(match["kind"]), *spec.shape))
             elif not EMBEDDING.search(module):
                 others.append(module)
     if not found:
         raise QuantizeError("no decoder block was found: no two-dimensional weight is named ...layers.N.<layer>.weight")
     return found, others
+
+
+def kind_in_block(name: str) -> str:
+    """A linear layer's name in its block, with '*' for an expert's number."""
+    return EXPERT.sub(".experts.*.", f".{name}")[1:]  # experts may be the block's own
 
 
 def _may_be_experts(name: str, shape: Sequence[int]) -> bool:

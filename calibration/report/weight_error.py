@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from octavo.calibration.layers import kind_in_block
 from octavo.quant.qparams import QuantizedWeight
 
 ROWS_AT_A_TIME = 1 << 20  # elements whose error is computed at a time
-NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def by_kind(layers: Iterable[LayerRow]) -> tuple[KindRow, ...]:
     """One row for each kind, in the order of their names."""
     kinds: dict[str, list[LayerRow]] = {}
     for layer in sorted(layers, key=lambda row: row.block):
-        kinds.setdefault(NUMBERED_EXPERT.sub(".experts.*.", f".{layer.kind}")[1:], []).append(layer)
+        kinds.setdefault(kind_in_block(layer.kind), []).append(layer)
     return tuple(_kind(kind, rows) for kind, rows in sorted(kinds.items()))
 
 
