@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 from gguf import GGMLQuantizationType as Kind
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 EXPERT = re.compile(r"(mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
@@ -121,6 +123,19 @@ def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -
     writer.write_tensors_to_file()
     writer.close()
     return meaning
+
+
+@torch.inference_mode()
+def logits_of_numbers(source: Path, numbers: dict[str, Tensor], plain: Path, token_ids: Tensor) -> Tensor:
+    """[S, T, vocab] by transformers in float32, of a checkpoint's config with these tensors; `plain` is made for it."""
+    plain.mkdir()
+    own = {name: tensor.contiguous() for name, tensor in numbers.items()}
+    save_file(own, plain / "model.safetensors", {"format": "pt"})
+    shutil.copy(source / "config.json", plain)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model(token_ids, use_cache=False).logits
 
 
 def metadata_of(config: dict[str, Any], arch: str) -> dict[str, Any]:
