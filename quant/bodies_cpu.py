@@ -159,8 +159,6 @@ def _in_super_blocks(values: list[Tensor], groups: int) -> Scales | None:
             unit, integers = factored(blocks, MOST_SIGNED, 128, likely=(63, -128, 127, 32, 31, 15))
         except ValueError:
             return None
-        if not torch.equal(unit * integers, blocks):  # as of NaN
-            return None
         whole.append(integers.to(torch.int8).reshape(numbers.shape))
         units.append(unit.half().reshape(len(numbers), -1))
     minima, minimum_units = (whole[1], units[1]) if len(values) > 1 else (None, None)

@@ -145,7 +145,7 @@ def factored(values: Tensor, most: int, lowest: int = 0, likely: tuple[int, ...]
     is the float16's where all have it. lowest: how far integers may go below 0 where that is further than `most`.
     likely: integers of the value furthest from 0 that are tried first, `-lowest` among them.
 
-    Raises ValueError where they are no such products.
+    Raises ValueError where they are no such products, as of NaN and infinities: what is returned is exact.
     """
     peak = values.gather(1, values.abs().argmax(1, keepdim=True))
     signs = torch.where((values <= 0).all(1, keepdim=True), -1.0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,7 @@ from octavo.quant.gguf.blocks import BLOCK_TYPES
 from octavo.quant.hub import resolve_model
 from octavo.quant.linear import make_linear
 from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.super_blocks import factored
 from octavo.quant.target import Target
 
 INTEGERS = [name for name, block in BLOCK_TYPES.items() if block.integers is not None]
@@ -50,6 +52,15 @@ def test_a_cpu_holds_the_numbers_of_a_file_in_about_its_bytes(kind: str) -> None
     bits = {**dict.fromkeys(IN_BYTES, 9.2), **dict.fromkeys(IN_FOUR_BITS, 5.2), **IN_MORE}
     most = 16 * 512 * bits[kind] / 8 if kind in bits else 1.05 * raw.nbytes
     assert linear.weight_bytes <= most
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("others", [0.0, 0.5])
+def test_scales_that_are_no_numbers_are_no_products(value: float, others: float) -> None:
+    values = torch.full((3, 8), others)
+    values[1, 5] = value
+    with pytest.raises(ValueError, match="no integers up to 127 times one float16"):
+        factored(values, 127, 128, likely=(63, -128, 127))
 
 
 def small_llama(directory: Path) -> Path:
