@@ -79,8 +79,9 @@ class Images:
         frames = tuple(view.frame for view in views)
         if found.frames != frames or len(found.pixels) != sum(3 * width * height for width, height in frames):
             return _GONE
-        digest = hashlib.sha256(repr(frames).encode() + found.pixels).digest()
-        return ReadImage(digest, found.size, frames, found.pixels)
+        digest = hashlib.sha256(repr(frames).encode())
+        digest.update(found.pixels)
+        return ReadImage(digest.digest(), found.size, frames, found.pixels)
 
     def expanded(self, text: str, images: Sequence[ReadImage], field: str = "messages") -> str:
         """The text of a prompt with all placeholders of its images. Raises ApiError, which names the field."""
