@@ -211,12 +211,10 @@ class Admission:
     def _check_media(self, num_bytes: int) -> None:
         """Raise ApiError where images or recordings of so many bytes have no room; any have where there are none."""
         if num_bytes and self._media_bytes and self._media_bytes + num_bytes > MOST_MEDIA:
-            raise ApiError(
-                429,
+            raise self._refusal(
                 f"images and recordings of requests under way take {self._media_bytes >> 20} of "
-                f"{MOST_MEDIA >> 20} MiB, and this one's take {-(-num_bytes >> 20)}; try again later",
-                code="queue_full",
-                headers={"Retry-After": str(self._seconds_to_wait(1))},
+                f"{MOST_MEDIA >> 20} MiB, and this one's take {-(-num_bytes >> 20)}",
+                1,
             )
 
     @property
@@ -270,9 +268,13 @@ class Admission:
         self.on_change()
 
     def _full(self, what: str, excess: int, limit: int) -> ApiError:
+        return self._refusal(f"{limit} {what} wait already, which is all that may (--max-queued-{what})", excess)
+
+    def _refusal(self, why: str, excess: int) -> ApiError:
+        """excess: how much of the queue must be worked off before it is worth coming again."""
         return ApiError(
             429,
-            f"{limit} {what} wait already, which is all that may (--max-queued-{what}); try again later",
+            f"{why}; try again later",
             code="queue_full",
             headers={"Retry-After": str(self._seconds_to_wait(excess))},
         )
@@ -288,12 +290,10 @@ class Admission:
         rate = self._finish_rate
         if rate and num_ahead / rate > most:
             flag = "X-Request-Timeout" if most == timeout else "--queue-timeout"
-            raise ApiError(
-                429,
+            raise self._refusal(
                 f"some {num_ahead / rate:.0f} s would pass before this request begins, and it may wait {most:g} s "
-                f"({flag}); try again later",
-                code="queue_full",
-                headers={"Retry-After": str(self._seconds_to_wait(num_ahead))},
+                f"({flag})",
+                num_ahead,
             )
 
     def _seconds_to_wait(self, excess: int) -> int:
