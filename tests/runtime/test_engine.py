@@ -17,6 +17,7 @@ from toy_model import (
     logits_after,
     make_engine,
     make_request,
+    preemptions_and_hits,
     random_requests,
     run_to_end,
     run_with_arrivals,
@@ -56,14 +57,7 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(seed: int) -> None:
 
 
 def test_the_random_schedules_do_preempt_and_hit_the_prefix_cache() -> None:
-    preemptions = hits = 0
-    for seed in range(8):
-        rng = random.Random(seed)
-        requests = random_requests(rng, 12)
-        engine = random_engine(rng)
-        run_with_arrivals(engine, requests, rng)
-        preemptions += engine.scheduler.stats().num_preemptions
-        hits += engine.scheduler.stats().prefix_cache_hits
+    preemptions, hits = preemptions_and_hits(random_engine, range(8))
     assert preemptions > 5
     assert hits > 50
 

@@ -12,7 +12,14 @@ import msgspec
 import pytest
 from hf_oracle import CASES, make_hf, save
 from slow_cases import slow
-from toy_model import make_request, random_requests, run_to_end, run_with_arrivals, tokens_of
+from toy_model import (
+    make_request,
+    preemptions_and_hits,
+    random_requests,
+    run_to_end,
+    run_with_arrivals,
+    tokens_of,
+)
 from toy_states import greedy_of_state, make_stateful_engine
 
 from octavo.kernels.native import cpu_features
@@ -59,14 +66,7 @@ def test_tokens_do_not_depend_on_the_schedule(seed: int) -> None:
 
 
 def test_the_random_schedules_do_preempt_and_begin_with_snapshots() -> None:
-    preemptions = hits = 0
-    for seed in range(12):
-        rng = random.Random(seed)
-        requests = random_requests(rng, 12)
-        engine = random_engine(rng)
-        run_with_arrivals(engine, requests, rng)
-        preemptions += engine.scheduler.stats().num_preemptions
-        hits += engine.scheduler.stats().prefix_cache_hits
+    preemptions, hits = preemptions_and_hits(random_engine, range(12))
     assert preemptions > 5
     assert hits > 50
 

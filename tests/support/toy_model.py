@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -129,6 +130,19 @@ def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Ra
             for output in engine.step():
                 outputs.setdefault(output.request_id, []).append(output)
     return outputs
+
+
+def preemptions_and_hits(random_engine: Callable[[random.Random], Engine], seeds: range) -> tuple[int, int]:
+    """How many of each random schedules of such engines make: a test of schedules that makes none says little."""
+    preemptions = hits = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        requests = random_requests(rng, 12)
+        engine = random_engine(rng)
+        run_with_arrivals(engine, requests, rng)
+        preemptions += engine.scheduler.stats().num_preemptions
+        hits += engine.scheduler.stats().prefix_cache_hits
+    return preemptions, hits
 
 
 def tokens_of(outputs: list[TokenOutput]) -> list[int]:
