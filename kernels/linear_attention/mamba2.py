@@ -13,7 +13,6 @@ The state of a sequence is S of all heads, and the inputs of the convolution of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +74,6 @@ class Mamba2Weights:
     dt_bias: Tensor
     skip: Tensor
     norm: Tensor
-
-
-Mamba2Body = Callable[[Tensor, StepInputs, StateCache, Mamba2Shape, Mamba2Weights, float], Tensor]
-"""As `mamba2`."""
 
 
 def mamba2(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StateRows, StepInputs
 from octavo.kernels.linear_attention import mamba2, mamba2_cpu
-from octavo.kernels.linear_attention.mamba2 import Mamba2Body, Mamba2Shape, Mamba2Weights
+from octavo.kernels.linear_attention.mamba2 import Mamba2Shape, Mamba2Weights
 from octavo.kernels.linear_attention.states import StateCache
+
+Mamba2Body = Callable[[Tensor, StepInputs, StateCache, Mamba2Shape, Mamba2Weights, float], Tensor]
 
 
 def on_cpu(
