@@ -277,7 +277,7 @@ def _cache_shape(layer: DecoderLayer | AltUpLayer) -> CacheShape:
 
 
 def _is_recordable(layer: DecoderLayer | AltUpLayer) -> bool:
-    if isinstance(layer.attention, StateMixer):  # computes in torch, of which no launch is recorded
+    if isinstance(layer.attention, StateMixer):  # asks in Python which sequences begin (`states.taken`)
         return False
     return layer.mlp.capturable and (
         isinstance(layer.attention, GatedDelta) or layer.attention.shape.head_dim % 16 == 0
