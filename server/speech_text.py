@@ -76,6 +76,8 @@ def read_speech_text(directory: Path, source: SourceShape, tokenizer: Tokenizer)
     languages = _languages(tokenizer, marks["startoftranscript"])
     speaks_several = bool(config.get("is_multilingual", bool(languages))) and None not in tasks.values()
     latest = config.get("max_initial_timestamp_index", 50)  # a second, as Whisper's own code has it
+    if latest is not None and (type(latest) is not int or latest < 0):
+        raise ValueError(f"{directory / 'generation_config.json'}: max_initial_timestamp_index {latest!r} is no index")
     return SpeechText(
         source,
         start=marks["startoftranscript"],
@@ -85,9 +87,9 @@ def read_speech_text(directory: Path, source: SourceShape, tokenizer: Tokenizer)
         languages=languages if speaks_several else {},
         no_speech=next((token for name in NO_SPEECH if (token := tokenizer.token_id(name)) is not None), None),
         no_times=marks["notimestamps"],
-        latest_start=None if latest is None else marks["notimestamps"] + 1 + int(latest),
-        suppressed=_tokens(config, "suppress_tokens", directory),
-        never_first=_tokens(config, "begin_suppress_tokens", directory),
+        latest_start=None if latest is None else marks["notimestamps"] + 1 + latest,
+        suppressed=_tokens(config, "suppress_tokens", directory, tokenizer.num_tokens),
+        never_first=_tokens(config, "begin_suppress_tokens", directory, tokenizer.num_tokens),
     )
 
 
@@ -109,8 +111,10 @@ def _languages(tokenizer: Tokenizer, start: int) -> dict[str, int]:
     return found
 
 
-def _tokens(config: Mapping[str, Any], key: str, directory: Path) -> tuple[int, ...]:
+def _tokens(config: Mapping[str, Any], key: str, directory: Path, num_tokens: int) -> tuple[int, ...]:
     listed = config.get(key) or []
-    if not isinstance(listed, list) or not all(type(token) is int for token in listed):
-        raise ValueError(f"{directory / 'generation_config.json'}: {key} must be a list of token ids")
+    if not isinstance(listed, list) or not all(type(token) is int and token < num_tokens for token in listed):
+        raise ValueError(
+            f"{directory / 'generation_config.json'}: {key} must be a list of token ids, below {num_tokens}"
+        )
     return tuple(token for token in listed if token >= 0)

@@ -61,6 +61,12 @@ def test_a_model_of_one_language_has_no_marks_for_it(tmp_path: Path) -> None:
     [
         ("preprocessor_config.json", {"hop_length": 80}, "hop_length is 80"),
         ("generation_config.json", {"suppress_tokens": "all"}, "suppress_tokens must be a list"),
+        ("generation_config.json", {"suppress_tokens": [10**12]}, "suppress_tokens must be a list of token ids, below"),
+        (
+            "generation_config.json",
+            {"max_initial_timestamp_index": []},
+            r"max_initial_timestamp_index \[\] is no index",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_named(file: str, content: object, said: str, tmp_path: Path) -> None:
