@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from state_steps import in_steps, step_of
 from torch import Tensor
 
 from octavo.kernels.attention.step import StateRows, StepInputs
@@ -79,42 +80,18 @@ def truth(x: Tensor, shape: Mamba2Shape, weights: Mamba2Weights) -> Tensor:
     return torch.stack(rows)
 
 
-def step_of(sizes: list[int], dones: list[int], states: StateRows) -> StepInputs:
-    lengths = [size + done for size, done in zip(sizes, dones, strict=True)]
-    return dataclasses.replace(StepInputs.prefill(lengths, 256, sizes=sizes), states=states)
-
-
-def in_steps(body: Mamba2Body, shape: Mamba2Shape, size: int) -> list[Tensor]:
-    """Every sequence's output, computed so many tokens at a time, with states in rows that move from step to step."""
-    weights = weights_of(shape)
-    tokens = tokens_of(shape)
-    cache = StateCache(tuple(torch.full((8, *part), torch.nan) for part in shape.state.parts))
-    done = [0] * len(tokens)
-    row = [-1] * len(tokens)
-    outs: list[list[Tensor]] = [[] for _ in tokens]
-    turn = 0
-    while live := [s for s, x in enumerate(tokens) if done[s] < len(x)]:
-        sizes = [min(size, len(tokens[s]) - done[s]) for s in live]
-        rows = [2 * s + turn % 2 for s in live]
-        states = StateRows(torch.tensor(rows), torch.tensor([row[s] for s in live]))
-        x = torch.cat([tokens[s][done[s] : done[s] + n] for s, n in zip(live, sizes, strict=True)])
-        out = body(x, step_of(sizes, [done[s] for s in live], states), cache, shape, weights, EPS)
-        for s, n, part, place in zip(live, sizes, out.split(sizes), rows, strict=True):
-            outs[s].append(part)
-            done[s] += n
-            row[s] = place
-        turn += 1
-    return [torch.cat(parts) for parts in outs]
-
-
 @pytest.mark.parametrize("size", [1, 7, 64, 65, 200])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("body", BODIES)
 def test_outputs_are_those_of_float64_in_steps_of_any_size(body: str, name: str, size: int) -> None:
     """Sums of some hundred numbers near 1 in float32, of which decays forget all but the latest."""
     shape = SHAPES[name]
-    for found, x in zip(in_steps(BODIES[body], shape, size), tokens_of(shape), strict=True):
-        expected = truth(x, shape, weights_of(shape))
+    weights = weights_of(shape)
+    tokens = tokens_of(shape)
+    cache = StateCache(tuple(torch.full((8, *part), torch.nan) for part in shape.state.parts))
+    outs = in_steps(lambda x, step, cache: BODIES[body](x, step, cache, shape, weights, EPS), tokens, size, cache)
+    for found, x in zip(outs, tokens, strict=True):
+        expected = truth(x, shape, weights)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
