@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.cache import AttentionShape, LayerCache, first_key
 from octavo.kernels.attention.packed import PackedShape
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.attention.token_rows import decode_rows, encode_rows, hadamard, type_of
@@ -142,7 +142,7 @@ def attention_ahead(
         positions = inputs.positions[begin:end]
         rows = None if cos_sin is None else cos_sin[positions]
         q = _positioned(qkv[begin:end, : shape.num_heads * shape.head_dim], q_norm, rows, cache, shape, eps)
-        first = 0 if shape.window is None else max(0, int(positions[0]) - shape.window + 1) // cache.block_size
+        first = first_key(int(positions[0]), shape.span) // cache.block_size
         table = inputs.block_tables[s, first : -(-length // cache.block_size)].long()
         first *= cache.block_size
         k, v = (
