@@ -19,7 +19,7 @@ from octavo.quant.formats.reading import DTYPES
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.formats.torchao import read_metadata
 from octavo.quant.fused_experts import divide_experts
-from octavo.quant.gguf.file import GGUF, GGUFFile
+from octavo.quant.gguf.file import GGUF, open_gguf
 from octavo.quant.model_files import CheckpointError, read_object
 from octavo.quant.model_layout import NO_LAYOUTS, UNKNOWN, Layouts, ModelLayout
 from octavo.quant.printable import shown, some
@@ -109,9 +109,12 @@ class Checkpoint:
         if (directory / GGUF).exists():
             _check_alone(directory)
             dtype = DTYPES.get(str(config.get("dtype")), torch.bfloat16) if as_original else None
-            gguf = GGUFFile(directory / GGUF, dtype)
-            files = {GGUF: gguf}
-            config = config | {"quantization_config": gguf.quantization_config}
+            parts = open_gguf(directory / GGUF, dtype)
+            kinds = {module: kind for part in parts.values() for module, kind in part.kinds.items()}
+            files = parts
+            config = config | {
+                "quantization_config": None if as_original else {"quant_method": "gguf", "layers": kinds}
+            }
         else:
             shards = _open_shards(directory, _find_shards(directory))
             config = _with_metadata(config, shards)

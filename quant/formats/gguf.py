@@ -107,5 +107,5 @@ class GGUFConfig:
 
 
 def parse_gguf(raw: Mapping[str, Any]) -> GGUFConfig:
-    """What `GGUFFile.quantization_config` says; no config.json has it."""
+    """What `Checkpoint.open` says of a GGUF file's blocks; no config.json has it."""
     return GGUFConfig(raw["layers"])

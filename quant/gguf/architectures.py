@@ -268,9 +268,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(metadata: Mapping[str, Any]) -> GGUFArchitecture:
-    """Raises CheckpointError for an architecture that isn't known, and for a file that is a part of a model."""
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise CheckpointError("it is one of several parts; llama-gguf-split --merge makes one file of them")
+    """Raises CheckpointError for an architecture that isn't known."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES or name == LLAMA_EXPERTS:
         raise CheckpointError(f"GGUF architecture {shown(name)} is not read; {', '.join(ARCHITECTURES)} are")

@@ -10,26 +10,31 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from octavo.quant.gguf.architectures import config_of
 from octavo.quant.gguf.file import GGUF
-from octavo.quant.gguf.header import GGUFHeader, read_header
+from octavo.quant.gguf.header import GGUFHeader
+from octavo.quant.gguf.parts import part, read_parts, whole
 from octavo.quant.gguf.tokenizer import end_tokens, tokenizer_of
 from octavo.quant.model_files import CheckpointError
 
 
 def directory_of(path: Path) -> Path:
-    """The directory of a GGUF file; made unless it is there. Raises CheckpointError, which names the file."""
-    path = path.resolve()
-    header = read_header(path)
-    target = _cache() / f"{path.stem[:60]}-{_digest(path, header)}"
+    """The directory of a GGUF file, or of the first of several that are one model; made unless it is there.
+
+    Raises CheckpointError, which names the file.
+    """
+    path = path.absolute()  # not what a link leads to: in the Hub's cache that is a hash without its other parts
+    parts = read_parts(path)
+    target = _cache() / f"{path.stem[:60]}-{_digest(parts)}"
     if target.is_dir():
         return target
     try:
-        files = _files(header)
+        files = _files(whole(parts))
     except CheckpointError as e:
         raise CheckpointError(f"{path.name}: {e}") from None
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +43,8 @@ def directory_of(path: Path) -> Path:
         for name, text in files.items():
             (made / name).write_text(text, encoding="utf-8")
         (made / GGUF).symlink_to(path)
+        for number, other in list(enumerate(parts, 1))[1:]:
+            part(made / GGUF, number, len(parts)).symlink_to(other)
         made.rename(target)
     except OSError:
         shutil.rmtree(made, ignore_errors=True)
@@ -67,11 +74,13 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo" / "gguf"
 
 
-def _digest(path: Path, header: GGUFHeader) -> str:
-    """Of the header's bytes, the file's place, and this code: whichever changes, the directory is another."""
-    with path.open("rb") as file:
-        digest = sha256(file.read(header.nbytes))
-    digest.update(f"\0{path}\0".encode())
+def _digest(parts: Mapping[Path, GGUFHeader]) -> str:
+    """Of the headers' bytes, the files' places, and this code: whichever changes, the directory is another."""
+    digest = sha256()
+    for path, header in parts.items():
+        with path.open("rb") as file:
+            digest.update(file.read(header.nbytes))
+        digest.update(f"\0{path}\0".encode())
     for module in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(module.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """A GGUF file's tensors under Hugging Face's names, as `SafetensorsFile` has those of a safetensors file.
 
-Linear layers whose blocks are integers come as these blocks, `blocks` uint8 [N, bytes], and `quantization_config` says
-of what kind they are. Everything else, and with `dtype` everything, comes as numbers, decoded when it is asked for.
+Linear layers whose blocks are integers come as these blocks, `blocks` uint8 [N, bytes], and `kinds` says of what kind
+they are. Everything else, and with `dtype` everything, comes as numbers, decoded when it is asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch import Tensor
 from octavo.quant.fused_experts import MAX_EXPERTS
 from octavo.quant.gguf.architectures import EXPERT, architecture_of, change_of, config_of, rename
 from octavo.quant.gguf.blocks import BLOCK_TYPES, BlockType
-from octavo.quant.gguf.header import StoredTensor, read_header
+from octavo.quant.gguf.header import GGUFHeader, StoredTensor, read_header
+from octavo.quant.gguf.parts import read_parts, whole
 from octavo.quant.model_files import CheckpointError
 from octavo.quant.printable import printable
 from octavo.quant.safetensors_file import TensorSpec
@@ -30,27 +30,43 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
+def open_gguf(path: Path, dtype: torch.dtype | None = None) -> dict[str, GGUFFile]:
+    """A model's file, or its files where it has several of which `path` is the first, by their names."""
+    parts = read_parts(path)
+    model = whole(parts)
+    return {file.name: GGUFFile(file, dtype, header, model) for file, header in parts.items()}
+
+
 class GGUFFile:
     """One file: its header is read at once, its tensors on demand.
 
     dtype  None: numbers in blocks are float32, others as they are stored, and linear layers of integers are integers.
            Else every number is of this type: what a quantizer takes for the original
+    model  what all parts of the model say, of which the file is one with this header
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype | None = None,
+        header: GGUFHeader | None = None,
+        model: GGUFHeader | None = None,
+    ) -> None:
         """Raises CheckpointError for a file that is damaged, or has what isn't known."""
         self.path = path
         self.size = path.stat().st_size
         self.specs: dict[str, TensorSpec] = {}
-        header = read_header(path)
+        header = header or read_header(path)
+        model = model or header
         try:
-            self._architecture = architecture_of(header.metadata)
-            self._config = config_of(header)
+            self._architecture = architecture_of(model.metadata)
+            self._config = config_of(model)
             self._stored = {
-                ours: (name, part)
+                ours: (name, own)
                 for name, tensor in header.tensors.items()
-                for ours, part in _parts(rename(name, header.metadata), name, tensor)
+                for ours, own in _by_expert(rename(name, model.metadata), name, tensor)
             }
+            has_head = any(rename(name, model.metadata) == HEAD for name in model.tensors)
         except CheckpointError as e:
             raise CheckpointError(f"{path.name}: {e}") from None
         self._dtype = dtype
@@ -59,7 +75,7 @@ class GGUFFile:
         for name, (_, tensor) in self._stored.items():
             self._announce(name, tensor)
         embedding = self._stored.get(EMBEDDING)
-        if dtype is None and embedding is not None and HEAD not in self._stored:
+        if dtype is None and embedding is not None and not has_head:
             self._tie(embedding)
 
     def _tie(self, embedding: tuple[str, StoredTensor]) -> None:
@@ -80,11 +96,9 @@ class GGUFFile:
             self.specs[name] = TensorSpec(self._dtype or block.plain or torch.float32, tensor.shape)
 
     @property
-    def quantization_config(self) -> dict[str, Any] | None:
-        """As config.json would have it for the integers; None where every number is of one type."""
-        if self._dtype is not None:
-            return None
-        return {"quant_method": "gguf", "layers": self._kinds}
+    def kinds(self) -> dict[str, str]:
+        """Of what blocks the linear layers are that are integers, by module."""
+        return dict(self._kinds)
 
     def view(self, name: str) -> Tensor:
         """The tensor in its own memory."""
@@ -123,7 +137,7 @@ class GGUFFile:
         return raw.clone() if block.plain is not None and tensor.begin % block.nbytes else raw
 
 
-def _parts(ours: str, name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+def _by_expert(ours: str, name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
     """A tensor under its name, or a tensor of all experts as each one's own."""
     if EXPERT not in ours:
         if ours.endswith("shared_expert_gate.weight"):

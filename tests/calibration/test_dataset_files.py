@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
-import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from hub_server import fake_hub
 
 from octavo.calibration.text.dataset_files import find_dataset
 from octavo.calibration.text.documents import DataError
@@ -98,59 +96,13 @@ def test_what_is_nothing_is_refused(name: str) -> None:
         find_dataset(name)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a data set of two configurations takes."""
-
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
-    FILES = {  # noqa: RUF012
-        "README.md": CONFIGS.encode(),
-        "en/part-0.jsonl": b'{"text": "one"}\n',
-        "en/part-1.jsonl": b'{"text": "two"}\n',
-        "en/last.jsonl": b'{"text": "last"}\n',
-        "fr/0.jsonl": b'{"text": "un"}\n',
-    }
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0].removeprefix("/api")
-        name = path.removeprefix("/datasets/owner/name").removeprefix("/")
-        what, _, rest = name.partition("/")
-        file = self.FILES.get(rest.partition("/")[2])
-        if not path.startswith("/datasets/owner/name"):
-            self.send_error(404)
-        elif what in ("", "revision"):
-            siblings = [{"rfilename": name} for name in self.FILES]
-            self._answer(json.dumps({"id": "owner/name", "sha": self.COMMIT, "siblings": siblings}).encode())
-        elif what == "tree":
-            self._answer(json.dumps(self._tree(rest.partition("/")[2])).encode())
-        elif what == "resolve" and file is not None:
-            self._answer(file)
-        else:
-            self.send_error(404)
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def _tree(self, folder: str) -> list[dict[str, object]]:
-        """The entries right below a folder."""
-        prefix = f"{folder}/" if folder else ""
-        below = {name.removeprefix(prefix): content for name, content in self.FILES.items() if name.startswith(prefix)}
-        entries: dict[str, dict[str, object]] = {}
-        for name, content in below.items():
-            first, _, deeper = name.partition("/")
-            kind = "directory" if deeper else "file"
-            entries[first] = {"type": kind, "oid": first, "size": len(content), "path": prefix + first}
-        return list(entries.values())
-
-    def _answer(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hash(content)}"')
-        self.send_header("X-Repo-Commit", self.COMMIT)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+FILES = {
+    "README.md": CONFIGS.encode(),
+    "en/part-0.jsonl": b'{"text": "one"}\n',
+    "en/part-1.jsonl": b'{"text": "two"}\n',
+    "en/last.jsonl": b'{"text": "last"}\n',
+    "fr/0.jsonl": b'{"text": "un"}\n',
+}
 
 
 PROGRAM = """
@@ -177,16 +129,9 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
         done = subprocess.run(command, env=env, cwd=source, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            splits = ("owner/name:en/train", "owner/name:en/held_out", "owner/name", "owner/name:en/test", "other/name")
-            train, held_out, whole, test, other = run(*splits)
-        finally:
-            server.shutdown()
-            thread.join()
+    with fake_hub("/datasets/owner/name", FILES) as endpoint:
+        splits = ("owner/name:en/train", "owner/name:en/held_out", "owner/name", "owner/name:en/test", "other/name")
+        train, held_out, whole, test, other = run(*splits)
     both = '{"text": "one"}|{"text": "two"}'
     assert train == f"owner/name:en/train at 01234567|{both}"
     assert held_out == 'owner/name:en/held_out at 01234567|{"text": "last"}'

@@ -77,13 +77,15 @@ def blocks_of(numbers: np.ndarray, kind: Kind) -> np.ndarray:
 def write_gguf(source: Path, out: Path, arch: str, kind: Kind, **changes: Any) -> dict[str, Tensor]:
     """Write a model's GGUF with linear layers in blocks of a kind. Returns what its tensors stand for, by HF's names.
 
-    changes: of the metadata, by key; None leaves the key out.
+    changes: of the metadata, by key; None leaves the key out. Besides, `embedding`, its kind; `factors`, of rotations;
+    `per_part`, how many tensors a file has of several that are one model
     """
     factors = changes.pop("factors", {})
     embedding = changes.pop("embedding", Kind.F16)
+    per_part = changes.pop("per_part", 0)
     config = json.loads((source / "config.json").read_text())
     meaning = {}
-    writer = gguf.GGUFWriter(out, arch)
+    writer = gguf.GGUFWriter(out, arch, split_max_tensors=per_part)
     for key, value in (metadata_of(config, arch) | tokenizer_of(source) | changes).items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
