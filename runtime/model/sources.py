@@ -34,6 +34,7 @@ _TOWERS = (
     "visual.",
     "multi_modal_projector.",
     "connector.",
+    "image_newline",
     "embed_vision.",
     "audio_tower.",
     "embed_audio.",

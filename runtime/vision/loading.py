@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,19 @@ from octavo.quant.checkpoint import read_config
 from octavo.quant.model_files import read_object_if_any
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
-from octavo.runtime.vision.recipes import Grid, Lines, Recipe, Tiles, VisionModel, WholeImage, WholePatches
+from octavo.runtime.vision.recipes import (
+    AnyResolution,
+    Grid,
+    Lines,
+    Recipe,
+    Squared,
+    Tiles,
+    VisionModel,
+    WholeImage,
+    WholePatches,
+)
 from octavo.runtime.vision.towers import (
+    AnyResolutionModule,
     GemmaModule,
     IdeficsModule,
     InternModule,
@@ -44,6 +56,7 @@ CLIP_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
 QWEN_PROCESSORS = ("Qwen2VLImageProcessor",)
 PIXTRAL_PROCESSORS = ("PixtralImageProcessor",)
 GEMMA_PROCESSORS = ("Gemma3ImageProcessor",)
+ANY_RESOLUTION_PROCESSORS = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
 INTERN_PROCESSORS = ("GotOcr2ImageProcessor",)
 IDEFICS_PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
 
@@ -105,7 +118,8 @@ def load_tower(
         raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
     sees_ahead = config.model_type == "gemma3"
     mark = config.boi_token_index if sees_ahead else config.image_token_id
-    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sees_ahead)
+    several = _several(recipe, config, given)
+    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sees_ahead, several)
     _fill(module, source)
     tower = VisionTower(facts, module.to(device), given.mean, given.std)
     if problem := tower.problem(config.get_text_config().hidden_size):
@@ -141,7 +155,8 @@ class _Preprocessing:
                 raise UnreadImagesError(f"preprocessor_config.json: {key} false is not supported")
         if abs(float(found.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
             raise UnreadImagesError(f"preprocessor_config.json: rescale_factor {found['rescale_factor']} isn't 1 / 255")
-        if found.get("do_pad") and self.kind not in (*IDEFICS_PROCESSORS, *PIXTRAL_PROCESSORS):  # of batches
+        pads = (*IDEFICS_PROCESSORS, *PIXTRAL_PROCESSORS, *ANY_RESOLUTION_PROCESSORS)  # batches of images
+        if found.get("do_pad") and self.kind not in pads:
             raise UnreadImagesError("preprocessor_config.json: do_pad true is not supported")
         is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS + GEMMA_PROCESSORS
         self.mean = self._channels("image_mean", HALF if is_half else CLIP_MEAN)
@@ -174,7 +189,7 @@ class _Preprocessing:
         return dict(given) if isinstance(given, dict) else {}
 
 
-def _llava(config: Any, given: _Preprocessing) -> tuple[WholeImage, type[nn.Module]]:
+def _llava(config: Any, given: _Preprocessing) -> tuple[WholeImage, MakeModule]:
     kind = config.vision_config.model_type
     if kind not in ("clip_vision_model", "siglip_vision_model"):
         raise UnreadImagesError(f"llava with a vision tower of type {kind} is not supported; clip and siglip are")
@@ -196,7 +211,7 @@ def _llava(config: Any, given: _Preprocessing) -> tuple[WholeImage, type[nn.Modu
     return WholeImage((side, side), shorter, given.resample, count), LlavaModule
 
 
-def _qwen(config: Any, given: _Preprocessing) -> tuple[WholePatches, type[nn.Module]]:
+def _qwen(config: Any, given: _Preprocessing) -> tuple[WholePatches, MakeModule]:
     given.check_kind(QWEN_PROCESSORS)
     vision = config.vision_config
     if "mrope_section" not in config.text_config.rope_parameters:
@@ -216,7 +231,7 @@ def _qwen(config: Any, given: _Preprocessing) -> tuple[WholePatches, type[nn.Mod
     return WholePatches(vision.patch_size * vision.spatial_merge_size, least, most, given.resample), QwenModule
 
 
-def _idefics(config: Any, given: _Preprocessing) -> tuple[Tiles, type[nn.Module]]:
+def _idefics(config: Any, given: _Preprocessing) -> tuple[Tiles, MakeModule]:
     given.check_kind(IDEFICS_PROCESSORS)
     vision = config.vision_config
     longest = given.size("size").get("longest_edge")
@@ -230,7 +245,7 @@ def _idefics(config: Any, given: _Preprocessing) -> tuple[Tiles, type[nn.Module]
     return Tiles(longest, side, given.values.get("do_image_splitting", True), given.resample, count), IdeficsModule
 
 
-def _mistral3(config: Any, given: _Preprocessing) -> tuple[Lines, type[nn.Module]]:
+def _mistral3(config: Any, given: _Preprocessing) -> tuple[Lines, MakeModule]:
     given.check_kind(PIXTRAL_PROCESSORS)
     if config.vision_config.model_type != "pixtral":
         raise UnreadImagesError(
@@ -245,7 +260,7 @@ def _mistral3(config: Any, given: _Preprocessing) -> tuple[Lines, type[nn.Module
     return Lines(longest, config.vision_config.patch_size * config.spatial_merge_size, given.resample), Mistral3Module
 
 
-def _internvl(config: Any, given: _Preprocessing) -> tuple[Grid, type[nn.Module]]:
+def _internvl(config: Any, given: _Preprocessing) -> tuple[Grid, MakeModule]:
     given.check_kind(INTERN_PROCESSORS)
     vision = config.vision_config
     side = vision.image_size[0]
@@ -264,7 +279,7 @@ def _internvl(config: Any, given: _Preprocessing) -> tuple[Grid, type[nn.Module]
     return Grid(side, least, most, given.resample, count), InternModule
 
 
-def _gemma3(config: Any, given: _Preprocessing) -> tuple[WholeImage, type[nn.Module]]:
+def _gemma3(config: Any, given: _Preprocessing) -> tuple[WholeImage, MakeModule]:
     given.check_kind(GEMMA_PROCESSORS)
     side = config.vision_config.image_size
     size = given.size("size")
@@ -277,9 +292,55 @@ def _gemma3(config: Any, given: _Preprocessing) -> tuple[WholeImage, type[nn.Mod
     return WholeImage((side, side), None, given.resample, count, "\n\n<start_of_image>", behind), GemmaModule
 
 
-Maker = Callable[[Any, _Preprocessing], tuple[Recipe, type[nn.Module]]]
+def _llava_next(config: Any, given: _Preprocessing) -> tuple[AnyResolution, MakeModule]:
+    kind = config.vision_config.model_type
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise UnreadImagesError(
+            f"{config.model_type} with a vision tower of type {kind} is not supported; clip and siglip are"
+        )
+    given.check_kind(ANY_RESOLUTION_PROCESSORS)
+    side = config.vision_config.image_size
+    sizes = [given.size(name) for name in ("size", "crop_size")]
+    if any(set(size.values()) not in (set(), {side}) for size in sizes) or not sizes[0]:
+        raise UnreadImagesError(f"preprocessor_config.json: size {sizes[0]} and crop_size {sizes[1]} aren't {side}")
+    points = config.image_grid_pinpoints
+    if given.values.get("image_grid_pinpoints", points) != points:
+        raise UnreadImagesError("preprocessor_config.json: image_grid_pinpoints are not those of config.json")
+    known = [tuple(point) for point in points if len(point) == 2]
+    grids = tuple((width // side, height // side) for height, width in known)
+    if not grids or any(length < side or length % side for point in known for length in point):
+        raise UnreadImagesError(f"image_grid_pinpoints: {points[:4]} are not in squares of {side}, as the tower's")
+    if (most := max(columns * rows for columns, rows in grids)) > MOST_SQUARES or len(grids) > MOST_SQUARES:
+        raise UnreadImagesError(f"image_grid_pinpoints: {most} squares in {len(grids)} grids; {MOST_SQUARES} are most")
+    patches = side // config.vision_config.patch_size
+    recipe = AnyResolution(side, grids, patches, given.resample, _most_squares(config))
+    return recipe, partial(AnyResolutionModule, recipe=recipe)
+
+
+def _most_squares(config: Any) -> int:
+    """Of LLaVA-OneVision's images; 0: LLaVA-NeXT bounds none."""
+    if config.model_type == "llava_next":
+        return 0
+    most = config.vision_aspect_ratio.removeprefix("anyres_max_")
+    if not most.isdecimal() or not 0 < int(most) <= MOST_SQUARES:
+        raise UnreadImagesError(f"vision_aspect_ratio {config.vision_aspect_ratio!r}: anyres_max_9 is what is known")
+    return int(most)
+
+
+def _several(recipe: Recipe, config: Any, given: _Preprocessing) -> Recipe | None:
+    """How images are seen in prompts with more than one; None: as one is."""
+    if config.model_type != "llava_onevision" or not isinstance(recipe, AnyResolution):
+        return None
+    red, green, blue = (int(255 * mean) for mean in given.mean)
+    return Squared(recipe.side, (red, green, blue), recipe.resample, recipe.patches**2 + 1)
+
+
+MakeModule = Callable[[Any], nn.Module]
+Maker = Callable[[Any, _Preprocessing], tuple[Recipe, MakeModule]]
 MAKERS: dict[str, Maker] = {
     "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_next,
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
@@ -315,5 +376,5 @@ def _spellings(name: str) -> Iterator[str]:
     """Names that a tower's parameter has in checkpoints: transformers 4 had a module more around CLIP and SigLIP."""
     tower, _, rest = name.partition(".")
     for prefix in ("model.", ""):
-        yield f"{prefix}{tower}.{rest}"
+        yield prefix + name
         yield f"{prefix}{tower}.vision_model.{rest}"

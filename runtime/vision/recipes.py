@@ -18,17 +18,20 @@ MAX_RATIO = 200  # of an image's sides, in Qwen's models
 
 Size = tuple[int, int]
 """Width and height."""
+Color = tuple[int, int, int]
 
 
 class View(NamedTuple):
     """Pixels that a tower sees: `frame` of the image, after it is resized to each of these sizes in turn.
 
-    corner: where the frame's left upper pixel is; what lies outside of the image is black.
+    corner: where the frame's left upper pixel is; what lies outside of the image is black. squared: the color of bars
+    beside the image that make it a square before it is resized; None: it keeps its shape.
     """
 
     sizes: tuple[Size, ...]
     frame: Size
     corner: tuple[int, int] = (0, 0)
+    squared: Color | None = None
 
 
 class Layout(NamedTuple):
@@ -216,8 +219,99 @@ class Grid(msgspec.Struct, frozen=True, tag="grid"):
         return best
 
 
-Recipe = WholeImage | WholePatches | Tiles | Lines | Grid
+class Kept(NamedTuple):
+    """The part of a grid's patches that an image fills: how many are left out at each of two opposite sides, how many
+    are left, and how many those are made.
+    """
+
+    out: Size
+    left: Size
+    made: Size
+
+
+class AnyResolution(msgspec.Struct, frozen=True, tag="any"):
+    """The whole image in one square, and squares of a grid that it fills without being stretched: LLaVA-NeXT's.
+
+    Of the grid's patches, those beside the image are left out, and a token stands behind each line of the others.
+    side: of a square. grids: columns and rows of those that there are. patches: of a square's side. most: squares whose
+    patches an image has at most, roughly; more are averaged (LLaVA-OneVision); 0: any number.
+    """
+
+    side: int
+    grids: tuple[Size, ...]
+    patches: int
+    resample: int
+    most: int = 0
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size. Raises ValueError for one that can't be resized."""
+        square = (self.side, self.side)
+        grid = self.grid(size)
+        whole = (grid[0] * self.side, grid[1] * self.side)
+        check_pixels(size, whole)
+        resized = _within(size, whole)
+        left, top = ((most - length) // 2 for most, length in zip(whole, resized, strict=True))
+        places = [(column, row) for row in range(grid[1]) for column in range(grid[0])]
+        views = [View((resized,), square, (self.side * x - left, self.side * y - top)) for x, y in places]
+        columns, rows = self.kept(size).made
+        count = self.patches**2 + (columns + 1) * rows
+        return Layout((View((square,), square), *views), placeholder * count, count)
+
+    def grid(self, size: Size) -> Size:
+        """The grid in which an image has the most pixels of its own; of equally good ones the smallest."""
+        width, height = size
+
+        def goodness(grid: Size) -> tuple[int, int]:
+            across, down = (count * self.side for count in grid)
+            scale = min(across / width, down / height)
+            filled = min(int(width * scale) * int(height * scale), width * height)
+            return filled, filled - across * down
+
+        return max(self.grids, key=goodness)
+
+    def kept(self, size: Size) -> Kept:
+        """Which patches of the grid an image of this size has."""
+        width, height = size
+        columns, rows = (length * self.patches for length in self.grid(size))
+        across = down = 0
+        if width / height > columns / rows:
+            down = (rows - int(round(height * (columns / width), 7))) // 2
+        else:
+            across = (columns - int(round(width * (rows / height), 7))) // 2
+        left = (columns - 2 * across, rows - 2 * down)
+        ratio = math.sqrt(left[0] * left[1] / (self.most * self.patches**2)) if self.most else 0.0
+        made = (int(left[0] // ratio), int(left[1] // ratio)) if ratio > 1.1 else left
+        return Kept((across, down), left, made)
+
+
+class Squared(msgspec.Struct, frozen=True, tag="squared"):
+    """The whole image in one square, between bars of a color: LLaVA-OneVision's, where a prompt has several images.
+
+    side: of the square. count: placeholders.
+    """
+
+    side: int
+    color: Color
+    resample: int
+    count: int
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size. Raises ValueError for one that can't be made a square."""
+        square = (self.side, self.side)
+        check_pixels(size, (max(size), max(size)))
+        return Layout((View((square,), square, squared=self.color),), placeholder * self.count, self.count)
+
+
+Recipe = WholeImage | WholePatches | Tiles | Lines | Grid | AnyResolution | Squared
 FAKE = "<fake_token_around_image>"
+
+
+def _within(size: Size, whole: Size) -> Size:
+    """An image's size, once it is resized to fill one of the sides of `whole`."""
+    across, down = (most / length for most, length in zip(whole, size, strict=True))
+    if across < down:
+        return whole[0], min(math.ceil(size[1] * across), whole[1])
+    return min(math.ceil(size[0] * down), whole[0]), whole[1]
 
 
 def check_pixels(size: Size, resized: Size) -> None:
@@ -234,6 +328,7 @@ class VisionModel(msgspec.Struct, frozen=True):
 
     placeholder_id: the token in whose places an image's embeddings go. mark_id: what chat templates write once for an
     image. most_images: of a prompt. sees_ahead: an image's tokens see each other, also those behind them.
+    of_several: the recipe for images of prompts that have more than one; None: the same.
     """
 
     recipe: Recipe
@@ -241,6 +336,11 @@ class VisionModel(msgspec.Struct, frozen=True):
     mark_id: int
     most_images: int
     sees_ahead: bool = False
+    of_several: Recipe | None = None
+
+    def recipe_for(self, num_images: int) -> Recipe:
+        """Of the images of a prompt that has so many."""
+        return self.recipe if num_images == 1 or self.of_several is None else self.of_several
 
     @property
     def most_at_once(self) -> int:
@@ -251,14 +351,15 @@ class VisionModel(msgspec.Struct, frozen=True):
 class PromptImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An image of a prompt: the pixels that the tower sees, and where the prompt has it.
 
-    digest: SHA-256 of `frames` and `pixels`, which names it in the prefix cache. start, length: the tokens that stand
-    for it, those between its placeholders among them. frames: the size of each; pixels: theirs, RGB, row by row.
-    is_whole: its tokens see each other, so that one step computes all of them.
+    digest: SHA-256 of `size`, `frames` and `pixels`, which names it in the prefix cache. start, length: the tokens that
+    stand for it, those between its placeholders among them. size: its own, before it was resized. frames: the size of
+    each; pixels: theirs, RGB, row by row. is_whole: its tokens see each other, so that one step computes all of them.
     """
 
     digest: bytes
     start: int
     length: int
+    size: Size
     frames: tuple[Size, ...]
     pixels: bytes
     is_whole: bool = False

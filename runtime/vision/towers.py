@@ -8,22 +8,29 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from octavo.runtime.vision.recipes import Grid, Layout, Lines, PromptImage, Size, Tiles, VisionModel, WholePatches
+from octavo.runtime.vision.recipes import AnyResolution, Layout, PromptImage, Size, VisionModel, WholePatches
 
 MAX_KEPT_BYTES = 256 << 20
 
 
-class TowerModule(Protocol):
-    """frames, each [3, H, W] and normalized, of one image -> [placeholders, hidden]."""
+class SeenImage(NamedTuple):
+    """What a tower sees of an image: frames, each [3, H, W] and normalized. size: the image's own."""
 
-    def __call__(self, frames: Sequence[Tensor]) -> Tensor: ...
+    frames: list[Tensor]
+    size: Size
+
+
+class TowerModule(Protocol):
+    """One image -> [placeholders, hidden]."""
+
+    def __call__(self, image: SeenImage) -> Tensor: ...
 
 
 class VisionTower:
@@ -63,7 +70,7 @@ class VisionTower:
                 return f"image {number}: {len(image.pixels)} bytes are not those of its frames {image.frames}"
             if image.is_whole != self.facts.sees_ahead:
                 return f"image {number}: whether one step computes it is not as the model wants it"
-            wanted = self._num_embeddings(image.frames)
+            wanted = self._num_embeddings(image, len(images))
             found = len(self.places(token_ids, image))
             if found != wanted:
                 return f"image {number}: {found} placeholders in the prompt for {wanted} embeddings"
@@ -76,21 +83,13 @@ class VisionTower:
             return None
         return f"prompt_logprobs: an image's {least} tokens are computed in one step, which may list {most}"
 
-    def _num_embeddings(self, frames: Sequence[Size]) -> int:
-        """Of an image of these frames; -1 where no image of this model has them."""
-        recipe = self.facts.recipe
-        match recipe:
-            case WholePatches():
-                columns, rows = recipe.grid(frames[0])
-                return columns * rows if frames == ((columns * recipe.factor, rows * recipe.factor),) else -1
-            case Lines():
-                width, height = frames[0]
-                side = recipe.factor
-                is_whole = len(frames) == 1 and width % side == 0 and height % side == 0
-                return (width // side) * (height // side) if is_whole else -1
-            case Tiles() | Grid():
-                return len(frames) * recipe.count if set(frames) == {(recipe.side, recipe.side)} else -1
-        return recipe.count if frames == (recipe.frame,) else -1
+    def _num_embeddings(self, image: PromptImage, num_images: int) -> int:
+        """Of one of so many images of a prompt; -1 where none of its size has its frames."""
+        try:
+            layout = self.facts.recipe_for(num_images).layout(image.size, "")
+        except (ValueError, ArithmeticError):
+            return -1
+        return layout.num_placeholders if image.frames == tuple(view.frame for view in layout.views) else -1
 
     def grid(self, image: PromptImage) -> Size | None:
         """Columns and rows of an image's placeholders, by which they are rotated; None: they are text to the rope."""
@@ -103,10 +102,12 @@ class VisionTower:
 
         hidden_size: the decoder's. The image is black, and the one of two shapes that becomes fewer pixels.
         """
+        recipe = self.facts.recipe
         try:
-            layout = min((self.facts.recipe.layout(size, "") for size in ((1, 1), (16, 1))), key=_num_pixels)
+            layout, size = min(((recipe.layout(size, ""), size) for size in ((1, 1), (16, 1))), key=_num_pixels)
             frames = tuple(view.frame for view in layout.views)
-            made = self.module(list(self._frames(PromptImage(b"", 0, 0, frames, bytes(3 * _num_pixels(layout))))))
+            pixels = bytes(sum(3 * width * height for width, height in frames))
+            made = self.module(self._seen(PromptImage(b"", 0, 0, size, frames, pixels)))
         except Exception as error:  # of transformers' modules, of any type
             return f"{type(error).__name__}: {error}"
         if len(made) != layout.num_placeholders or made.shape[1] % hidden_size:
@@ -120,13 +121,16 @@ class VisionTower:
         if kept is not None:
             self._kept.move_to_end(image.digest)
             return kept
-        made: Tensor = self.module(list(self._frames(image))).to(self._dtype)
+        made: Tensor = self.module(self._seen(image)).to(self._dtype)
         self._kept[image.digest] = made
         self._kept_bytes += made.nbytes
         while self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= oldest.nbytes
         return made
+
+    def _seen(self, image: PromptImage) -> SeenImage:
+        return SeenImage(list(self._frames(image)), image.size)
 
     def _frames(self, image: PromptImage) -> Iterator[Tensor]:
         begin = 0
@@ -138,8 +142,8 @@ class VisionTower:
             begin = end
 
 
-def _num_pixels(layout: Layout) -> int:
-    return sum(width * height for width, height in (view.frame for view in layout.views))
+def _num_pixels(seen: tuple[Layout, Size]) -> int:
+    return sum(width * height for width, height in (view.frame for view in seen[0].views))
 
 
 class LlavaModule(nn.Module):
@@ -155,12 +159,55 @@ class LlavaModule(nn.Module):
         self._layer = config.vision_feature_layer
         self._drops_first = config.vision_feature_select_strategy == "default"
 
-    def forward(self, frames: Sequence[Tensor]) -> Tensor:
-        states = self.vision_tower(torch.stack(list(frames)), output_hidden_states=True, return_dict=True).hidden_states
+    def forward(self, image: SeenImage) -> Tensor:
+        states = self.vision_tower(torch.stack(image.frames), output_hidden_states=True, return_dict=True).hidden_states
         layers = [self._layer] if isinstance(self._layer, int) else self._layer
         chosen = torch.cat([states[layer][:, self._drops_first :] for layer in layers], dim=-1)
         projected: Tensor = self.multi_modal_projector(chosen)
         return projected.flatten(0, 1)
+
+
+class AnyResolutionModule(nn.Module):
+    """A tower of LLaVA-NeXT or LLaVA-OneVision: the image as a whole, and squares of a grid, whose patches are put
+    together line by line; those beside the image are left out. An image in one frame has a token behind that.
+    """
+
+    def __init__(self, config: Any, recipe: AnyResolution) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        self._recipe = recipe
+        self._layer = config.vision_feature_layer
+        self._drops_first = config.vision_feature_select_strategy == "default"
+
+    def forward(self, image: SeenImage) -> Tensor:
+        pixels = torch.stack(image.frames)
+        states = self.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
+        layers = [self._layer] if isinstance(self._layer, int) else self._layer
+        chosen = torch.cat([states[layer][:, self._drops_first :] for layer in layers], dim=-1)
+        whole, *squares = self.multi_modal_projector(chosen)
+        if not squares:
+            return torch.cat((whole, self.image_newline[None]))
+        return torch.cat((whole, self._in_lines(torch.stack(squares), image.size)))
+
+    def _in_lines(self, squares: Tensor, size: Size) -> Tensor:
+        """Patches [squares, patches, hidden] of a grid, with a token behind each line: [placeholders, hidden]."""
+        columns, rows = self._recipe.grid(size)
+        side = self._recipe.patches
+        lines = squares.view(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+        kept = self._recipe.kept(size)
+        left, top = kept.out
+        across, down = kept.left
+        lines = lines[top : top + down, left : left + across]
+        if kept.made != kept.left:
+            wanted = (kept.made[1], kept.made[0])
+            lines = nn.functional.interpolate(lines.permute(2, 0, 1)[None], wanted, mode="bilinear")[0].permute(1, 2, 0)
+        ends = self.image_newline.expand(len(lines), 1, -1)
+        return torch.cat((lines, ends), dim=1).flatten(0, 1)
 
 
 class Mistral3Module(nn.Module):
@@ -175,8 +222,8 @@ class Mistral3Module(nn.Module):
         self.multi_modal_projector = Mistral3MultiModalProjector(config)
         self._layer = config.vision_feature_layer
 
-    def forward(self, frames: Sequence[Tensor]) -> Tensor:
-        (frame,) = frames
+    def forward(self, image: SeenImage) -> Tensor:
+        (frame,) = image.frames
         sizes = torch.tensor([frame.shape[1:]])
         seen = self.vision_tower(frame[None], image_sizes=sizes, output_hidden_states=True, return_dict=True)
         layers = [self._layer] if isinstance(self._layer, int) else self._layer
@@ -197,12 +244,12 @@ class InternModule(nn.Module):
         self.multi_modal_projector = InternVLMultiModalProjector(config)
         self._drops_first = config.vision_feature_select_strategy == "default"
 
-    def forward(self, frames: Sequence[Tensor]) -> Tensor:
-        seen = self.vision_tower(pixel_values=torch.stack(list(frames)), return_dict=True).last_hidden_state
+    def forward(self, image: SeenImage) -> Tensor:
+        seen = self.vision_tower(pixel_values=torch.stack(image.frames), return_dict=True).last_hidden_state
         patches = seen[:, self._drops_first :]
         side = math.isqrt(patches.shape[1])
-        grid = patches.reshape(len(frames), side // 2, 2, side // 2, 2, -1)
-        squares = grid.transpose(2, 3).reshape(len(frames), side * side // 4, -1)
+        grid = patches.reshape(len(image.frames), side // 2, 2, side // 2, 2, -1)
+        squares = grid.transpose(2, 3).reshape(len(image.frames), side * side // 4, -1)
         projected: Tensor = self.multi_modal_projector(squares)
         return projected.flatten(0, 1)
 
@@ -218,8 +265,8 @@ class GemmaModule(nn.Module):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = Gemma3MultiModalProjector(config)
 
-    def forward(self, frames: Sequence[Tensor]) -> Tensor:
-        seen = self.vision_tower(pixel_values=torch.stack(list(frames)), return_dict=True).last_hidden_state
+    def forward(self, image: SeenImage) -> Tensor:
+        seen = self.vision_tower(pixel_values=torch.stack(image.frames), return_dict=True).last_hidden_state
         projected: Tensor = self.multi_modal_projector(seen)
         return projected.flatten(0, 1)
 
@@ -244,8 +291,8 @@ class QwenModule(nn.Module):
         self._merge = vision.spatial_merge_size
         self._num_times = vision.temporal_patch_size
 
-    def forward(self, frames: Sequence[Tensor]) -> Tensor:
-        (frame,) = frames
+    def forward(self, image: SeenImage) -> Tensor:
+        (frame,) = image.frames
         rows, columns = (side // self._patch for side in frame.shape[1:])
         merge = self._merge
         blocks = frame.reshape(3, rows // merge, merge, self._patch, columns // merge, merge, self._patch)
@@ -271,9 +318,9 @@ class IdeficsModule(nn.Module):
         self.connector = Connector(config)
         self._num_patches = config.vision_config.image_size // config.vision_config.patch_size
 
-    def forward(self, frames: Sequence[Tensor]) -> Tensor:
-        pixels = torch.stack(list(frames))
-        whole = torch.ones(len(frames), self._num_patches, self._num_patches, dtype=torch.bool, device=pixels.device)
+    def forward(self, image: SeenImage) -> Tensor:
+        pixels = torch.stack(image.frames)
+        whole = torch.ones(len(pixels), self._num_patches, self._num_patches, dtype=torch.bool, device=pixels.device)
         seen = self.vision_model(pixel_values=pixels, patch_attention_mask=whole, return_dict=True).last_hidden_state
         joined: Tensor = self.connector(seen)
         return joined.flatten(0, 1)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageOps
 
-from octavo.runtime.vision.recipes import MAX_PIXELS, Recipe, Size, View
+from octavo.runtime.vision.recipes import MAX_PIXELS, Color, Recipe, Size, View
 from octavo.server.media.jobs import Decoded
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -82,6 +82,8 @@ def _decoded(image: Image.Image) -> Image.Image:
 
 def _pixels(picture: Image.Image, views: Sequence[View], resample: Image.Resampling) -> Iterator[bytes]:
     """Of each view; the image is resized once for those that follow each other with the same sizes."""
+    if views[0].squared is not None:
+        picture = _squared(picture, views[0].squared)
     resized = picture
     sizes: tuple[Size, ...] = ()
     for view in views:
@@ -94,3 +96,11 @@ def _pixels(picture: Image.Image, views: Sequence[View], resample: Image.Resampl
             sizes = view.sizes
         x, y = view.corner
         yield resized.crop((x, y, x + view.frame[0], y + view.frame[1])).tobytes()
+
+
+def _squared(picture: Image.Image, color: Color) -> Image.Image:
+    """The picture in the middle of a square of this color."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from octavo.runtime.vision.recipes import MAX_PIXELS, PromptImage, VisionModel
+from octavo.runtime.vision.recipes import MAX_PIXELS, PromptImage, Recipe, VisionModel
 from octavo.server.errors import bad_request
 from octavo.server.frame_process import FrameProcess
 from octavo.server.media import prompt
@@ -43,13 +43,14 @@ class Images:
         most = self.vision.most_images
         if len(sources) > most:
             raise sources[most].refusal(f"{len(sources)} are there, and {most} the most (--limit-mm-per-prompt)")
-        return [await self._read(source) for source in sources]
+        recipe = self.vision.recipe_for(len(sources))
+        return [await self._read(source, recipe) for source in sources]
 
-    async def _read(self, source: ImageSource) -> ReadImage:
+    async def _read(self, source: ImageSource, recipe: Recipe) -> ReadImage:
         content = await asyncio.to_thread(content_of, source, self._directory)
         await self._lock.acquire()  # who hangs up meanwhile leaves the queue
         # shielded: a job that has begun is finished; otherwise its answer would be taken for the next job's
-        answer = await asyncio.shield(self._decoded(Job(content, self.vision.recipe)))
+        answer = await asyncio.shield(self._decoded(Job(content, recipe)))
         if not isinstance(answer, ReadImage):
             raise source.refusal(answer.message)
         return answer
@@ -65,28 +66,12 @@ class Images:
             return _GONE
         finally:
             self._lock.release()
-        return await asyncio.to_thread(self._checked, answer)
-
-    def _checked(self, answer: bytes) -> ReadImage | Refused:
-        """What the process says, which may be anything where a decoder was broken into."""
-        try:
-            found = msgspec.msgpack.decode(answer, type=Answer)
-            if isinstance(found, Refused):
-                return found
-            views = self.vision.recipe.layout(found.size, "").views
-        except (msgspec.DecodeError, ValueError, ArithmeticError):
-            return _GONE
-        frames = tuple(view.frame for view in views)
-        if found.frames != frames or len(found.pixels) != sum(3 * width * height for width, height in frames):
-            return _GONE
-        digest = hashlib.sha256(repr(frames).encode())
-        digest.update(found.pixels)
-        return ReadImage(digest.digest(), found.size, frames, found.pixels)
+        return await asyncio.to_thread(_checked, answer, job.recipe)
 
     def expanded(self, text: str, images: Sequence[ReadImage], field: str = "messages") -> str:
         """The text of a prompt with all placeholders of its images. Raises ApiError, which names the field."""
         try:
-            return prompt.expanded(text, images, self.vision.recipe, self._mark, self._placeholder)
+            return prompt.expanded(text, images, self.vision, self._mark, self._placeholder)
         except PlacesError as error:
             raise bad_request(f"{field}: {error}", field) from None
 
@@ -102,3 +87,20 @@ class Images:
     def close(self) -> None:
         """End the process."""
         self._process.close()
+
+
+def _checked(answer: bytes, recipe: Recipe) -> ReadImage | Refused:
+    """What the process says, which may be anything where a decoder was broken into."""
+    try:
+        found = msgspec.msgpack.decode(answer, type=Answer)
+        if isinstance(found, Refused):
+            return found
+        views = recipe.layout(found.size, "").views
+    except (msgspec.DecodeError, ValueError, ArithmeticError):
+        return _GONE
+    frames = tuple(view.frame for view in views)
+    if found.frames != frames or len(found.pixels) != sum(3 * width * height for width, height in frames):
+        return _GONE
+    digest = hashlib.sha256(repr((found.size, frames)).encode())
+    digest.update(found.pixels)
+    return ReadImage(digest.digest(), found.size, frames, found.pixels)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from octavo.runtime.vision.recipes import PromptImage, Recipe, Size, VisionModel
+from octavo.runtime.vision.recipes import PromptImage, Size, VisionModel
 
 
 class PlacesError(ValueError):
@@ -23,7 +23,7 @@ class ReadImage:
     pixels: bytes
 
 
-def expanded(text: str, images: Sequence[ReadImage], recipe: Recipe, mark: str, placeholder: str) -> str:
+def expanded(text: str, images: Sequence[ReadImage], vision: VisionModel, mark: str, placeholder: str) -> str:
     """The text with as many placeholders for each image as it has embeddings. Raises PlacesError.
 
     mark: what the template writes once for each image.
@@ -34,6 +34,7 @@ def expanded(text: str, images: Sequence[ReadImage], recipe: Recipe, mark: str, 
             f"the prompt has {mark!r} {len(pieces) - 1} times for {len(images)} images; once for each is "
             "wanted, which a chat template writes, and no message may"
         )
+    recipe = vision.recipe_for(len(images))
     stands = (recipe.layout(image.size, placeholder).text for image in images)
     return pieces[0] + "".join(stand + piece for stand, piece in zip(stands, pieces[1:], strict=True))
 
@@ -41,7 +42,8 @@ def expanded(text: str, images: Sequence[ReadImage], recipe: Recipe, mark: str, 
 def placed(token_ids: Sequence[int], images: Sequence[ReadImage], vision: VisionModel) -> tuple[PromptImage, ...]:
     """The images of a prompt with the places that they have in it. Raises PlacesError."""
     places = [place for place, token in enumerate(token_ids) if token == vision.placeholder_id]
-    counts = [vision.recipe.layout(image.size, "").num_placeholders for image in images]
+    recipe = vision.recipe_for(len(images))
+    counts = [recipe.layout(image.size, "").num_placeholders for image in images]
     if sum(counts) != len(places):
         raise PlacesError(f"the prompt has {len(places)} placeholders for the {sum(counts)} that its images take")
     left = iter(places)
@@ -53,4 +55,5 @@ def _placed(
 ) -> Iterator[PromptImage]:
     for image, count in zip(images, counts, strict=True):
         own = list(islice(places, count))
-        yield PromptImage(image.digest, own[0], own[-1] + 1 - own[0], image.frames, image.pixels, is_whole)
+        length = own[-1] + 1 - own[0]
+        yield PromptImage(image.digest, own[0], length, image.size, image.frames, image.pixels, is_whole)

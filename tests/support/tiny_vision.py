@@ -19,15 +19,14 @@ from torch import Tensor
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
 PLACEHOLDERS = {
-    **dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>"),
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm"), "<image>"),
     "mistral3": "[IMG]",
     "gemma3": "<image_soft_token>",
     "internvl": "<IMG_CONTEXT>",
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
 }
-MARKS = dict.fromkeys(("llava", "idefics3", "smolvlm"), "<image>") | {"mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>"}
-MARKS |= {"gemma3": "<start_of_image>"}
-QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+MARKS = PLACEHOLDERS | {"gemma3": "<start_of_image>"}
+MARKS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|vision_start|><|image_pad|><|vision_end|>")
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}MARK"
@@ -103,13 +102,8 @@ def make_tiny_vision(kind: str, directory: Path, seed: int = 0) -> TinyVision:
     is_qwen = kind.startswith("qwen")
     more = ["<|vision_start|>", "<|vision_end|>", placeholder, "<|video_pad|>"] if is_qwen else [placeholder]
     tokenizer.add_special_tokens({"additional_special_tokens": more})
-    tokenizer.chat_template = TEMPLATE.replace("MARK", MARKS.get(kind, QWEN_MARK))
-    make = (
-        _qwen
-        if is_qwen
-        else {"llava": _llava, "mistral3": _mistral3, "internvl": _internvl, "gemma3": _gemma3}.get(kind, _idefics)
-    )
-    config, processor = make(kind, tokenizer)
+    tokenizer.chat_template = TEMPLATE.replace("MARK", MARKS[kind])
+    config, processor = MAKERS[kind](kind, tokenizer)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
     randomize(model, seed)
@@ -131,6 +125,39 @@ def _llava(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
     )
     processor.chat_template = tokenizer.chat_template
     return config, processor
+
+
+def _llava_next(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    points = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    config = transformers.LlavaNextConfig(
+        text_config=transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=28, patch_size=7, projection_dim=32),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=points,
+    )
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=points
+    )
+    processor = transformers.LlavaNextProcessor(
+        images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.chat_template = tokenizer.chat_template
+    return config, processor
+
+
+def _onevision(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    points = [[28 * rows, 28 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    config = transformers.LlavaOnevisionConfig(
+        text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=28, patch_size=7, vision_use_head=False),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=points,
+        vision_aspect_ratio="anyres_max_2",
+    )
+    images = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=points, image_mean=[0.5, 0.3, 0.7]
+    )
+    return config, OnevisionProcessor(images, tokenizer)
 
 
 def _qwen(kind: str, tokenizer: Any) -> tuple[Any, Any]:
@@ -240,6 +267,36 @@ class WithoutVideos:
     def tokens(self, text: str, placeholder: str, stands: list[str]) -> dict[str, Tensor]:
         first, *pieces = text.split(placeholder)
         return self.tokenizer(first + "".join(map("".join, zip(stands, pieces, strict=True))), return_tensors="pt")
+
+
+MAKERS = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _onevision,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _qwen),
+    **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
+    "mistral3": _mistral3,
+    "gemma3": _gemma3,
+    "internvl": _internvl,
+}
+
+
+class OnevisionProcessor(WithoutVideos):
+    """LLaVA-OneVision's, which is asked for an image's text. Images of one prompt belong together, as in a chat."""
+
+    def __init__(self, images: Any, tokenizer: Any) -> None:
+        super().__init__(images, tokenizer)
+        self.whole = object.__new__(transformers.LlavaOnevisionProcessor)
+        self.whole.image_processor = images
+        self.whole.num_image_tokens = 16
+        self.whole.vision_feature_select_strategy = "full"
+        self.whole.vision_aspect_ratio = "anyres_max_2"
+        self.whole.image_token = "<image>"
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> dict[str, Tensor]:
+        found = {} if images is None else dict(self.images(images=[images], return_tensors=return_tensors))
+        stands = [self.whole.replace_image_token(found, number) for number in range(len(images or ()))]
+        return {**found, **self.tokens(text[0], "<image>", stands)}
 
 
 class GemmaProcessor(WithoutVideos):

@@ -21,6 +21,13 @@ def _sliding_layers(settings: Config, rotates: list[bool]) -> list[bool]:
     return [has_window(settings) and not turns for turns in rotates]
 
 
+_VICUNA = {  # 7B's, which the config.json of LLaVA 1.5 and 1.6 leaves out
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 FAMILY = Family(
     architectures={
         "llama": Architecture(
@@ -61,16 +68,16 @@ FAMILY = Family(
             sliding_layers=_sliding_layers,
         ),
     },
-    vision={"llava": ("llama", "mistral", "qwen2"), "idefics3": ("llama",), "smolvlm": ("llama",)},
+    vision={
+        "llava": ("llama", "mistral", "qwen2"),
+        "llava_next": ("llama", "mistral", "qwen2"),
+        "idefics3": ("llama",),
+        "smolvlm": ("llama",),
+    },
     text_defaults={
         "idefics3": {"rms_norm_eps": 1e-5},
         "smolvlm": {"rms_norm_eps": 1e-5},
-        "llava": {  # Vicuna 7B's, which LLaVA 1.5's config.json leaves out
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        },
+        "llava": _VICUNA,
+        "llava_next": _VICUNA,
     },
 )

@@ -113,6 +113,7 @@ FAMILY = Family(
         "qwen2_vl": ("qwen2_vl_text",),
         "qwen2_5_vl": ("qwen2_5_vl_text",),
         "qwen3_vl": ("qwen3_vl_text",),
+        "llava_onevision": ("qwen2",),
         "internvl": ("qwen2", "qwen3", "llama"),
     },
 )

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from slow_cases import slow
-from tiny_vision import MARKS, QWEN_MARK, TinyVision, as_png, make_tiny_vision, picture
+from tiny_vision import MARKS, TinyVision, as_png, make_tiny_vision, picture
 from toy_model import run_to_end, tokens_of
 
 from octavo.calibration.prepare import prepare
@@ -32,11 +32,14 @@ from octavo.runtime.vision.loading import tower_of
 from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
-OTHERS = ("qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
+OTHERS = ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
 KINDS = ("llava", "qwen2_5_vl", "gemma3", *map(slow, OTHERS))
-IN_CHUNKS = [("llava", 7), ("qwen2_5_vl", 7), ("qwen3_vl", 7), ("smolvlm", 7), ("gemma3", 19)]
+IN_CHUNKS = [
+    *((kind, 7) for kind in ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")),
+    ("gemma3", 19),
+]
 OTHERWISE = [
-    *((kind, 7) for kind in ("qwen2_vl", "idefics3", "mistral3", "internvl")),
+    *((kind, 7) for kind in ("llava_next", "qwen2_vl", "idefics3", "mistral3", "internvl")),
     ("llava", 1),
     ("qwen2_5_vl", 1),
     *((kind, 2048) for kind in ("llava", "qwen2_5_vl", "gemma3", *OTHERS)),
@@ -57,7 +60,7 @@ def engine_of(directory: Path, chunk: int = 2048, **options: object) -> Engine:
 
 
 def mark_of(tiny: TinyVision) -> str:
-    return MARKS.get(tiny.model.config.model_type, QWEN_MARK)
+    return MARKS[tiny.model.config.model_type]
 
 
 def text_of(tiny: TinyVision, count: int) -> str:
@@ -72,14 +75,14 @@ def request_of(
     facts = engine.worker.model.tower.facts
     read = []
     for one in pictures:
-        made = frames_of(as_png(one), facts.recipe)
-        digest = hashlib.sha256(repr(made.frames).encode() + made.pixels).digest()
+        made = frames_of(as_png(one), facts.recipe_for(len(pictures)))
+        digest = hashlib.sha256(repr((made.size, made.frames)).encode() + made.pixels).digest()
         read.append(ReadImage(digest, made.size, made.frames, made.pixels))
     text = expanded(
         text_of(tiny, len(pictures)),
         read,
-        facts.recipe,
-        MARKS.get(tiny.model.config.model_type, tiny.placeholder),
+        facts,
+        tiny.placeholder if tiny.model.config.model_type.startswith("qwen") else mark_of(tiny),
         tiny.placeholder,
     )
     ids = tiny.processor.tokenizer(text)["input_ids"]
@@ -120,6 +123,7 @@ def test_answers_go_on_from_images_and_out_of_the_prefix_cache(tiny: TinyVision)
     cases = {"first": [FIRST], "second": [SECOND], "both": [FIRST, SECOND], "swapped": [SECOND, FIRST], "none": []}
     truth = {name: tiny.greedy(tiny.inputs(text_of(tiny, len(p)), p), 6) for name, p in cases.items()}
     assert len({tuple(answer) for answer in truth.values()}) == len(cases)
+    requests: list[AddRequest] = []
     for again in (False, True):
         requests = [request_of(tiny, engine, pictures, name) for name, pictures in cases.items()]
         outputs = run_to_end(engine, requests)
@@ -128,8 +132,8 @@ def test_answers_go_on_from_images_and_out_of_the_prefix_cache(tiny: TinyVision)
             found = outputs[request.request_id][0].num_cached_tokens
             if again:
                 assert found == (len(request.token_ids) - 1) // BLOCK * BLOCK
-    seen = len(engine.worker.model.tower._kept)
-    assert seen == 2  # each image once
+    seen = engine.worker.model.tower._kept.keys()
+    assert seen == {image.digest for request in requests for image in request.images}  # each image once
 
 
 def test_a_prefix_ends_where_another_image_begins(tiny: TinyVision) -> None:
@@ -204,7 +208,7 @@ def test_what_is_wrong_with_images_ends_their_request_alone(tiny: TinyVision) ->
         "other": {"frames": ((len(image.pixels) // 3, 1),)},
     }
     fields = {"digest": b"", "start": image.start, "length": image.length} | {"frames": image.frames}
-    fields |= {"pixels": image.pixels, "is_whole": image.is_whole}
+    fields |= {"size": image.size, "pixels": image.pixels, "is_whole": image.is_whole}
     for name, change in wrong.items():
         bad = type(image)(**fields | change)
         (output,) = engine.add(AddRequest(name, good.token_ids, good.params, 0.0, images=(bad,)))

@@ -11,7 +11,16 @@ import transformers
 from PIL import Image, ImageOps
 from tiny_vision import picture
 
-from octavo.runtime.vision.recipes import MAX_PIXELS, Grid, Lines, Tiles, WholeImage, WholePatches
+from octavo.runtime.vision.recipes import (
+    MAX_PIXELS,
+    AnyResolution,
+    Grid,
+    Lines,
+    Squared,
+    Tiles,
+    WholeImage,
+    WholePatches,
+)
 from octavo.server.media.frames import ImageError, frames_of
 
 SIZES = [(50, 37), (31, 90), (28, 28), (300, 20), (7, 11), (640, 427)]
@@ -26,7 +35,19 @@ UNCUT = transformers.SmolVLMImageProcessorPil(
 )
 INTERN = transformers.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=6)
 PIXTRAL = transformers.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
+GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+NEXT = transformers.LlavaNextImageProcessorPil(
+    size={"shortest_edge": 28},
+    crop_size={"height": 28, "width": 28},
+    image_grid_pinpoints=[[28 * rows, 28 * columns] for columns, rows in GRIDS],
+)
+ONEVISION = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_mean=[0.5, 0.3, 0.7])
 RECIPES = {
+    "any": (NEXT, AnyResolution(28, GRIDS, 4, 3)),
+    "squared": (
+        lambda images, **options: ONEVISION(images=[images * 2], **options),
+        Squared(28, (127, 76, 178), 3, 17),
+    ),
     "clip": (CLIP, WholeImage((28, 28), 28, 3, 16)),
     "siglip": (SIGLIP, WholeImage((28, 28), None, int(SIGLIP.resample), 16)),
     "qwen": (QWEN, WholePatches(14, 14 * 14 * 4, 14 * 14 * 24, 3)),
@@ -46,7 +67,7 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 def truth_of(processor: Any, image: Image.Image) -> np.ndarray:
     """[frames, H, W, 3] of bytes; Qwen's patches are put together again."""
     found = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
-    pixels = found["pixel_values"]
+    pixels = found["pixel_values"][:1] if "batch_num_images" in found else found["pixel_values"]
     if "image_grid_thw" not in found:
         return pixels.reshape(-1, *pixels.shape[-3:]).transpose(0, 2, 3, 1)
     _, rows, columns = found["image_grid_thw"][0]
@@ -108,9 +129,23 @@ def test_of_several_pictures_the_first_is_seen() -> None:
     [
         ((9000, 9000), "clip", f"9000 x 9000 pixels; {MAX_PIXELS} are the most"),
         ((1, 100_000), "clip", "1 x 100000 pixels are resized to 28 x 2800000 for this model"),
+        ((9, 100_000), "squared", "9 x 100000 pixels are resized to 100000 x 100000 for this model"),
         ((201, 1), "qwen", "201 x 1 pixels: one side is more than 200 times the other"),
     ],
 )
 def test_sizes_that_are_refused(size: tuple[int, int], name: str, says: str) -> None:
     with pytest.raises(ImageError, match=says):
         frames_of(file_of(Image.new("1", size)), RECIPES[name][1])
+
+
+def test_how_many_tokens_an_image_of_any_resolution_is() -> None:
+    """Of every size, as transformers' processor of LLaVA-OneVision counts them, bounded and not."""
+    whole = object.__new__(transformers.LlavaOnevisionProcessor)
+    whole.num_image_tokens = 16
+    for most in (0, 2):
+        whole.vision_aspect_ratio = f"anyres_max_{most or 10**6}"
+        recipe = AnyResolution(28, GRIDS, 4, 3, most)
+        whole.image_processor = NEXT
+        for width, height in [(width, height) for width in range(1, 200, 7) for height in range(1, 200, 11)]:
+            wanted = whole._get_number_of_features(height, width, 28, 28)
+            assert recipe.layout((width, height), "").num_placeholders == wanted

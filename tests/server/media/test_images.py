@@ -19,7 +19,8 @@ import pytest
 from hostile_media import data_url, hostile_url
 from octavo_server import Server, serving
 from PIL import Image
-from tiny_vision import TinyVision, as_png, make_tiny_vision, picture
+from slow_cases import slow
+from tiny_vision import MARKS, PLACEHOLDERS, TinyVision, as_png, make_tiny_vision, picture
 
 from octavo.runtime.vision.recipes import VisionModel, WholeImage
 from octavo.server.media.images import Images
@@ -107,6 +108,25 @@ def test_the_openai_client(official: openai.OpenAI, tiny: TinyVision) -> None:
             max_output_tokens=NUM_TOKENS,
         )
         assert responded.output_text == answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("kind", [slow(kind) for kind in PLACEHOLDERS if kind != "llava"])
+def test_other_models_by_the_openai_client(kind: str, tmp_path: Path) -> None:
+    """The server's text and pixels, and the engine's answers, are transformers'."""
+    tiny = make_tiny_vision(kind, tmp_path)
+    with (
+        serving("--max-model-len", "200", "--dtype", "float32", model=tmp_path) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        for pictures in ([FIRST], [SECOND], [FIRST, SECOND]):
+            content = [text_part("what is "), *map(image_part, pictures), text_part(" here?")]
+            messages = [{"role": "user", "content": content}]
+            answer = client.chat.completions.create(model=str(tmp_path), messages=messages, **GREEDY)
+            text = f"user: what is {MARKS[kind] * len(pictures)} here?\nassistant: "
+            inputs = tiny.inputs(text, pictures)
+            expected = tiny.processor.tokenizer.decode(tiny.greedy(inputs, NUM_TOKENS), skip_special_tokens=True)
+            assert answer.choices[0].message.content == expected
+            assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1]
 
 
 def test_a_stream_and_a_conversation_that_goes_on(official: openai.OpenAI, tiny: TinyVision) -> None:
