@@ -141,10 +141,7 @@ def serve(
     followers: Followers | None = None,
 ) -> None:
     """The loop. Returns on Shutdown. Raises EndedError when another rank ends."""
-    from octavo.runtime.worker.huge_pages import use_huge_pages_soon
-
     sys.setswitchinterval(SWITCH_SECONDS)
-    use_huge_pages_soon(engine.worker.model.tensors())
     is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)

@@ -27,6 +27,7 @@ from octavo.kernels.native.gemm_tile import (
     make_tile,
 )
 from octavo.kernels.native.grouped_tile import make_grouped_rows
+from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.kernels.native.jit import kernel, next_item, threads_for
 from octavo.kernels.packed_weight import PackedWeight, present
 
@@ -88,7 +89,7 @@ def pack_bf16(weight: Tensor) -> Packed:
     """weight [N, K], K even."""
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight.to(torch.bfloat16), (0, 0, 0, -n % LANES))
-    return Packed(BF16, slabs_of(padded, 2), None, None, n, k)
+    return Packed(BF16, in_huge_pages(slabs_of(padded, 2)), None, None, n, k)
 
 
 def pack_fp4(numbers: Tensor, scale: Tensor, row_scale: Tensor) -> Packed:
@@ -101,8 +102,8 @@ def pack_fp4(numbers: Tensor, scale: Tensor, row_scale: Tensor) -> Packed:
     codes = torch.nn.functional.pad(encode_e2m1(numbers), pad)
     scales = torch.nn.functional.pad(scale.to(torch.bfloat16), pad)
     rows = torch.nn.functional.pad(row_scale.float(), (0, -n % LANES)).reshape(-1, LANES).contiguous()
-    slabs = slabs_of(words_of(codes), 1)
-    return Packed(FP4, slabs, slabs_of(scales, 1)[..., 0].contiguous(), rows, n, k)
+    slabs = in_huge_pages(slabs_of(words_of(codes), 1))
+    return Packed(FP4, slabs, in_huge_pages(slabs_of(scales, 1)[..., 0]), rows, n, k)
 
 
 # The kernel's arguments: what changes from call to call, and `Packed.arguments`.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.kernels.native.dtypes import KINDS, size_of
 from octavo.kernels.native.gemm_tile import FLOAT, LANES, STEP_BYTES, make_rows, make_tile
+from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.kernels.native.jit import kernel, next_item, threads_for
 from octavo.kernels.packed_weight import PackedWeight
 
@@ -42,7 +43,7 @@ def pack(weight: Tensor) -> PackedFloat32:
     """weight [N, K] of any floating type."""
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -n % LANES))
-    return PackedFloat32(padded.view(-1, LANES, k).transpose(1, 2).contiguous(), n)
+    return PackedFloat32(in_huge_pages(padded.view(-1, LANES, k).transpose(1, 2)), n)
 
 
 # The kernel's arguments, in the order of the call in `linear`.

@@ -33,6 +33,7 @@ from octavo.kernels.native.gemm_tile import (
     sum_bf16,
 )
 from octavo.kernels.native.grouped_tile import FLOAT, HALF, SCALE_BYTES, ZERO, make_grouped_rows, make_grouped_tile
+from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.kernels.native.jit import Kernel, kernel, next_item, threads_for, view
 from octavo.kernels.packed_weight import PackedWeight, present
 
@@ -73,7 +74,8 @@ class Scales:
         """The same as [N / 16, groups, 16], N padded with zeros."""
 
         def packed(values: Tensor) -> Tensor:
-            return slabs_of(torch.nn.functional.pad(values, (0, 0, 0, -len(values) % LANES)), 1)[..., 0].contiguous()
+            padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % LANES))
+            return in_huge_pages(slabs_of(padded, 1)[..., 0])
 
         minimum, unit, minimum_unit = (
             None if values is None else packed(values) for values in (self.minimum, self.unit, self.minimum_unit)
@@ -167,7 +169,7 @@ def pack(codes: Tensor, scales: Scales, bits: int, low: int) -> PackedIntegers:
         codes = torch.searchsorted(torch.tensor(IQ4_LEVELS, dtype=torch.int8), codes)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, -n % LANES))
     slabs = slabs_of(codes, 2) if kind == W8 else _words_of_bits((codes - low).to(torch.uint8), kind)
-    packed = PackedIntegers(kind, slabs, scales.in_slabs(), low, n, k)
+    packed = PackedIntegers(kind, in_huge_pages(slabs), scales.in_slabs(), low, n, k)
     packed.gemm.compile()
     return packed
 

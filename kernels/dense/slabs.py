@@ -11,8 +11,8 @@ _PART = 1 << 17  # columns of rows
 
 
 def slabs_of(rows: Tensor, columns: int) -> Tensor:
-    """[N, K] -> [N / 16, K / columns, 16, columns]."""
-    return rows.reshape(-1, LANES, rows.shape[1] // columns, columns).transpose(1, 2).contiguous()
+    """[N, K] -> a view [N / 16, K / columns, 16, columns]."""
+    return rows.reshape(-1, LANES, rows.shape[1] // columns, columns).transpose(1, 2)
 
 
 def rows_of(slabs: Tensor) -> Tensor:

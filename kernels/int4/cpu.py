@@ -18,6 +18,7 @@ from torch import Tensor
 from octavo.kernels.int8.quantize_cpu import quantize_row
 from octavo.kernels.native.dtypes import KINDS, size_of
 from octavo.kernels.native.gemm_tile import LANES, make_int4_tile
+from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.packed_weight import PackedWeight
 
@@ -77,9 +78,9 @@ def pack(codes: Tensor, scale: Tensor) -> PackedInt4:
     pad = (0, 0, 0, -n % LANES)
     nibbles = torch.nn.functional.pad(codes.to(torch.int32) + 8, pad).reshape(-1, LANES, k // 8, 2, 4)
     shifts = 8 * torch.arange(4, dtype=torch.int32) + 4 * torch.arange(2, dtype=torch.int32)[:, None]
-    slabs = (nibbles << shifts).sum((3, 4)).to(torch.int32).transpose(1, 2).contiguous()
+    slabs = in_huge_pages((nibbles << shifts).sum((3, 4)).to(torch.int32).transpose(1, 2))
     scales = torch.nn.functional.pad(scale.float(), pad).reshape(-1, LANES, scale.shape[1])
-    return PackedInt4(slabs, scales.transpose(1, 2).contiguous(), n, k)
+    return PackedInt4(slabs, in_huge_pages(scales.transpose(1, 2)), n, k)
 
 
 @numba.njit

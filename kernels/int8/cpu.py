@@ -18,6 +18,7 @@ from octavo.kernels.gemm.limits import MAX_INT8_COLUMNS_CPU
 from octavo.kernels.int8.quantize_cpu import quantize_row
 from octavo.kernels.native.dtypes import KINDS, size_of
 from octavo.kernels.native.gemm_tile import LANES, make_int8_tile, make_rows
+from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.packed_weight import PackedWeight
 
@@ -58,7 +59,7 @@ def pack(codes: Tensor, scale: Tensor) -> PackedInt8:
         raise ValueError(f"{k} columns overflow a 32-bit sum of int8 products; {MAX_COLUMNS} is the most")
     padded = torch.nn.functional.pad(codes, (0, -k % 4, 0, -n % LANES))
     shifted = (padded.to(torch.int16) + 128).to(torch.uint8)
-    slabs = shifted.reshape(-1, LANES, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    slabs = in_huge_pages(shifted.reshape(-1, LANES, padded.shape[1] // 4, 4).transpose(1, 2))
     return PackedInt8(slabs, torch.nn.functional.pad(scale.float().reshape(-1), (0, -n % LANES)), n, k)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 
 import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
+_PIECE = 8 * HUGE_PAGE  # what weights that are smaller than half of it share
+_ALIGNMENT = 64  # a cache line, and a vector
 
 
 def huge_tensor(num_bytes: int) -> Tensor:
@@ -26,3 +29,32 @@ def huge_tensor(num_bytes: int) -> Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE, skip, filled)
     return whole[skip : skip + num_bytes]
+
+
+class _Pieces:
+    """Memory for many small tensors, one behind the other: most weights of a small model wouldn't fill a huge page."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8. A piece is given back with the last tensor in it."""
+        if num_bytes > _PIECE // 2:
+            return huge_tensor(num_bytes)
+        with self._lock:
+            if num_bytes > len(self._left):
+                self._left = huge_tensor(_PIECE)
+            taken = self._left[:num_bytes]
+            self._left = self._left[-(-num_bytes // _ALIGNMENT) * _ALIGNMENT :]
+        return taken
+
+
+_pieces = _Pieces()
+
+
+def in_huge_pages(weight: Tensor) -> Tensor:
+    """The same numbers, contiguous, for what every step reads: on a CPU a copy."""
+    if weight.device.type != "cpu":
+        return weight.contiguous()
+    return _pieces.take(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape
 from octavo.kernels.attention.latent import LatentShape
+from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.quant.linear import Linear
 from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.quant.shard import Range
@@ -127,8 +128,8 @@ class AttentionReader:
             ),
             cos_sin=self._builder.table(mixer.rope),
             kv_norm=norms["kv_a_layernorm"],
-            to_keys=to_keys[first:stop].contiguous(),
-            to_values=to_values[first:stop].transpose(1, 2).contiguous(),
+            to_keys=in_huge_pages(to_keys[first:stop]),
+            to_values=in_huge_pages(to_values[first:stop].transpose(1, 2)),
             query_scale=mixer.query_scale,
         )
 

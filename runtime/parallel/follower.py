@@ -78,8 +78,6 @@ def run(start: FollowerStart) -> None:
 
     Raises JoinError, EndedError, and what loading raises.
     """
-    from octavo.runtime.worker.huge_pages import use_huge_pages_soon
-
     remote = RemoteRank(start, end_process) if start.guest else None
     worker, order_numbers = load(start)
     watch(worker, start.heartbeat)
@@ -89,7 +87,6 @@ def run(start: FollowerStart) -> None:
     else:
         assert start.ends is not None
         orders = FollowerChannel(start.ends, order_numbers)
-    use_huge_pages_soon(worker.model.tensors())
     follow(worker, orders)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.states import Cache
+from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.quant.checkpoint import Checkpoint, quantization_dict, read_config
 from octavo.quant.scheme import AT_LOAD
 from octavo.runtime.config import EngineConfig
@@ -136,6 +137,8 @@ def load_hf_model(config: EngineConfig, dtype: torch.dtype, device: Device, note
     max_position = choose_max_position(hf_config, config.max_model_len, notes)
     Checkpoint.open(directory)  # refuses pickles and incomplete downloads, by name
     model = read_model(directory, hf_config, dtype, config.trust_remote_code).to(device.torch_device)
+    for parameter in model.parameters():
+        parameter.data = in_huge_pages(parameter.data)
     ops = device.ops(dtype)
     register()
     try:
