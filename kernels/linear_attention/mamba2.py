@@ -8,6 +8,9 @@ S [P, N], and at each token
     S = exp(rate_h * dt) * S + dt * x B^T              y = S C + skip_h * x
     out = norm(y * silu(z)), over each group's channels by itself
 
+A layer may have the gate behind the norm, norm(y) * silu(z), or no norm, and what the linear layer has made may be
+multiplied first.
+
 The state of a sequence is S of all heads, and the inputs of the convolution of its latest tokens. Float32 throughout.
 """
 
@@ -31,6 +34,7 @@ class Mamba2Shape:
     num_groups, state_dim  G and N: heads of a group share B and C
     taps        of the convolution, the token's own among them
     dt_limits   what dt is kept within
+    norms_first  the gate is behind the norm
     """
 
     num_heads: int
@@ -39,6 +43,7 @@ class Mamba2Shape:
     state_dim: int
     taps: int
     dt_limits: tuple[float, float] = (0.0, float("inf"))
+    norms_first: bool = False
 
     @property
     def inner(self) -> int:
@@ -65,7 +70,9 @@ class Mamba2Shape:
 class Mamba2Weights:
     """Float32. conv [taps, channels], the latest token's tap last; conv_bias [channels].
 
-    rate, dt_bias, skip  [H], as above; norm [inner]
+    rate, dt_bias, skip  [H], as above
+    norm     [inner]; None: there is no norm
+    factors  [sum of the columns], of what the linear layer gives; None: it stays as it is
     """
 
     conv: Tensor
@@ -73,7 +80,8 @@ class Mamba2Weights:
     rate: Tensor
     dt_bias: Tensor
     skip: Tensor
-    norm: Tensor
+    norm: Tensor | None
+    factors: Tensor | None = None
 
 
 def mamba2(
@@ -83,7 +91,7 @@ def mamba2(
 
     eps: of the norm.
     """
-    z, mixed, dt = torch.split(x.float(), list(shape.columns), dim=1)
+    z, mixed, dt = projected(x, shape, weights)
     steps = times(dt, shape, weights)
     out = torch.empty_like(z)
     states = rows_of(step)
@@ -104,6 +112,15 @@ def mamba2(
                 cache.parts[0][place] = history
                 cache.parts[1][place] = state
     return gated_and_normed(out, z, shape, weights, eps).to(x.dtype)
+
+
+def projected(x: Tensor, shape: Mamba2Shape, weights: Mamba2Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """What the linear layer gives, [..., sum of the columns]: z, the convolution's inputs, and dt before it is one."""
+    x = x.float()
+    if weights.factors is not None:
+        x = x * weights.factors
+    z, mixed, dt = torch.split(x, list(shape.columns), dim=-1)
+    return z, mixed, dt
 
 
 def times(dt: Tensor, shape: Mamba2Shape, weights: Mamba2Weights) -> Tensor:
@@ -127,5 +144,8 @@ def _divided(x: Tensor, count: int) -> Tensor:
 
 def gated_and_normed(y: Tensor, z: Tensor, shape: Mamba2Shape, weights: Mamba2Weights, eps: float) -> Tensor:
     """y and z [..., inner] float32 -> [..., inner]."""
-    gated = _divided(y * F.silu(z), shape.num_groups)
-    return (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weights.norm
+    if weights.norm is None:
+        return y * F.silu(z)
+    grouped = _divided(y if shape.norms_first else y * F.silu(z), shape.num_groups)
+    normed = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weights.norm
+    return normed * F.silu(z) if shape.norms_first else normed

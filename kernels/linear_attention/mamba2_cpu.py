@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.linear_attention.mamba2 import Mamba2Shape, Mamba2Weights, by_head, gated_and_normed, times
+from octavo.kernels.linear_attention.mamba2 import (
+    Mamba2Shape,
+    Mamba2Weights,
+    by_head,
+    gated_and_normed,
+    projected,
+    times,
+)
 from octavo.kernels.linear_attention.states import StateCache, StateShape, is_one_token_each, pieces, rows_of, taken
 
 CHUNK = 64
@@ -38,7 +45,7 @@ class Mamba2:
 
     def forward(self, x: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
         """`mamba2.mamba2`."""
-        z, mixed, dt = torch.split(x.float(), list(self.shape.columns), dim=1)
+        z, mixed, dt = projected(x, self.shape, self.weights)
         steps = times(dt, self.shape, self.weights)
         if is_one_token_each(step, len(x)):
             y = self._decode(mixed, steps, step, cache)
@@ -48,14 +55,15 @@ class Mamba2:
 
     def whole(self, x: Tensor) -> Tensor:
         """Of whole sequences x [B, T, columns], which leaves no state and has gradients: [B, T, inner]."""
-        z, mixed, dt = torch.split(x.float(), list(self.shape.columns), dim=2)
+        z, mixed, dt = projected(x, self.shape, self.weights)
         history, state = (mixed.new_zeros(len(x), *part) for part in self.state.parts)
         y, _, _ = scan(mixed, times(dt, self.shape, self.weights), history, state, self.shape, self.weights)
         return gated_and_normed(y, z, self.shape, self.weights, self.eps).to(x.dtype)
 
     def tensors(self) -> Iterator[Tensor]:
         weights = self.weights
-        yield from (weights.conv, weights.conv_bias, weights.rate, weights.dt_bias, weights.skip, weights.norm)
+        yield from (weights.conv, weights.conv_bias, weights.rate, weights.dt_bias, weights.skip)
+        yield from (tensor for tensor in (weights.norm, weights.factors) if tensor is not None)
 
     def _decode(self, mixed: Tensor, steps: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
         """Of one token of each sequence: y [S, inner]."""

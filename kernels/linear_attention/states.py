@@ -47,6 +47,22 @@ class StateCache:
 Cache = LayerCache | StateCache
 
 
+@dataclass(frozen=True)
+class BothCaches:
+    """Of a layer with attention and a state side by side."""
+
+    keys: LayerCache
+    state: StateCache
+
+    @property
+    def group(self) -> int:
+        return self.keys.group
+
+
+MixerCache = Cache | BothCaches
+"""What one layer's mixer writes; a model's caches stand one by one."""
+
+
 def with_blocks(caches: Sequence[Cache]) -> list[LayerCache]:
     """Those of keys and values."""
     return [cache for cache in caches if isinstance(cache, LayerCache)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.linear_attention.states import Cache
+from octavo.kernels.linear_attention.states import MixerCache
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.linear import Change, Linear
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp
@@ -162,7 +162,7 @@ class AltUpLayer:
         hidden: Hidden,  # noqa: ARG002
         residual: Tensor,
         step: StepInputs,
-        cache: Cache,
+        cache: MixerCache,
         rows: Tensor | None = None,
         given: Tensor | None = None,
     ) -> tuple[Hidden, Tensor]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.linear_attention.states import Cache, StateCache
+from octavo.kernels.linear_attention.states import BothCaches, MixerCache, StateCache
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.input_rounding import Round
@@ -38,10 +38,10 @@ from octavo.runtime.model.names import (
     state_gates,
     stored_name,
 )
+from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
 from octavo.runtime.model.state_layers import StateMixing
-from octavo.runtime.model.state_mixers import StateSpec
 from octavo.runtime.model.weights import DecoderBuilder
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
@@ -160,8 +160,10 @@ class BlockRunner:
         if isinstance(mixer, AttentionSpec) and not spec.norms_values:  # latents' values are no range of rows
             repeats = spec.num_heads // mixer.num_kv_heads
             folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=mixer.head_dim))
-        if isinstance(mixer, StateSpec) and mixer.out_norm is not None:
-            folds.append(Fold("out", f"{name}.{mixer.owner}.{mixer.out_norm}", "norm"))
+        state = spec.layers[index].state
+        if state is not None and state.out_norm is not None:
+            group = "out" if state is mixer else "beside.out"
+            folds.append(Fold(group, f"{name}.{state.owner}.{state.out_norm}", "norm"))
         if isinstance(mixer, LatentSpec) and mixer.q_rank is not None:
             folds.append(Fold("q_b", f"{name}.self_attn.q_a_layernorm", "norm", offset=spec.norm_offset))
         sparse = spec.layers[index].sparse
@@ -207,8 +209,9 @@ class BlockRunner:
         residual = hidden.reshape(batch * length, width)
         cache = self._cache(batch, layer)
         _, residual = layer.forward(layer.enter.norm(residual), residual, _step(batch, length, self.device), cache)
-        if record_kv is not None and isinstance(cache, LayerCache):
-            record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (cache.key, cache.value)))
+        keys = cache.keys if isinstance(cache, BothCaches) else cache
+        if record_kv is not None and isinstance(keys, LayerCache):
+            record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (keys.key, keys.value)))
         return residual.view(batch, length, width)
 
     def _recorded(self, layer: DecoderLayer, record: Record) -> DecoderLayer:
@@ -226,12 +229,19 @@ class BlockRunner:
 
         return layer.map_linears(change)
 
-    def _cache(self, batch: int, layer: DecoderLayer) -> Cache:
-        """One block of the cache for each sequence, or one row of states."""
-        if isinstance(layer.attention, StateMixing):
-            sizes = layer.attention.state.parts
-            return StateCache(tuple(torch.zeros(batch, *part, device=self.device) for part in sizes))
-        shape = layer.attention.shape
+    def _cache(self, batch: int, layer: DecoderLayer) -> MixerCache:
+        """One block of the cache for each sequence, or one row of states, or both."""
+        attention = layer.attention
+        if isinstance(attention, StateMixing):
+            return self._state_cache(batch, attention)
+        if isinstance(attention, SideBySide):
+            return BothCaches(self._block_cache(batch, attention.shape), self._state_cache(batch, attention.mixer))
+        return self._block_cache(batch, attention.shape)
+
+    def _state_cache(self, batch: int, mixer: StateMixing) -> StateCache:
+        return StateCache(tuple(torch.zeros(batch, *part, device=self.device) for part in mixer.state.parts))
+
+    def _block_cache(self, batch: int, shape: AttentionShape) -> LayerCache:
         size = (batch, shape.num_kv_heads, self._seq_len, shape.head_dim)
         key = torch.zeros(size, dtype=self.dtype, device=self.device)
         value = key if self.spec.has_latents else torch.zeros_like(key)
@@ -240,7 +250,11 @@ class BlockRunner:
 
 
 def _group(name: str) -> str:
-    """The group of a linear layer: all experts, and the shared one, read the block's input."""
+    """The group of a linear layer: all experts, and the shared one, read the MLP's input, and what is beside attention
+    reads attention's.
+    """
+    if name == "beside.in":
+        return "qkv"
     return "experts.gate_up" if name.endswith(".gate_up") else name
 
 

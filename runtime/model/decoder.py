@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.linear_attention.states import Cache
+from octavo.kernels.linear_attention.states import BothCaches, Cache, MixerCache, StateCache
 from octavo.kernels.sampling.best import Best
 from octavo.quant.linear import Linear
 from octavo.runtime.lora_config import LoraOptions
@@ -31,6 +32,7 @@ from octavo.runtime.model.pooled_decoder import NoHead
 from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
+from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
 from octavo.runtime.model.state_layers import GatedDelta, StateMixer, StateMixing
@@ -83,9 +85,10 @@ class Decoder:
         self.max_position = max_position
         self._growing_tables = growing_tables
         self.first_layer = stack.first_layer
-        self.kv_shapes: list[CacheShape] = [_cache_shape(layer) for layer in stack.layers if _has_cache(layer)]
-        self.kv_windows = [spec.layers[index].mixer.window for index in spec.cached_layers]
+        self.kv_shapes: list[CacheShape] = [shape for layer in stack.layers for shape in _cache_shapes(layer)]
+        self.kv_windows = [mixer.window for _, mixer in spec.caches]
         self._places = _places(spec, stack)
+        self._has_pairs = any(layer.beside is not None for layer in spec.layers)
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
         self.dtype = stack.embedding.table.dtype
@@ -179,8 +182,9 @@ class Decoder:
             residual = self._streams.divide(residual)
         hidden = self._layers[0].enter.norm(residual)
         groups = step.by_group()
+        own = self._of_layers(caches)
         for i, layer in enumerate(self._layers):
-            cache = caches[self._places[i]]
+            cache = own[i]
             rows = step.logits_index if cuts_early and layer is last else None
             hidden, residual = layer.forward(hidden, residual, groups[cache.group], cache, rows, given[i])
             if step.images is not None and (deep := step.images.behind(i, self.hidden_size)) is not None:
@@ -193,10 +197,16 @@ class Decoder:
         assert isinstance(hidden, Tensor)  # the head's input isn't quantized
         return hidden[step.logits_index] if some_rows and not cuts_early else hidden
 
+    def _of_layers(self, caches: list[Cache]) -> Sequence[MixerCache]:
+        """Each layer's own cache, or another one's, or both of its own."""
+        if not self._has_pairs:
+            return [caches[place] for place in self._places]
+        return [_pair(caches, place) for place in self._places]
+
     def _with_rotation(self, step: StepInputs, axes: Tensor) -> StepInputs:
         """The step with the rotation of its own tokens: each of M-RoPE's pairs turns by the position of its axis."""
         attention = self._layers[0].attention
-        assert not isinstance(attention, StateMixing)  # no family has M-RoPE beside states
+        assert not isinstance(attention, StateMixing | SideBySide)  # no family has M-RoPE beside states
         table = attention.cos_sin
         assert table is not None
         half = table.shape[1] // 2
@@ -257,27 +267,34 @@ class Decoder:
 
 
 def _places(spec: DecoderSpec, stack: Stack) -> list[int]:
-    """Of each layer of a stack, which of the stack's caches it reads."""
+    """Of each layer of a stack, which of the stack's caches it reads, or the first of two."""
     numbers = range(stack.first_layer, stack.first_layer + len(stack.layers))
     sources = [spec.layers[number].mixer.source for number in numbers]
     owners = [number if source is None else source for number, source in zip(numbers, sources, strict=True)]
-    cached = [number for number, source in zip(numbers, sources, strict=True) if source is None]
+    cached = [number for number, _ in spec.caches if number in numbers]
     return [cached.index(owner) for owner in owners]
 
 
-def _has_cache(layer: DecoderLayer | AltUpLayer) -> bool:
-    return isinstance(layer.attention, StateMixing) or layer.attention.shape.written_heads > 0
+def _pair(caches: list[Cache], place: int) -> BothCaches:
+    keys, state = caches[place : place + 2]
+    assert isinstance(keys, LayerCache)
+    assert isinstance(state, StateCache)
+    return BothCaches(keys, state)
 
 
-def _cache_shape(layer: DecoderLayer | AltUpLayer) -> CacheShape:
-    if isinstance(layer.attention, StateMixing):
-        return layer.attention.state
-    shape = layer.attention.shape
-    return KVShape(shape.num_kv_heads, shape.head_dim, layer.attention.caches_latents)
+def _cache_shapes(layer: DecoderLayer | AltUpLayer) -> list[CacheShape]:
+    """Of the caches that a layer has, one, or two side by side, or none."""
+    attention = layer.attention
+    if isinstance(attention, StateMixing):
+        return [attention.state]
+    shape = attention.shape
+    if isinstance(attention, SideBySide):
+        return [KVShape(shape.num_kv_heads, shape.head_dim), attention.mixer.state]
+    return [KVShape(shape.num_kv_heads, shape.head_dim, attention.caches_latents)] if shape.written_heads > 0 else []
 
 
 def _is_recordable(layer: DecoderLayer | AltUpLayer) -> bool:
-    if isinstance(layer.attention, StateMixer):  # asks in Python which sequences begin (`states.taken`)
+    if isinstance(layer.attention, StateMixer | SideBySide):  # asks in Python which sequences begin (`states.taken`)
         return False
     return layer.mlp.capturable and (
         isinstance(layer.attention, GatedDelta) or layer.attention.shape.head_dim % 16 == 0

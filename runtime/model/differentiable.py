@@ -31,6 +31,7 @@ from octavo.runtime.model.layers import (
     split_gate,
 )
 from octavo.runtime.model.moe import MlpAndMoe, MoeMlp
+from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.state_layers import GatedDelta, StateMixer
 
@@ -70,6 +71,10 @@ class DifferentiableBlock:
             return self._state_mixer(part, x, weights)
         if isinstance(part, GatedDelta):
             return self._gated_delta(part, x, weights)
+        if isinstance(part, SideBySide):
+            assert isinstance(part.attention, Attention)
+            mixed = self._state_mixer(part.mixer, x, weights, "beside.")
+            return self._attention(part.attention, x, weights) * part.attention_factor + mixed * part.factor
         batch, length, _ = x.shape
         shape = part.shape
         d = shape.head_dim
@@ -99,8 +104,8 @@ class DifferentiableBlock:
         out = out.transpose(1, 2).flatten(2)
         return self._linear("o", out if gate is None else out * torch.sigmoid(gate), weights)
 
-    def _state_mixer(self, part: StateMixer, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        return self._linear("out", part.body.whole(self._linear("in", x, weights)), weights)
+    def _state_mixer(self, part: StateMixer, x: Tensor, weights: Mapping[str, Tensor], owner: str = "") -> Tensor:
+        return self._linear(f"{owner}out", part.body.whole(self._linear(f"{owner}in", x, weights)), weights)
 
     def _gated_delta(self, part: GatedDelta, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         both = self._linear("qkvz", x, weights).flatten(0, 1)
@@ -182,6 +187,8 @@ class DifferentiableBlock:
         if self._spec.activation == "clamped_swiglu":
             return clamped_swiglu(gate_up, self._spec.swiglu_alpha, self._spec.swiglu_limit)
         gate, up = gate_up.chunk(2, dim=-1)
+        if self._spec.gate_factor != 1.0:
+            gate = gate * self._spec.gate_factor
         return (F.silu(gate) if self._spec.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 

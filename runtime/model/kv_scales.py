@@ -20,12 +20,12 @@ def read_kv_scales(
     """
     heads = slice(None) if own is None else slice(*own.kv_heads)
     layers = slice(None) if own is None else slice(*own.layers)
-    num_heads = {f"{prefix}layers.{i}.self_attn": spec.layers[i].mixer.num_kv_heads for i in spec.cached_layers}
-    found = [checkpoint.kv_scales(name) for name in num_heads]
+    num_heads = [(f"{prefix}layers.{index}.self_attn", mixer.num_kv_heads) for index, mixer in spec.caches]
+    found = [checkpoint.kv_scales(name) for name, _ in num_heads]
     if not any(found):
         return None, checkpoint.kv_cache_dtype
     scales: KVScales = []
-    for (name, count), pair in zip(num_heads.items(), found, strict=True):
+    for (name, count), pair in zip(num_heads, found, strict=True):
         if count == 0:  # it has a state
             scales.append(unscaled())
             continue

@@ -17,10 +17,11 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache, QueryScal
 from octavo.kernels.attention.latent import LatentBody, LatentShape
 from octavo.kernels.attention.reference import attention_ahead
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.linear_attention.states import Cache
+from octavo.kernels.linear_attention.states import MixerCache
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.linear import Change, Linear
 from octavo.runtime.model.operators import GatedActivation, Ops
+from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.state_layers import StateMixing
 
 
@@ -117,7 +118,7 @@ class Attention:
     def caches_latents(self) -> bool:
         return False
 
-    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs, cache: MixerCache, rows: Tensor | None = None) -> Tensor:
         """x [T, H] -> [T, H], or split along K [S, T, H]; keys and values of all T tokens go into the cache.
 
         rows: the tokens whose output is wanted, of a step with prompts in it; None: all.
@@ -199,7 +200,7 @@ class LatentAttention:
     def caches_latents(self) -> bool:
         return True
 
-    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs, cache: MixerCache, rows: Tensor | None = None) -> Tensor:
         """As `Attention.forward`."""
         assert isinstance(cache, LayerCache)
         both = self.qkv_a.forward(x, step)
@@ -243,7 +244,7 @@ class LatentAttention:
         yield from (self.cos_sin, self.kv_norm, self.to_keys, self.to_values)
 
 
-Mixing = Attention | LatentAttention | StateMixing
+Mixing = Attention | LatentAttention | StateMixing | SideBySide
 """What a layer's tokens know of each other by."""
 
 
@@ -412,7 +413,7 @@ class DecoderLayer:
         hidden: Hidden,
         residual: Tensor,
         step: StepInputs,
-        cache: Cache,
+        cache: MixerCache,
         rows: Tensor | None = None,
         given: Tensor | None = None,
     ) -> tuple[Hidden, Tensor]:

@@ -93,14 +93,20 @@ def _layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict
     layer = f"{prefix}layers.{index}"
     mixer = spec.layers[index].mixer
     if isinstance(mixer, StateSpec):
-        linears = mixer.linears(spec.hidden_size).items()
-        owner = f"{layer}.{mixer.owner}"
-        attention = {name: LinearParts(_within(owner, modules), columns) for name, (modules, columns) in linears}
+        attention = _of_state(spec, mixer, layer)
     elif isinstance(mixer, LatentSpec):
         attention = _latent(spec, mixer, layer)
     else:
         attention = _attention(spec, mixer, layer)
+    if (beside := spec.layers[index].beside) is not None:
+        attention |= {f"beside.{name}": parts for name, parts in _of_state(spec, beside.mixer, layer).items()}
     return attention | _mlp(spec, index, layer, has) | _per_layer(spec, layer) | _laurel(spec, layer)
+
+
+def _of_state(spec: DecoderSpec, mixer: StateSpec, layer: str) -> dict[str, LinearParts]:
+    linears = mixer.linears(spec.hidden_size).items()
+    owner = f"{layer}.{mixer.owner}"
+    return {name: LinearParts(_within(owner, modules), columns) for name, (modules, columns) in linears}
 
 
 def _attention(spec: DecoderSpec, mixer: AttentionSpec, layer: str) -> dict[str, LinearParts]:
@@ -142,16 +148,14 @@ def expansion(spec: DecoderSpec, index: int, prefix: str) -> LinearParts | None:
 
 def state_gates(spec: DecoderSpec, index: int, prefix: str) -> dict[str, int]:
     """The modules of a mixer with a state that are no linear layers of their own here, and their rows."""
-    mixer = spec.layers[index].mixer
-    if not isinstance(mixer, StateSpec):
-        return {}
-    return _within(f"{prefix}layers.{index}.{mixer.owner}", mixer.gates)
+    mixer = spec.layers[index].state
+    return {} if mixer is None else _within(f"{prefix}layers.{index}.{mixer.owner}", mixer.gates)
 
 
 def state_tensors(spec: DecoderSpec, index: int, prefix: str) -> dict[str, tuple[int, ...]]:
     """What else such a mixer has, and the sizes."""
-    mixer = spec.layers[index].mixer
-    if not isinstance(mixer, StateSpec):
+    mixer = spec.layers[index].state
+    if mixer is None:
         return {}
     return {f"{prefix}layers.{index}.{mixer.owner}.{name}": shape for name, shape in mixer.tensors.items()}
 

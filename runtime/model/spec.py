@@ -31,7 +31,7 @@ from octavo.runtime.model.mixers import AttentionSpec as AttentionSpec
 from octavo.runtime.model.mixers import LatentSpec as LatentSpec
 from octavo.runtime.model.mixers import Mixer as Mixer
 from octavo.runtime.model.rope import RopeError, RopeSpec, yarn_magnitude
-from octavo.runtime.model.state_mixers import StateSpec
+from octavo.runtime.model.state_mixers import BesideSpec, StateSpec
 
 _KEY_TYPES = config_struct({key: kind for row in ARCHITECTURES.values() for key, kind in row.reads.items()})
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
@@ -58,12 +58,21 @@ class LayerSpec:
     intermediate_size  of a dense MLP
     sparse  the MLP is a choice of experts, DecoderSpec.moe
     sparsity  the share of gates that a dense MLP's activation leaves out
+    beside  what stands beside the mixer, which is attention over keys and values then
     """
 
     mixer: Mixer
     intermediate_size: int
     sparse: bool = False
     sparsity: float = 0.0
+    beside: BesideSpec | None = None
+
+    @property
+    def state(self) -> StateSpec | None:
+        """The mixer with a state, if it has one."""
+        if self.beside is not None:
+            return self.beside.mixer
+        return self.mixer if isinstance(self.mixer, StateSpec) else None
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class DecoderSpec:
     has_sinks            each head of attention has one more score in its softmax (AttentionShape.sinks)
     residual_multiplier  what attention's and the MLP's output are multiplied by before they are added
     logits_divisor       what logits are divided by, before final_soft_cap
+    gate_factor, mlp_factor  what an MLP's gates are multiplied by before their activation, and its output
     fused_qkv            qkv_proj is one tensor on disk
     has_head             it has a language model's head; else a pooler follows its layers
     renamed              as in `Architecture`
@@ -151,6 +161,8 @@ class DecoderSpec:
     round_embedding_scale: bool = False
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    gate_factor: float = 1.0
+    mlp_factor: float = 1.0
     fused_qkv: bool = False
     has_head: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -171,7 +183,7 @@ class DecoderSpec:
     @property
     def states(self) -> list[StateSpec]:
         """Of the layers whose memory of a sequence is a state of fixed size."""
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, StateSpec)]
+        return [layer.state for layer in self.layers if layer.state is not None]
 
     @property
     def scales_queries(self) -> bool:
@@ -187,14 +199,18 @@ class DecoderSpec:
         return any(isinstance(layer.mixer, AttentionSpec) and layer.mixer.interleaved for layer in self.layers)
 
     @property
-    def cached_layers(self) -> list[int]:
-        """Those with a cache of their own, one of which each layer reads."""
-        return [index for index, layer in enumerate(self.layers) if layer.mixer.source is None]
+    def caches(self) -> list[tuple[int, Mixer]]:
+        """The mixers with a cache of their own, in the caches' order, each with its layer."""
+        found: list[tuple[int, Mixer]] = []
+        for index, layer in enumerate(self.layers):
+            found += [(index, layer.mixer)] if layer.mixer.source is None else []
+            found += [] if layer.beside is None else [(index, layer.beside.mixer)]
+        return found
 
     @property
     def cached_numbers(self) -> int:
         """That the cache has of each token: keys and values, or a latent and its key."""
-        mixers = [self.layers[index].mixer for index in self.cached_layers]
+        mixers = [mixer for _, mixer in self.caches]
         return sum((1 if isinstance(m, LatentSpec) else 2) * m.num_kv_heads * m.head_dim for m in mixers)
 
     def has_both_mlps(self, index: int) -> bool:
@@ -204,7 +220,7 @@ class DecoderSpec:
     @property
     def reads_more(self) -> str | None:
         """What layers read beside the residual stream and a cache of their own; None: nothing."""
-        if len(self.cached_layers) < len(self.layers):
+        if any(layer.mixer.source is not None for layer in self.layers):
             return "layers that read the cache of others"
         return None if self.per_layer is None else "inputs of each layer"
 
@@ -304,7 +320,7 @@ def _axis_of_pairs(config: Config, name: str, row: Architecture, layers: tuple[L
 
 def _given(config: Config) -> dict[str, Any]:
     """A null says that the class's default holds, except where null itself is a value ("no window", "no cap")."""
-    nullable = {"sliding_window", "attention_chunk_size", "q_lora_rank"}
+    nullable = {"sliding_window", "attention_chunk_size", "q_lora_rank", "mamba_d_ssm"}
     nullable |= {"attn_logit_softcapping", "final_logit_softcapping"}
     return {key: value for key, value in config.items() if value is not None or key in nullable}
 
@@ -366,15 +382,18 @@ def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str
         scale = settings["query_pre_attn_scalar"] ** -0.5
     elif "attention_multiplier" in row.reads:
         scale = float(settings["attention_multiplier"])
+    factors = row.factors(settings)
     embedding = settings["hidden_size"] ** 0.5 if row.sqrt_embedding_scale else settings.get("embedding_multiplier", 1)
     return {
-        "attention_scale": scale,
+        "attention_scale": scale * factors.scores,
         "attention_soft_cap": settings.get("attn_logit_softcapping"),
         "final_soft_cap": settings.get("final_logit_softcapping"),
         "embedding_scale": float(embedding),
         "round_embedding_scale": row.sqrt_embedding_scale,
         "residual_multiplier": float(settings.get("residual_multiplier", 1)),
-        "logits_divisor": float(settings.get("logits_scaling", 1)),
+        "logits_divisor": float(settings.get("logits_scaling", 1)) / factors.logits,
+        "gate_factor": factors.gates,
+        "mlp_factor": factors.mlp,
     }
 
 
@@ -404,6 +423,7 @@ def _layers(
     layers = []
     mixer: Mixer
     states = row.state_mixers(settings)
+    beside = row.beside(settings)
     try:
         ropes = LayerRopes(settings, config, name, row)
         for i, (kv_heads, head_dim) in enumerate(heads):
@@ -428,7 +448,7 @@ def _layers(
                     source=sources[i],
                     has_gate=row.output_gate,
                 )
-            layers.append(LayerSpec(mixer, inner[i], sparse[i], sparsities[i]))
+            layers.append(LayerSpec(mixer, inner[i], sparse[i], sparsities[i], beside[i]))
     except RopeError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     return tuple(layers)

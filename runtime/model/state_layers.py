@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaBody, GatedDeltaShape, GatedDeltaWeights
-from octavo.kernels.linear_attention.states import Cache, StateCache, StateShape
+from octavo.kernels.linear_attention.states import MixerCache, StateCache, StateShape
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.linear import Change, Linear
 
@@ -43,7 +43,7 @@ class GatedDelta:
     def state(self) -> StateShape:
         return self.shape.state
 
-    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs, cache: MixerCache, rows: Tensor | None = None) -> Tensor:
         """As `Attention.forward`; the states of the step's sequences go into the cache."""
         assert isinstance(cache, StateCache)
         both = self.qkvz.forward(x, step)
@@ -99,7 +99,7 @@ class StateMixer:
     def input_quant(self) -> ActivationQuant | None:
         return self.into.input_quant
 
-    def forward(self, x: Hidden, step: StepInputs, cache: Cache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs, cache: MixerCache, rows: Tensor | None = None) -> Tensor:
         """As `Attention.forward`."""
         assert isinstance(cache, StateCache)
         hidden = self.body.forward(self.into.forward(x, step), step, cache)

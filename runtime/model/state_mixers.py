@@ -81,14 +81,22 @@ class GatedDeltaSpec(_WithoutKeys):
 
 @dataclass(frozen=True)
 class Mamba2Spec(_WithoutKeys):
-    """Mamba 2's state space (kernels/linear_attention/mamba2.py), between two linear layers."""
+    """Mamba 2's state space (kernels/linear_attention/mamba2.py), between two linear layers.
+
+    factors  of z, x, B, C and dt, as the first linear layer gives them; (): none is multiplied
+    """
 
     shape: Mamba2Shape
     has_conv_bias: bool
+    has_norm: bool = True
+    factors: tuple[float, ...] = ()
     owner: ClassVar[str] = "mamba"
     title: ClassVar[str] = "Mamba 2's state space"
     batch_invariant: ClassVar[bool] = False  # a chunk of tokens begins where a step does
-    out_norm: ClassVar[str | None] = "norm"
+
+    @property
+    def out_norm(self) -> str | None:
+        return "norm" if self.has_norm else None
 
     @property
     def state(self) -> StateShape:
@@ -102,13 +110,14 @@ class Mamba2Spec(_WithoutKeys):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         heads = (self.shape.num_heads,)
         bias = {"conv1d.bias": (self.shape.channels,)} if self.has_conv_bias else {}
+        norm = {"norm.weight": (self.shape.inner,)} if self.has_norm else {}
         return {
             "conv1d.weight": (self.shape.channels, 1, self.shape.taps),
             **bias,
             "dt_bias": heads,
             "A_log": heads,
             "D": heads,
-            "norm.weight": (self.shape.inner,),
+            **norm,
         }
 
 
@@ -137,3 +146,15 @@ class ShortConvSpec(_WithoutKeys):
 
 StateSpec = GatedDeltaSpec | Mamba2Spec | ShortConvSpec
 """All of them."""
+
+
+@dataclass(frozen=True)
+class BesideSpec:
+    """A mixer with a state that stands beside a layer's attention, and reads what that reads.
+
+    factor, attention_factor  of the two outputs, which are added then
+    """
+
+    mixer: Mamba2Spec
+    factor: float
+    attention_factor: float

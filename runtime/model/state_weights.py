@@ -13,36 +13,56 @@ from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.runtime.model.attention_weights import LayerReader
 from octavo.runtime.model.names import LinearParts, state_gates, state_tensors
+from octavo.runtime.model.side_by_side import AttentionPart, SideBySide
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.state_layers import GatedDelta, StateBody, StateMixer, StateMixing
-from octavo.runtime.model.state_mixers import GatedDeltaSpec, Mamba2Spec, ShortConvSpec, StateSpec
+from octavo.runtime.model.state_mixers import BesideSpec, GatedDeltaSpec, Mamba2Spec, ShortConvSpec, StateSpec
 
 
 def read_state_mixer(builder: LayerReader, index: int, mixer: StateSpec, parts: dict[str, LinearParts]) -> StateMixing:
     """parts: the layer's linear layers."""
     if isinstance(mixer, GatedDeltaSpec):
         return _read_gated_delta(builder, index, mixer, parts)
+    return _read_between(builder, index, mixer, parts["in"], parts["out"])
+
+
+def read_beside(
+    builder: LayerReader, index: int, attention: AttentionPart, beside: BesideSpec, parts: dict[str, LinearParts]
+) -> SideBySide:
+    """Both mixers of a layer, of which attention is there."""
+    mixer = _read_between(builder, index, beside.mixer, parts["beside.in"], parts["beside.out"])
+    return SideBySide(attention, mixer, beside.attention_factor, beside.factor)
+
+
+def _read_between(
+    builder: LayerReader, index: int, mixer: Mamba2Spec | ShortConvSpec, first: LinearParts, last: LinearParts
+) -> StateMixer:
+    """What stands between two linear layers, with these."""
     tensors = _read_tensors(builder, index, mixer)
     body: StateBody
     if isinstance(mixer, ShortConvSpec):
         body = ShortConv(tensors["conv.weight"].squeeze(1).T.contiguous())
     else:
         body = _mamba2(mixer, tensors, builder.spec.norm_eps)
-    into, out = (builder.linear(*builder.read(parts[name])) for name in ("in", "out"))
+    into, out = (builder.linear(*builder.read(parts)) for parts in (first, last))
     return StateMixer(into, out, body)
 
 
 def _mamba2(mixer: Mamba2Spec, tensors: dict[str, Tensor], eps: float) -> Mamba2:
     bias = tensors.get("conv1d.bias")
+    shape = mixer.shape
+    group = shape.num_groups * shape.state_dim
+    widths = torch.tensor([shape.inner, shape.inner, group, group, shape.num_heads])  # of z, x, B, C and dt
     weights = Mamba2Weights(
         conv=tensors["conv1d.weight"].squeeze(1).T.contiguous(),
-        conv_bias=torch.zeros(mixer.shape.channels) if bias is None else bias,
+        conv_bias=torch.zeros(shape.channels) if bias is None else bias,
         rate=-tensors["A_log"].exp(),
         dt_bias=tensors["dt_bias"],
         skip=tensors["D"],
-        norm=tensors["norm.weight"],
+        norm=tensors.get("norm.weight"),
+        factors=torch.tensor(mixer.factors).repeat_interleave(widths) if mixer.factors else None,
     )
-    return Mamba2(mixer.shape, weights, eps)
+    return Mamba2(shape, weights, eps)
 
 
 def _read_gated_delta(

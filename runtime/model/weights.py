@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from octavo.kernels.quantized_activation import ActivationQuant
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.dequantized import open_dequantized
@@ -39,6 +39,7 @@ from octavo.runtime.model.kernel_plan import check_attention
 from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import (
     AddNorm,
+    Attention,
     DecoderLayer,
     Embedding,
     GatedMlp,
@@ -70,7 +71,7 @@ from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectu
 from octavo.runtime.model.speech_weights import load_speech
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.model.state_mixers import StateSpec
-from octavo.runtime.model.state_weights import read_state_mixer
+from octavo.runtime.model.state_weights import read_beside, read_state_mixer
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.vision.loading import tower_of
 
@@ -203,6 +204,18 @@ def _load_decoder(
 
 def activation_of(ops: Ops, spec: DecoderSpec) -> GatedActivation:
     """What stands between an MLP's linear layers."""
+    act = _activation_of(ops, spec)
+    if spec.gate_factor == 1.0:
+        return act
+
+    def multiplied(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Hidden:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act(torch.cat((gate * spec.gate_factor, up), dim=-1), input_quant)
+
+    return multiplied
+
+
+def _activation_of(ops: Ops, spec: DecoderSpec) -> GatedActivation:
     match spec.activation:
         case "silu":
             return ops.silu_and_mul
@@ -342,6 +355,9 @@ class DecoderBuilder:
         else:
             parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)
             attention = reader.plain(mixer, parts)
+        if (beside := spec.layers[index].beside) is not None:
+            assert isinstance(attention, Attention)
+            attention = read_beside(self, index, attention, beside, parts)
         mlp = self._mlp(index, parts)
         before_attention, after_attention, before_mlp, after_mlp = (
             self.norm_weight(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]
@@ -351,6 +367,7 @@ class DecoderBuilder:
             gate = read_gate(self, parts, self._add_norm(None, after=after_mlp), self.act)
             after_mlp = self.norm_weight(f"{name}.{AFTER_PER_LAYER}", spec.hidden_size)
         leave = self._add_norm(None, after=after_mlp)
+        leave = replace(leave, multiplier=leave.multiplier * spec.mlp_factor)
         if spec.has_layer_scalars:
             scalar = float(self.source.tensor(f"{name}.layer_scalar", (1,)))
             leave = replace(leave, multiplier=leave.multiplier * scalar, carry=scalar)

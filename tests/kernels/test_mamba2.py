@@ -29,6 +29,7 @@ SHAPES = {
     "one group": Mamba2Shape(num_heads=4, head_dim=8, num_groups=1, state_dim=16, taps=4),
     "two groups": Mamba2Shape(num_heads=6, head_dim=4, num_groups=2, state_dim=8, taps=3),
     "limits": Mamba2Shape(4, 8, 1, 16, taps=4, dt_limits=(0.3, 0.6)),
+    "gate behind the norm": Mamba2Shape(6, 4, 2, 8, taps=4, norms_first=True),
 }
 LENGTHS = (150, 1, 67)
 EPS = 1e-5
@@ -58,8 +59,9 @@ def tokens_of(shape: Mamba2Shape) -> list[Tensor]:
 
 def truth(x: Tensor, shape: Mamba2Shape, weights: Mamba2Weights) -> Tensor:
     """As the module's text says it, with loops over heads, in float64: [T, inner]."""
-    w = {field.name: getattr(weights, field.name).double() for field in dataclasses.fields(weights)}
-    z, mixed, dt = x.double().split(shape.columns, dim=1)
+    given = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
+    w = {name: tensor.double() for name, tensor in given.items() if tensor is not None}
+    z, mixed, dt = (x.double() * w.get("factors", 1.0)).split(shape.columns, dim=1)
     padded = torch.cat((torch.zeros(shape.taps - 1, shape.channels, dtype=torch.float64), mixed))
     states = [torch.zeros(shape.head_dim, shape.state_dim, dtype=torch.float64) for _ in range(shape.num_heads)]
     rows = []
@@ -75,9 +77,19 @@ def truth(x: Tensor, shape: Mamba2Shape, weights: Mamba2Weights) -> Tensor:
             value = x_t[h * shape.head_dim :][: shape.head_dim]
             states[h] = torch.exp(w["rate"][h] * step) * states[h] + step * torch.outer(value, b)
             y.append(states[h] @ c + w["skip"][h] * value)
-        gated = (torch.cat(y) * z[t] * torch.sigmoid(z[t])).view(shape.num_groups, -1)
-        rows.append((gated / (gated.square().mean(1, keepdim=True) + EPS).sqrt()).flatten() * w["norm"])
+        gate = z[t] * torch.sigmoid(z[t])
+        if "norm" not in w:
+            rows.append(torch.cat(y) * gate)
+        elif shape.norms_first:
+            rows.append(normed(torch.cat(y), shape) * w["norm"] * gate)
+        else:
+            rows.append(normed(torch.cat(y) * gate, shape) * w["norm"])
     return torch.stack(rows)
+
+
+def normed(x: Tensor, shape: Mamba2Shape) -> Tensor:
+    groups = x.view(shape.num_groups, -1)
+    return (groups / (groups.square().mean(1, keepdim=True) + EPS).sqrt()).flatten()
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 65, 200])
@@ -93,6 +105,18 @@ def test_outputs_are_those_of_float64_in_steps_of_any_size(body: str, name: str,
     for found, x in zip(outs, tokens, strict=True):
         expected = truth(x, shape, weights)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_outputs_of_the_linear_layer_are_multiplied_and_a_norm_may_be_missing(body: str) -> None:
+    shape = SHAPES["two groups"]
+    factors = 0.5 + torch.rand(sum(shape.columns), generator=torch.Generator().manual_seed(5))
+    weights = dataclasses.replace(weights_of(shape), norm=None, factors=factors)
+    (x, *_) = tokens_of(shape)
+    cache = StateCache(tuple(torch.zeros(2, *part) for part in shape.state.parts))
+    (found,) = in_steps(lambda x, step, cache: BODIES[body](x, step, cache, shape, weights, EPS), [x], 70, cache)
+    expected = truth(x, shape, weights)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("body", BODIES)

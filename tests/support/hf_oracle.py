@@ -58,6 +58,17 @@ GRANITE = {
     "residual_multiplier": 0.6,
     "attention_multiplier": 0.3,
 }
+FALCON = {
+    "mamba_d_state": 16,
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.6,
+    "key_multiplier": 0.8,
+    "attention_out_multiplier": 1.3,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.7,
+    "ssm_multipliers": [0.9, 1.1, 0.6, 1.4, 0.5],
+    "mlp_multipliers": [1.3, 0.6],
+}
 MSCALED = YARN | {"mscale": 0.9, "mscale_all_dim": 0.7}
 
 GEMMA4 = {
@@ -234,6 +245,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         }
         | {"mamba_conv_bias": False, "attention_bias": True, "time_step_limit": [0.2, 1.5]},
     ),
+    "falcon_h1": (
+        "FalconH1",
+        FALCON
+        | {"mamba_rms_norm": True, "mamba_n_groups": 2, "mamba_d_ssm": 96, "mamba_n_heads": 6, "head_dim": 32}
+        | {"attention_in_multiplier": 0.7, "time_step_limit": [0.2, 1.5]},
+    ),
+    "falcon_h1-gate-first": (
+        "FalconH1",
+        FALCON
+        | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_d_ssm": None, "mamba_n_heads": 8}
+        | {"attention_bias": True, "mamba_conv_bias": False},
+    ),
+    "falcon_h1-gate-alone": ("FalconH1", FALCON | {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mlp_bias": True}),
     "lfm2": (
         "Lfm2",
         {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16, "conv_L_cache": 4}
@@ -277,7 +301,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-HAS_STATES = tuple(name for name in CASES if name.startswith(("qwen3_next", "qwen3_5", "granitemoehybrid", "lfm2")))
+STATES = ("qwen3_next", "qwen3_5", "granitemoehybrid", "lfm2", "falcon_h1")
+HAS_STATES = tuple(name for name in CASES if name.startswith(STATES))
 """Cases with layers that have a state instead of keys and values, which aren't divided over ranks."""
 READS_MORE = ("gemma4_text-small", "gemma3n_text")
 """Cases whose layers read more than the residual stream and their own cache."""

@@ -14,7 +14,7 @@ from octavo.quant.kernel import LayerShape
 from octavo.quant.kernel_table import choose_kernel
 from octavo.quant.scheme import PRESETS
 from octavo.quant.target import Target
-from octavo.runtime.model.families.family import Architecture, no_states
+from octavo.runtime.model.families.family import Architecture, no_states, nothing_beside
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
 
 NORMS = {"pre": "before", "sandwich": "before and after", "post": "after"}
@@ -62,12 +62,16 @@ def _traits(architecture: Architecture) -> tuple[str, ...]:
         QK_NORMS[architecture.qk_norm],
         WINDOWS[architecture.windows],
         EXPERTS[architecture.experts],
-        "latents"
-        if architecture.latent
-        else "states, in most layers"
-        if architecture.state_mixers is not no_states
-        else "",
+        _in_place(architecture),
     )
+
+
+def _in_place(architecture: Architecture) -> str:
+    if architecture.latent:
+        return "latents"
+    if architecture.beside is not nothing_beside:
+        return "states beside it"
+    return "states, in most layers" if architecture.state_mixers is not no_states else ""
 
 
 def kernels() -> str:

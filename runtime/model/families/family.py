@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from octavo.kernels.attention.cache import QueryScale
 from octavo.kernels.moe.reference import Routing
@@ -16,7 +16,7 @@ from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index, Positive
 from octavo.runtime.model.families.encoding import EncoderArchitecture
 from octavo.runtime.model.rope import RopeError
-from octavo.runtime.model.state_mixers import StateSpec
+from octavo.runtime.model.state_mixers import BesideSpec, StateSpec
 
 Config = Mapping[str, Any]
 Keys = dict[str, Any]
@@ -103,6 +103,23 @@ def intermediate_size(settings: Config) -> Any:
 
 def no_states(settings: Config) -> list[StateSpec | None]:
     return [None] * settings["num_hidden_layers"]
+
+
+def nothing_beside(settings: Config) -> list[BesideSpec | None]:
+    return [None] * settings["num_hidden_layers"]
+
+
+class Factors(NamedTuple):
+    """What a config multiplies beside what other keys say: scores of attention, logits, gates of an MLP, its output."""
+
+    scores: float = 1.0
+    logits: float = 1.0
+    gates: float = 1.0
+    mlp: float = 1.0
+
+
+def no_factors(settings: Config) -> Factors:  # noqa: ARG001
+    return Factors()
 
 
 def has_window(settings: Config) -> bool:
@@ -201,6 +218,8 @@ class Architecture:
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
     routing            how experts are chosen, given what the keys that all have say of it
     state_mixers       of each layer the mixer with a state that stands in the place of attention; None: none does
+    beside             of each layer the mixer with a state that stands beside attention; None: none does
+    factors            what numbers of all layers are multiplied by
     query_scale        what a layer's queries are multiplied by, given the config, it over its defaults, and whether
                        the layer rotates
     further_layers     the key that says how many layers lie behind these in a checkpoint, which aren't served
@@ -252,6 +271,8 @@ class Architecture:
     ropes: Callable[[Config, Config, dict[str, Any]], Ropes] = one_rope
     routing: Callable[[Config, Routing], Routing] = as_it_is
     state_mixers: Callable[[Config], list[StateSpec | None]] = no_states
+    beside: Callable[[Config], list[BesideSpec | None]] = nothing_beside
+    factors: Callable[[Config], Factors] = no_factors
     query_scale: Callable[[Config, Config, bool], QueryScale | None] = unscaled
     further_layers: str | None = None
     mrope: Literal["divided", "interleaved"] | None = None

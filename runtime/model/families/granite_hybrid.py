@@ -14,7 +14,7 @@ from octavo.runtime.model.families.family import (
 )
 from octavo.runtime.model.state_mixers import Mamba2Spec, StateSpec
 
-_MAMBA_KEYS = {
+MAMBA_KEYS = {
     "mamba_n_heads": Count,
     "mamba_n_groups": Count,
     "mamba_d_state": Count,
@@ -25,7 +25,7 @@ _MAMBA_KEYS = {
     "mamba_proj_bias": bool,
     "time_step_limit": list[float | dict[str, str]],
 }
-_MAMBA = {
+MAMBA = {
     "mamba_n_heads": 128,
     "mamba_n_groups": 1,
     "mamba_d_state": 256,
@@ -45,14 +45,16 @@ def _mixers(settings: Config) -> list[StateSpec | None]:
     kinds = settings.get("layer_types") or settings.get("layers_block_type") or ["mamba"] * count
     if len(kinds) != count or not (_STATES | _ATTENTION).issuperset(kinds):
         raise UnsupportedModelError(f"layer_types {kinds} isn't 'mamba' or 'attention' for each of {count} layers")
-    mixer = _mamba(settings) if _STATES.intersection(kinds) else None
+    mixer = (
+        mamba_of(settings, settings["mamba_expand"] * settings["hidden_size"]) if _STATES.intersection(kinds) else None
+    )
     return [mixer if kind in _STATES else None for kind in kinds]
 
 
-def _mamba(settings: Config) -> Mamba2Spec:
+def mamba_of(settings: Config, inner: int) -> Mamba2Spec:
+    """By the keys of Granite, which others have too; inner: the state space's channels."""
     heads = settings["mamba_n_heads"]
     groups = settings["mamba_n_groups"]
-    inner = settings["mamba_expand"] * settings["hidden_size"]
     dim = settings["mamba_d_head"]
     dim = inner // heads if dim == "auto" else dim
     if dim * heads != inner:
@@ -86,7 +88,7 @@ def _shared_size(settings: Config) -> int:
 FAMILY = Family(
     architectures={
         "granitemoehybrid": Architecture(
-            defaults=_MAMBA
+            defaults=MAMBA
             | {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
             | {"shared_intermediate_size": 1024, "position_embedding_type": None, "attention_multiplier": 1.0},
             qkv_bias="attention_bias",
@@ -104,7 +106,7 @@ FAMILY = Family(
                 "block_sparse_moe.shared_expert.down_proj": "shared_mlp.output_linear",
             },
             reads=MOE_KEYS
-            | _MAMBA_KEYS
+            | MAMBA_KEYS
             | {
                 "attention_bias": bool,
                 "attention_multiplier": Positive,

@@ -124,6 +124,7 @@ HARMLESS = frozenset(
         "mtp_num_hidden_layers",
         "mtp_use_dedicated_embeddings",
         "no_rope_layer_interval",
+        "num_logits_to_keep",
         "original_max_position_embeddings",
         "output_attentions",
         "output_hidden_states",

@@ -117,6 +117,10 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "norms without weights": ("llama4_text", changed(qk_norm=None)),
     "weights of experts' inputs": ("llama4_text", routing_changed(weighs="outputs")),
     "limits of time steps": ("granitemoehybrid-dense", lambda spec: time_steps_unlimited(spec)),
+    "factor of gates": ("falcon_h1", changed(gate_factor=1.2)),
+    "factor of the MLP": ("falcon_h1", changed(mlp_factor=0.65)),
+    "factor of attention": ("falcon_h1", lambda spec: beside_changed(spec, attention_factor=0.7)),
+    "factor of the state space": ("falcon_h1", lambda spec: beside_changed(spec, factor=0.8)),
     "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
     "norm of values": ("gemma4_text", changed(norms_values=False)),
@@ -140,6 +144,14 @@ def time_steps_unlimited(spec: DecoderSpec) -> DecoderSpec:
             for mixer in mixers
         ],
     )
+
+
+def beside_changed(spec: DecoderSpec, **fields: Any) -> DecoderSpec:
+    layers = (
+        dataclasses.replace(layer, beside=layer.beside and dataclasses.replace(layer.beside, **fields))
+        for layer in spec.layers
+    )
+    return dataclasses.replace(spec, layers=tuple(layers))
 
 
 def rope_everywhere(spec: DecoderSpec) -> DecoderSpec:

@@ -33,7 +33,7 @@ from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.cache_memory import tensors_of
 
 NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3", "mistral4", "llama4_text", "gemma4_text", "gemma4_text-moe")
-NAMES += ("granitemoehybrid", "lfm2")
+NAMES += ("granitemoehybrid", "lfm2", "falcon_h1")
 SERVED = (*NAMES, *READS_MORE)
 PROMPTS = [list(range(3, 40)), list(range(40, 49))]
 
