@@ -1,35 +1,34 @@
 """AutoRound 0.16 with its tuning, in its own environment.
 
-    python autoround_tuned.py MODEL SAMPLES.pt OUT BITS GROUP ITERS
+    python autoround_tuned.py MODEL SAMPLES.pt OUT SCHEME STEPS
 
-Symmetric weights, batches of 4 samples, the library's defaults otherwise. OUT is a plain
-checkpoint with the weights that the codes stand for, so that whatever reads it can't differ.
+SCHEME: W4A16@64 (any bits and group), W4A8@64, or one of PRESETS. Symmetric weights, batches of 4 samples, the
+library's defaults otherwise. OUT is a plain checkpoint with the weights that the codes stand for, so that whatever
+reads it can't differ; but where inputs have scales that are stored (NVFP4, FP8), llm-compressor's format has them.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from typing import Any
 
 import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+PRESETS = {"W8A8": "INT8_W8A8", "FP8": "FP8_STATIC", "NVFP4": "NVFP4", "MXFP4": "MXFP4"}
+
 
 def main() -> None:
     """Quantize."""
-    model_path, samples, out = sys.argv[1:4]
-    bits, group_size, iters = map(int, sys.argv[4:7])
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+    model_path, samples, out, scheme, steps = sys.argv[1:6]
     token_ids = torch.load(samples)
     rounder = AutoRound(
-        model,
-        tokenizer,
-        scheme="W4A16",
-        bits=bits,
-        group_size=group_size,
-        sym=True,
-        iters=iters,
+        AutoModelForCausalLM.from_pretrained(model_path, dtype="auto"),
+        AutoTokenizer.from_pretrained(model_path),
+        **_scheme(scheme),
+        iters=int(steps),
         batch_size=4,
         nsamples=token_ids.shape[0],
         seqlen=token_ids.shape[1],
@@ -37,7 +36,20 @@ def main() -> None:
         device_map="cpu",
         enable_torch_compile=False,
     )
-    rounder.quantize_and_save(out, format="fake")
+    rounder.quantize_and_save(out, format="llm_compressor" if scheme in ("NVFP4", "FP8") else "fake")
+
+
+def _scheme(name: str) -> dict[str, Any]:
+    if name in PRESETS:
+        return {"scheme": PRESETS[name]}
+    found = re.fullmatch(r"W(\d)A(\d+)@(\d+)", name)
+    if found is None:
+        raise SystemExit(f"scheme {name}: W4A16@64, W4A8@64 and {', '.join(PRESETS)} are known")
+    bits, inputs, group = map(int, found.groups())
+    scheme = {"scheme": "W4A16", "bits": bits, "group_size": group, "sym": True}
+    if inputs == 16:
+        return scheme
+    return scheme | {"act_bits": inputs, "act_group_size": -1, "act_sym": True, "act_dynamic": True}
 
 
 if __name__ == "__main__":

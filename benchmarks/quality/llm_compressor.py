@@ -1,7 +1,8 @@
 """llm-compressor 0.14 on given samples, in its own environment: `python llm_compressor.py MODEL SAMPLES.pt OUT KIND`.
 
-KIND: gptq-w4g64, awq-w4g64, w8a8 (SmoothQuant and GPTQ, as its examples have it), fp8, fp8-block, fp8-dynamic. Options
-are the library's defaults. AWQ pins memory, which needs a GPU: that one call is stubbed.
+KIND: W4A16@64 and W4A8@64 (any bits and group), NVFP4 and MXFP4, all with GPTQ; W8A8 (SmoothQuant and GPTQ, as its
+examples have it); FP8, FP8_BLOCK, FP8_DYNAMIC; awq-W4A16@64, awq-W4A16_ASYM@64. Options are the library's defaults. AWQ
+pins memory, which needs a GPU: that one call is stubbed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import sys
 import time
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -20,31 +22,26 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-W4G64 = {
-    "group_0": QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=64, symmetric=True),
-    )
-}
-W4G64_ASYM = {
-    "group_0": QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=64, symmetric=False),
-    )
-}
-HEAD = ["lm_head"]
-RECIPES = {
-    "gptq-w4g64": lambda: [GPTQModifier(config_groups=W4G64, ignore=HEAD)],
-    "awq-w4g64": lambda: [AWQModifier(), QuantizationModifier(config_groups=W4G64, ignore=HEAD)],
-    "awq-w4g64-asym": lambda: [AWQModifier(), QuantizationModifier(config_groups=W4G64_ASYM, ignore=HEAD)],
-    "w8a8": lambda: [
-        SmoothQuantModifier(smoothing_strength=0.8),
-        GPTQModifier(targets="Linear", scheme="W8A8", ignore=HEAD),
-    ],
-    "fp8": lambda: [QuantizationModifier(targets="Linear", scheme="FP8", ignore=HEAD)],
-    "fp8-block": lambda: [QuantizationModifier(targets="Linear", scheme="FP8_BLOCK", ignore=HEAD)],
-    "fp8-dynamic": lambda: [QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=HEAD)],
-}
+IGNORED = ["lm_head"]
+
+
+def recipe(kind: str) -> list[Modifier]:
+    """What one KIND is."""
+    if kind in ("FP8", "FP8_BLOCK", "FP8_DYNAMIC"):
+        return [QuantizationModifier(targets="Linear", scheme=kind, ignore=IGNORED)]
+    if kind.startswith("awq-"):
+        return [AWQModifier(), QuantizationModifier(config_groups=groups(kind[4:]), ignore=IGNORED)]
+    gptq = GPTQModifier(config_groups=groups(kind), ignore=IGNORED)
+    return [SmoothQuantModifier(smoothing_strength=0.8), gptq] if kind == "W8A8" else [gptq]
+
+
+def groups(kind: str) -> dict[str, QuantizationScheme]:
+    """A preset, in groups of another size after an @."""
+    preset, _, size = kind.partition("@")
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    if size:
+        scheme.weights.group_size = int(size)
+    return {"group_0": scheme}
 
 
 def main() -> None:
@@ -57,11 +54,10 @@ def main() -> None:
     token_ids = torch.load(samples)
     data = Dataset.from_dict({"input_ids": token_ids.tolist(), "attention_mask": torch.ones_like(token_ids).tolist()})
     begin = time.perf_counter()
-    recipe = RECIPES[kind]()
     oneshot(
         model=model,
         dataset=data,
-        recipe=recipe,
+        recipe=recipe(kind),
         max_seq_length=token_ids.shape[1],
         num_calibration_samples=token_ids.shape[0],
     )
