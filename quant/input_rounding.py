@@ -49,6 +49,8 @@ def dynamic_rounding(activation: ActivationScheme) -> Round:
             return int8_reference.fake_quantize_per_token
         case "fp8_e4m3", "channel":
             return fp8_reference.fake_quantize_per_token
+        case "fp8_e4m3", "group" if size is not None and activation.scales == "ue8m0":
+            return lambda x: fp8_reference.fake_quantize_per_group_ue8m0(x, size)
         case "fp8_e4m3", "group" if size is not None:
             return lambda x: fp8_reference.fake_quantize_per_group(x, size)
     raise SchemeError(

@@ -14,7 +14,7 @@ from typing import Literal
 
 WeightDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8", "int6", "int5", "int4", "int3", "int2", "bf16"]
 ActivationDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8"]
-Scales = Literal["float", "e4m3", "e8m0", "super"]  # what a format has for scales; `WeightScheme` tells
+Scales = Literal["float", "e4m3", "e8m0", "ue8m0", "super"]  # what a format has for scales; `WeightScheme` tells
 Search = Literal["absmax", "mse"]  # how a scale is chosen: to cover every weight, or for the least squared error
 
 BITS: dict[str, int] = {
@@ -122,6 +122,8 @@ class WeightScheme:
             raise SchemeError("weights over a minimum are not symmetric: symmetric must be false")
         if self.dtype == "bf16":
             raise SchemeError("an unquantized layer has no scheme: use None instead of a bf16 scheme")
+        if self.scales == "ue8m0":
+            raise SchemeError("ue8m0 scales are computed, of inputs; a weight's scales are powers of two as they are")
         _check_scales(self.dtype, self.granularity, self.scales)
 
     @property
@@ -149,7 +151,8 @@ class ActivationScheme:
 
     granularity: 'tensor' with dynamic=False (a stored scale), or dynamic per token ('channel': one scale per row of
     the input) or per token and group of columns ('group').
-    scales: as a weight's; of e4m3 ones each group's is computed, and what all are divided by is stored.
+    scales: as a weight's; of e4m3 ones each group's is computed, and what all are divided by is stored. ue8m0: of what
+    float scales would be the next power of two (DeepSeek V3.1), where MX's e8m0 may be the one below.
     """
 
     dtype: ActivationDtype
@@ -174,7 +177,8 @@ class ActivationScheme:
 
 def _check_scales(dtype: str, granularity: Granularity, scales: Scales) -> None:
     """Which numbers have scales of 8 bits: NVFP4's e4m3 for fp4_e2m1, MX's e8m0 for both floats, in groups."""
-    floats = {"float": None, "super": None, "e4m3": ("fp4_e2m1",), "e8m0": ("fp4_e2m1", "fp8_e4m3")}[scales]
+    of = {"e4m3": ("fp4_e2m1",), "e8m0": ("fp4_e2m1", "fp8_e4m3"), "ue8m0": ("fp8_e4m3",)}
+    floats = of.get(scales)
     if scales == "super" and (not dtype.startswith("int") or granularity.kind != "group"):
         raise SchemeError(f"super-blocks are of integers in groups, not {dtype} per {granularity}")
     if floats is not None and (dtype not in floats or granularity.kind != "group"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+UE8M0_LEAST = 1e-4  # the largest magnitude that groups of smaller ones are taken to have
 
 
 def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
@@ -32,6 +33,17 @@ def fake_quantize_per_group(x: Tensor, group_size: int) -> Tensor:
     """One scale for each row and `group_size` columns of x [M, K]; the last group may be short."""
     grouped = tiles(x, group_size)
     return untiled(round_to_e4m3(grouped, _scale(grouped.abs().amax(dim=-1, keepdim=True))), x.shape[1])
+
+
+def fake_quantize_per_group_ue8m0(x: Tensor, group_size: int) -> Tensor:
+    """As `fake_quantize_per_group`, by powers of two: the least that is at least max(absmax, UE8M0_LEAST) / 448.
+
+    Source: deepseek-ai/DeepSeek-V3, `inference/kernel.py`, act_quant with scale_fmt ue8m0.
+    """
+    grouped = tiles(x, group_size)
+    bits = (grouped.abs().amax(dim=-1, keepdim=True).clamp(min=UE8M0_LEAST) / E4M3_MAX).view(torch.int32)
+    scale = (((bits + (1 << 23) - 1) >> 23) << 23).view(torch.float32)
+    return untiled(round_to_e4m3(grouped, scale), x.shape[1])
 
 
 def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:

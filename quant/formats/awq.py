@@ -116,7 +116,7 @@ class AWQFormat:
         why = f"of qweight {list(words.shape)} in the gemm layout and {self.scheme}"
         check_shape("scales", scale, (groups, n), why)
         check_shape("qzeros", qzeros, (groups, n // 8), why)
-        return _unpack(words).t().contiguous(), scale.t().contiguous(), _unpack(qzeros).t().contiguous()
+        return unpack_fields(words).t().contiguous(), scale.t().contiguous(), unpack_fields(qzeros).t().contiguous()
 
     def _read_gemv(self, words: Tensor, qzeros: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = words.shape[0]
@@ -136,8 +136,8 @@ def _pack(codes: Tensor) -> Tensor:
     return pack(codes.reshape(rows, columns // 8, 8)[:, :, ORDER].reshape(rows, columns), 4)
 
 
-def _unpack(words: Tensor) -> Tensor:
-    """The inverse of `_pack`."""
+def unpack_fields(words: Tensor) -> Tensor:
+    """[rows, words] int32 in AWQ's order of fields to [rows, 8 words] int8, signed; the inverse of `_pack`."""
     rows = words.shape[0]
     columns = words.shape[1] * 8
     return unpack(words, 4, columns).view(rows, columns // 8, 8)[:, :, PLACE].reshape(rows, columns)

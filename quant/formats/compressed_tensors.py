@@ -63,6 +63,10 @@ class CompressedTensorsFormat:
         w = self.scheme.weight
         if w.dtype == "fp4_e2m1" or w.scales != "float":
             raise FormatError(f"{self.scheme} has no place in the layouts of integers and fp8")
+        if self.scheme.activation is not None and self.scheme.activation.scales == "ue8m0":
+            raise FormatError(
+                f"{self.scheme}: compressed-tensors has no word for such scales of inputs; native fp8 has"
+            )
 
     @property
     def layout(self) -> Layout:

@@ -4,7 +4,8 @@ Source: vLLM `model_executor/layers/quantization/fp8.py`; transformers `integrat
 [N, K] has `weight` e4m3 [N, K] and
 
 blocks  weight_scale_inv [ceil(N / 128), ceil(K / 128)], which multiplies despite its name; input rounded per token and
-        group of 128 columns
+        group of 128 columns. With scale_fmt ue8m0 (DeepSeek V3.1) scales are powers of two, the weight's in float32,
+        e8m0 or e8m0's bytes
 tensor  weight_scale [] or [1]; input_scale the same where activation_scheme is static, else input rounded per token.
         transformers names them weight_scale_inv and activation_scale
 
@@ -22,15 +23,27 @@ import msgspec
 import torch
 from torch import Tensor
 
+from octavo.kernels.fp4.reference import e8m0_to_float
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, sides, take
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
-from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme, group
+from octavo.quant.scheme import (
+    CHANNEL,
+    TENSOR,
+    ActivationScheme,
+    Granularity,
+    QuantScheme,
+    Scales,
+    WeightScheme,
+    group,
+)
 
 WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
 INPUT_SCALES = ("input_scale", "activation_scale")
+UE8M0 = "ue8m0"
+E8M0_NAN = 255
 SUFFIXES = ("weight", *WEIGHT_SCALES, *INPUT_SCALES)
 NEVER_QUANTIZED = re.compile(r"(^|\.)(lm_head|gate|router)$")  # used if there is no file to ask
 
@@ -58,6 +71,10 @@ class Fp8Format:
     def _is_static(self) -> bool:
         return self.scheme.activation is not None and self.scheme.activation.has_stored_scale
 
+    @property
+    def _has_powers(self) -> bool:
+        return self.scheme.activation is not None and self.scheme.activation.scales == "ue8m0"
+
     def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """[N, K] of the weight that a layer's tensors hold."""
         return sides(tensors, "weight")
@@ -82,12 +99,25 @@ class Fp8Format:
             found = "missing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
             raise FormatError(f"weight is {found}; float8_e4m3fn [N, K] is expected")
         n, k = codes.shape
+        if self._has_powers:
+            _decode_powers(left)
         scale = _take_scale(left, WEIGHT_SCALES, self.scheme.weight.granularity.scale_shape(n, k))
         static = None
         if self._is_static:
             static = check_input_scale(_take_scale(left, INPUT_SCALES, (1, 1)).float().reshape(()))
         check_nothing_left(left, f"with scheme {self.scheme}")
         return QuantizedWeight(self.scheme, codes, scale, input_scale=static)
+
+
+def _decode_powers(left: dict[str, Tensor]) -> None:
+    """Exponents among a weight's scales to float32."""
+    for name in WEIGHT_SCALES:
+        stored = left.get(name)
+        if stored is not None and stored.dtype in (torch.float8_e8m0fnu, torch.uint8):
+            exponents = stored.view(torch.uint8)
+            if bool((exponents == E8M0_NAN).any()):
+                raise FormatError(f"{name} holds NaN")
+            left[name] = e8m0_to_float(exponents)
 
 
 def _take_scale(left: dict[str, Tensor], names: tuple[str, ...], shape: tuple[int, int]) -> Tensor:
@@ -136,8 +166,8 @@ def parse_fp8(raw: Mapping[str, Any]) -> Fp8Config:
     config = check_types({key: value for key, value in raw.items() if value is not None}, _Config)
     if config.fmt not in (None, "e4m3", "float8_e4m3fn"):
         raise FormatError(f"fmt {config.fmt!r} is not supported; e4m3 is")
-    if config.scale_fmt not in (None, "float"):
-        raise FormatError(f"scale_fmt {config.scale_fmt!r} (activation scales of powers of two) is not supported")
+    if config.scale_fmt not in (None, "float", UE8M0):
+        raise FormatError(f"scale_fmt {config.scale_fmt!r} is not supported; float and {UE8M0} are")
     ignored = tuple(config.ignored_layers or config.modules_to_not_convert or ())
     kv_cache = "fp8_e4m3" if config.kv_cache_scheme else None
     return Fp8Config(_scheme(config), ignored, kv_cache)
@@ -146,6 +176,8 @@ def parse_fp8(raw: Mapping[str, Any]) -> Fp8Config:
 def _scheme(config: _Config) -> QuantScheme:
     static = config.activation_scheme == "static"
     if config.weight_block_size is None:
+        if config.scale_fmt == UE8M0:
+            raise FormatError(f"scale_fmt {UE8M0} without weight_block_size: powers of two are scales of blocks")
         activation = ActivationScheme("fp8_e4m3", TENSOR if static else CHANNEL, dynamic=not static)
         return QuantScheme(WeightScheme("fp8_e4m3", TENSOR), activation)
     size = config.weight_block_size
@@ -154,7 +186,8 @@ def _scheme(config: _Config) -> QuantScheme:
     if static:
         raise FormatError("activation_scheme static with weight_block_size: static scales are for whole tensors")
     weight = WeightScheme("fp8_e4m3", Granularity("block", block=(size[0], size[1])))
-    return QuantScheme(weight, ActivationScheme("fp8_e4m3", group(size[1])))
+    scales: Scales = "ue8m0" if config.scale_fmt == UE8M0 else "float"
+    return QuantScheme(weight, ActivationScheme("fp8_e4m3", group(size[1]), scales=scales))
 
 
 def check_writable(scheme: QuantScheme) -> None:
@@ -165,7 +198,10 @@ def check_writable(scheme: QuantScheme) -> None:
         raise FormatError(f"native fp8 has fp8_e4m3 weights, not {weight.dtype}; compressed-tensors carries {scheme}")
     block = weight.granularity.block
     if block is not None:
-        wanted: tuple[ActivationScheme, ...] = (ActivationScheme("fp8_e4m3", group(block[1])),)
+        wanted: tuple[ActivationScheme, ...] = (
+            ActivationScheme("fp8_e4m3", group(block[1])),
+            ActivationScheme("fp8_e4m3", group(block[1]), scales="ue8m0"),
+        )
     elif weight.granularity == TENSOR:
         wanted = (ActivationScheme("fp8_e4m3", TENSOR, dynamic=False), ActivationScheme("fp8_e4m3", CHANNEL))
     else:
@@ -198,4 +234,5 @@ def write_fp8_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: l
         "modules_to_not_convert": [module for module in ignore if not module.startswith("re:")],
         "quant_method": "fp8",
         "weight_block_size": None if block is None else list(block),
+        **({"scale_fmt": UE8M0} if activation is not None and activation.scales == "ue8m0" else {}),
     }

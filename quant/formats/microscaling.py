@@ -14,6 +14,8 @@ and in ModelOpt, where scales of whole tensors multiply:
 nvfp4  weight as weight_packed; weight_scale the same; weight_scale_2 [] float32: w = e2m1 * (weight_scale *
        weight_scale_2); input_scale [] float32
 mxfp8  the same as in compressed-tensors
+
+and in Quark mxfp4's weight_packed is `weight`, too.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def kind_of(weight: WeightScheme) -> Kind | None:
 class MicroscalingFormat:
     """Converts one layer's tensors, keyed by suffix, to and from the canonical weight.
 
-    modelopt  the layout is ModelOpt's, which is read and not written
+    modelopt  the layout is ModelOpt's, which is Quark's too where scales are powers of two; it is read and not written
     """
 
     scheme: QuantScheme
@@ -109,7 +111,7 @@ class MicroscalingFormat:
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
         if self.modelopt:
-            raise FormatError(f"ModelOpt's {self.kind} is read, not written; compressed-tensors' is")
+            raise FormatError(f"{self.kind} in this layout is read, not written; compressed-tensors' is")
         self.tensors(*weight.shape)
         out = {}
         if self.kind == "mxfp8":

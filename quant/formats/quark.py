@@ -1,8 +1,15 @@
-"""AMD Quark's FP8 and INT8 checkpoints, read.
+"""AMD Quark's FP8, INT8, MXFP4 and integers of 4 bits, read.
 
-Source: amd/Quark `torch/export/`, `torch/quantization/config/config.py`. A linear layer [N, K] has `weight` e4m3 or
-int8 [N, K], `weight_scale` [] or [N], of integers `weight_zero_point` alike, and of static inputs `input_scale` []. The
-config has `global_quant_config` for all layers but those that `exclude` names (globs): specs of weights and of inputs.
+Source: amd/Quark `torch/export/`, `torch/quantization/config/config.py`, `torch/utils/pack.py`. A linear layer [N, K]:
+
+fp8, int8     weight e4m3 or int8 [N, K]; weight_scale [] or [N], of integers weight_zero_point alike; of static inputs
+              input_scale []
+fp4           MXFP4, as `microscaling` has it: weight [N, K / 2] uint8, weight_scale [N, K / 32] e8m0
+int4, uint4   in G groups as AWQ: weight [K, N / 8] int32, weight_zero_point [G, N / 8] alike, weight_scale [G, N]. With
+              pack_method reorder fields are in AWQ's order, else one after the other; int4's are two's complement
+
+The config has `global_quant_config` for all layers but those that `exclude` names (globs): specs of weights and of
+inputs.
 """
 
 from __future__ import annotations
@@ -13,13 +20,34 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import msgspec
+import torch
+from torch import Tensor
 
+from octavo.quant.formats.awq import unpack_fields
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
 from octavo.quant.formats.config_reading import check_types
-from octavo.quant.formats.format import FormatError
-from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, QuantScheme, SchemeError, WeightScheme
+from octavo.quant.formats.format import FormatError, QuantFormat
+from octavo.quant.formats.microscaling import MicroscalingFormat
+from octavo.quant.formats.reading import check_nothing_left, check_shape, sides, take_scales, take_words
+from octavo.quant.packing import unpack
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.safetensors_file import TensorSpec
+from octavo.quant.scheme import (
+    CHANNEL,
+    MXFP4,
+    PRESETS,
+    TENSOR,
+    ActivationScheme,
+    QuantScheme,
+    SchemeError,
+    WeightScheme,
+    group,
+)
 
 DTYPES = ("fp8_e4m3", "int8")
+FOUR_BITS = {"int4": True, "uint4": False}  # whether they are symmetric
+ALONG_COLUMNS = (-1, 1)
+SIGNS = -0x77777778  # the highest bit of each field of a word
 
 
 class _Spec(msgspec.Struct):
@@ -30,6 +58,14 @@ class _Spec(msgspec.Struct):
     ch_axis: int | None = None
     is_dynamic: bool | None = None
     symmetric: bool | None = None
+    group_size: int | None = None
+    scale_format: str | None = None
+    scale_calculation_mode: str | None = None
+    zero_point_type: str | None = None
+
+
+class _Export(msgspec.Struct):
+    pack_method: str = "reorder"
 
 
 class _Layer(msgspec.Struct):
@@ -45,24 +81,79 @@ class _Config(msgspec.Struct):
     layer_type_quant_config: dict[str, object] | None = None
     kv_cache_quant_config: dict[str, object] | None = None
     algo_config: object = None
+    export: _Export | None = None
+
+
+@dataclass(frozen=True)
+class QuarkInt4Format:
+    """Reads a layer of integers of 4 bits. is_reordered: by pack_method."""
+
+    scheme: QuantScheme
+    is_reordered: bool
+
+    def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Names, types and shapes of a layer's tensors, as Quark writes them for scales of bfloat16."""
+        groups = self.scheme.weight.granularity.scale_shape(out_features, in_features)[1]
+        words = -(-out_features // 8)
+        return {
+            "weight": TensorSpec(torch.int32, (in_features, words)),
+            "weight_zero_point": TensorSpec(torch.int32, (groups, words)),
+            "weight_scale": TensorSpec(torch.bfloat16, (groups, out_features)),
+        }
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] of the weight that a layer's tensors hold."""
+        rows, words = sides(tensors, "weight")
+        return 8 * words, rows
+
+    def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:  # noqa: ARG002
+        raise FormatError("Quark's layout is read, not written; compressed-tensors and awq hold the same integers")
+
+    def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The canonical weight. Raises FormatError if a tensor is missing, unexpected, or not as the scheme says."""
+        left = dict(tensors)
+        words = take_words(left, "weight")
+        zero_words = take_words(left, "weight_zero_point")
+        scale = take_scales(left, "weight_scale")
+        check_nothing_left(left, "beside Quark's integers of 4 bits")
+        k = words.shape[0]
+        n = 8 * words.shape[1]
+        groups = self.scheme.weight.granularity.scale_shape(n, k)[1]
+        why = f"of weight {list(words.shape)} and {self.scheme}"
+        check_shape("weight_scale", scale, (groups, n), why)
+        check_shape("weight_zero_point", zero_words, (groups, n // 8), why)
+        codes = self._fields(words)
+        zeros = self._fields(zero_words)
+        if not self.scheme.weight.symmetric:
+            return QuantizedWeight(self.scheme, codes, scale.t().contiguous(), zeros)
+        if bool(zeros.any()):
+            raise FormatError("weight_zero_point is not 0 although the scheme is symmetric")
+        return QuantizedWeight(self.scheme, codes, scale.t().contiguous())
+
+    def _fields(self, words: Tensor) -> Tensor:
+        """[rows, words] int32 to [8 words, rows] int8, signed."""
+        if self.scheme.weight.symmetric:
+            words = words ^ SIGNS
+        fields = unpack_fields(words) if self.is_reordered else unpack(words, 4, 8 * words.shape[1])
+        return fields.t().contiguous()
 
 
 @dataclass(frozen=True)
 class QuarkConfig:
-    """One scheme for the quantized layers."""
+    """One format for the quantized layers."""
 
-    scheme: QuantScheme
+    format: QuantFormat
     excluded: tuple[str, ...]
     name: str = "quark"
     kv_cache: str | None = None
 
-    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> CompressedTensorsFormat | None:
+    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> QuantFormat | None:
         """The format of a linear layer, given its full name; None if it is not quantized."""
         if any(fnmatchcase(module, pattern) for pattern in self.excluded):
             return None
         if suffixes is not None and "weight_scale" not in suffixes:
             return None
-        return CompressedTensorsFormat(self.scheme)
+        return self.format
 
 
 def parse_quark(raw: Mapping[str, Any]) -> QuarkConfig:
@@ -74,13 +165,41 @@ def parse_quark(raw: Mapping[str, Any]) -> QuarkConfig:
     layer = config.global_quant_config
     if layer.weight is None or layer.output_tensors is not None:
         raise FormatError("Quark's global_quant_config needs a weight, and outputs that aren't quantized")
+    pack_method = "reorder" if config.export is None else config.export.pack_method
     try:
-        scheme = QuantScheme(
-            _weight(layer.weight), None if layer.input_tensors is None else _input(layer.input_tensors)
-        )
+        found = _format(layer.weight, layer.input_tensors, pack_method)
     except SchemeError as e:
         raise FormatError(str(e)) from e
-    return QuarkConfig(scheme, tuple(config.exclude or ()))
+    return QuarkConfig(found, tuple(config.exclude or ()))
+
+
+def _format(weight: _Spec, inputs: _Spec | None, pack_method: str) -> QuantFormat:
+    if weight.dtype == "fp4" and _is_mxfp4(weight) and not weight.is_dynamic:
+        if inputs is None:
+            return MicroscalingFormat(QuantScheme(MXFP4), modelopt=True)
+        if not (_is_mxfp4(inputs) and inputs.is_dynamic) or inputs.scale_calculation_mode not in (None, "even"):
+            raise SchemeError(
+                f"Quark's {inputs.dtype} inputs, {inputs.qscheme}, dynamic {inputs.is_dynamic}, scales by "
+                f"{inputs.scale_calculation_mode}, are not supported with MXFP4 weights; dynamic MXFP4 by even is"
+            )
+        return MicroscalingFormat(PRESETS["MXFP4"], modelopt=True)
+    if weight.dtype in FOUR_BITS and _is_plain_int4(weight) and inputs is None and pack_method in ("reorder", "order"):
+        assert weight.group_size is not None
+        scheme = WeightScheme("int4", group(weight.group_size), symmetric=FOUR_BITS[weight.dtype])
+        return QuarkInt4Format(QuantScheme(scheme), is_reordered=pack_method == "reorder")
+    return CompressedTensorsFormat(QuantScheme(_weight(weight), None if inputs is None else _input(inputs)))
+
+
+def _is_mxfp4(spec: _Spec) -> bool:
+    kind = (spec.dtype, spec.qscheme, spec.group_size, spec.scale_format)
+    return kind == ("fp4", "per_group", 32, "e8m0") and spec.ch_axis in ALONG_COLUMNS
+
+
+def _is_plain_int4(spec: _Spec) -> bool:
+    """int4 symmetric and uint4 over zero points, in groups of columns."""
+    is_grouped = spec.qscheme == "per_group" and spec.ch_axis in ALONG_COLUMNS and (spec.group_size or 0) > 0
+    is_static = not spec.is_dynamic and spec.zero_point_type in (None, "int32")
+    return is_grouped and is_static and spec.symmetric is FOUR_BITS[spec.dtype]
 
 
 def _weight(spec: _Spec) -> WeightScheme:
@@ -88,7 +207,8 @@ def _weight(spec: _Spec) -> WeightScheme:
     if spec.dtype not in DTYPES or granularity is None or spec.is_dynamic or spec.symmetric is False:
         raise SchemeError(
             f"Quark's {spec.dtype} weights, {spec.qscheme} along {spec.ch_axis}, symmetric {spec.symmetric}, are not "
-            f"supported; {' and '.join(DTYPES)}, symmetric, per tensor or per channel along 0 are"
+            f"supported; {' and '.join(DTYPES)}, symmetric, per tensor or per channel along 0 are, and in groups along "
+            "-1 MXFP4, int4 that is symmetric and uint4 that isn't, inputs as they are"
         )
     return WeightScheme("int8" if spec.dtype == "int8" else "fp8_e4m3", granularity)
 

@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.fp8 import Fp8Format, parse_fp8, write_fp8_config
 from octavo.quant.formats.modelopt import parse_modelopt
+from octavo.quant.input_rounding import input_rounding
+from octavo.quant.kernel import LayerShape
+from octavo.quant.kernel_table import choose_kernel
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
-from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
+from octavo.quant.target import Target
 
 DYNAMIC = QuantScheme(WeightScheme("fp8_e4m3", TENSOR), ActivationScheme("fp8_e4m3", CHANNEL))
 SCHEMES = {"block": PRESETS["FP8_BLOCK"], "static": PRESETS["FP8"], "dynamic": DYNAMIC}
@@ -47,6 +53,61 @@ def test_round_trip(name: str) -> None:
     assert config.format_of(Q, ["weight"]) is None
 
 
+POWERS = QuantScheme(PRESETS["FP8_BLOCK"].weight, ActivationScheme("fp8_e4m3", group(128), scales="ue8m0"))
+
+
+def test_inputs_are_rounded_by_the_power_of_two_above() -> None:
+    """DeepSeek-V3's act_quant with scale_fmt ue8m0, in float64; groups of zeros and of tiny numbers, too."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 300) * torch.logspace(-9, 9, 40)[:, None]
+    x[0, :128] = 0
+    x[1, :128] = 448.0 / 64
+    x[2, :128] = 448.0 / 64 * (1 + 2**-10)
+    rounding = input_rounding(POWERS.activation, None, torch.device("cpu"))
+    assert rounding is not None
+    found = rounding(x)
+    for begin in range(0, 300, 128):
+        part = x[:, begin : begin + 128].double()
+        scale = (part.abs().amax(1, keepdim=True).clamp(min=1e-4) / 448).log2().ceil().exp2()
+        codes = (part / scale).float().to(torch.float8_e4m3fn)
+        assert torch.equal(found[:, begin : begin + 128].double(), codes.double() * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu, torch.uint8])
+def test_scales_of_powers_of_two_in_every_type(dtype: torch.dtype) -> None:
+    """As transformers reads float8_e8m0fnu and its bytes, and DeepSeek V3.1's float32."""
+    config = parse_fp8({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"})
+    assert config.scheme == POWERS
+    format_ = config.format_of(Q)
+    assert isinstance(format_, Fp8Format)
+    torch.manual_seed(0)
+    codes = torch.randn(256, 384).to(torch.float8_e4m3fn)
+    exponents = torch.randint(100, 140, (2, 3), dtype=torch.uint8)
+    scales = exponents.view(torch.float8_e8m0fnu)
+    stored = {torch.float32: scales.float(), torch.uint8: exponents}.get(dtype, scales)
+    read = format_.read({"weight": codes, "weight_scale_inv": stored})
+    theirs = Fp8Dequantize(None)._dequantize_one(codes, exponents, torch.float32)
+    assert torch.equal(read.dequantize(torch.float32), theirs)
+    again = parse_fp8(write_fp8_config(POWERS, [HEAD]))
+    assert again.scheme == POWERS
+    assert torch.equal(Fp8Format(again.scheme).read(format_.write(read)).dequantize(), read.dequantize())
+    with pytest.raises(FormatError, match="compressed-tensors has no word for such scales of inputs"):
+        CompressedTensorsFormat(POWERS)
+    exponents[0, 0] = 255
+    with pytest.raises(FormatError, match="weight_scale_inv holds NaN"):
+        format_.read({"weight": codes, "weight_scale_inv": stored if dtype != torch.float32 else scales.float()})
+
+
+def test_no_kernel_rounds_by_other_scales() -> None:
+    """A GPU's products of fp8 blocks round inputs by any number: weights of powers of two don't get them."""
+    gpu = Target(torch.device("cuda"), torch.bfloat16, capability=90)
+    shape = LayerShape(256, 256)
+    plain, powers = (choose_kernel(scheme, shape, gpu) for scheme in (PRESETS["FP8_BLOCK"], POWERS))
+    assert not plain.departs
+    assert powers.departs
+    assert "inputs stay in bfloat16" in powers.reason
+
+
 def test_a_blocks_scale_multiplies_its_block() -> None:
     """weight_scale_inv is no inverse, element by element in float64."""
     written = Fp8Format(PRESETS["FP8_BLOCK"]).write(quantized(PRESETS["FP8_BLOCK"]))
@@ -76,7 +137,8 @@ def test_scales_of_a_whole_tensor_in_every_spelling(names: tuple[str, str], shap
         ({"weight_block_size": [128, 128], "activation_scheme": "static"}, "static scales are for whole tensors"),
         ({"activation_scheme": "none"}, "activation_scheme"),
         ({"fmt": "e5m2"}, "fmt 'e5m2' is not supported; e4m3 is"),
-        ({"scale_fmt": "ue8m0"}, "scale_fmt 'ue8m0'"),
+        ({"scale_fmt": "e5m3"}, "scale_fmt 'e5m3' is not supported; float and ue8m0 are"),
+        ({"scale_fmt": "ue8m0"}, "scale_fmt ue8m0 without weight_block_size"),
         ({"ignored_layers": [1]}, r"at `ignored_layers\[0\]`"),
     ],
 )

@@ -20,9 +20,12 @@ from octavo.quant.checkpoint import Checkpoint, CheckpointError
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.select import parse_quantization
 from octavo.quant.formats.torchao import parse_torchao
+from octavo.quant.input_rounding import input_rounding
 from octavo.quant.qparams import QuantizedWeight
 
 Q = "model.layers.0.self_attn.q_proj"
+INT4 = {"dtype": "int4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32, "symmetric": True}
+MXFP4 = {"dtype": "fp4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32, "scale_format": "e8m0"}
 # name -> the scheme of a layer that is served as it is stored; None: it is decoded
 SCHEMES = {
     "tiny--bnb-nf4-double": None,
@@ -33,6 +36,8 @@ SCHEMES = {
     "tiny--quark-fp8": "fp8_e4m3/tensor x fp8_e4m3/static tensor",
     "tiny--quark-fp8-ptpc": "fp8_e4m3/channel x fp8_e4m3/token",
     "tiny--quark-int8": "int8/channel",
+    "tiny--quark-int4": "int4/g32",
+    "tiny--quark-uint4": "int4/g32/asym",
     "tiny--torchao-int8-dynamic": "int8/channel x int8/token",
     "tiny--torchao-int4": "int4/g32/asym",
     "tiny--torchao-fp8": "fp8_e4m3/channel",
@@ -52,6 +57,66 @@ def test_logits_are_those_of_the_tool_s_own_weights(fixtures: Path, tmp_path: Pa
         assert (found.argmax(-1) == expected["logits"].argmax(-1)).float().mean() > 0.9
     else:
         torch.testing.assert_close(found, expected["logits"], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*(name for name in SCHEMES if "quark" in name), "tiny--quark-mxfp4"])
+def test_numbers_are_quark_s_own(fixtures: Path, name: str) -> None:
+    expected = load_file(fixtures / name / "expected.safetensors")
+    checkpoint = Checkpoint.open(fixtures / name)
+    modules = [key.removeprefix("dequantized.") for key in expected if key.startswith("dequantized.")]
+    assert modules
+    for module in modules:
+        weight = checkpoint.linear(module)
+        assert isinstance(weight, QuantizedWeight)
+        theirs = expected[f"dequantized.{module}"]
+        ours = weight.dequantize(torch.float32)[: len(theirs)]
+        if torch.equal(theirs, theirs.bfloat16().float()) and "fp4" not in name:
+            ours = ours.bfloat16().float()  # of 8 bits Quark's layer multiplies in that type
+        assert torch.equal(ours, theirs)
+
+
+def test_integers_of_quark_in_the_order_of_their_columns(fixtures: Path, tmp_path: Path) -> None:
+    """What pack_method order has are the fields that reorder has, one after the other; nothing else is another."""
+    source = fixtures / "tiny--quark-uint4"
+    stored = load_file(source / "model.safetensors")
+    places = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], dtype=torch.int32)  # of each column's field with reorder
+    changed: dict[str, Tensor | None] = {}
+    for name in (f"{Q}.weight", f"{Q}.weight_zero_point"):
+        fields = (stored[name].unsqueeze(-1) >> 4 * places) & 15
+        changed[name] = (fields.long() << 4 * torch.arange(8)).sum(-1).to(torch.int32)
+    out = edited(source, tmp_path / "out", changed)
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace('"pack_method": "reorder"', '"pack_method": "order"'))
+    found, before = (Checkpoint.open(directory).linear(Q) for directory in (out, source))
+    assert isinstance(found, QuantizedWeight)
+    assert isinstance(before, QuantizedWeight)
+    assert torch.equal(found.dequantize(), before.dequantize())
+
+
+def test_inputs_of_mxfp4_are_rounded_as_quark_rounds_them() -> None:
+    """Its rule, even: of the largest number's bits half a step of e2m1's one bit up, then the power of two below."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 96) * torch.logspace(-6, 6, 64)[:, None]
+    x[0, 0] = 7.001  # above 1.75 times a power of two
+    x[0, 32] = 6.999  # below it
+    rounding = parse_quantization(
+        {
+            "quant_method": "quark",
+            "global_quant_config": {"weight": MXFP4, "input_tensors": MXFP4 | {"is_dynamic": True}},
+        }
+    ).format_of(Q)
+    assert rounding is not None
+    found = input_rounding(rounding.scheme.activation, None, torch.device("cpu"))
+    assert found is not None
+    groups = x.double().unflatten(1, (3, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    exponent = largest.log2().floor()
+    exponent = torch.where(largest >= 1.75 * exponent.exp2(), exponent + 1, exponent) - 2
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]).double()
+    scaled = groups / exponent.exp2()
+    distances = (scaled.abs().unsqueeze(-1) - grid).abs()
+    nearest = grid[distances.argmin(-1)] * scaled.sign() * exponent.exp2()  # no tie is among random numbers
+    assert torch.equal(found(x).double(), nearest.flatten(1))
 
 
 def edited(source: Path, into: Path, tensors: dict[str, Tensor | None], **metadata: str) -> Path:
@@ -156,12 +221,30 @@ def test_other_tensors_of_torchao_are_refused_by_name(config: dict[str, Any], me
     [
         ({"dtype": "mx", "qscheme": "per_group"}, "Quark's mx weights, per_group along None"),
         ({"dtype": "uint4", "qscheme": "per_group", "ch_axis": -1}, "Quark's uint4 weights"),
+        (INT4 | {"symmetric": False}, "Quark's int4 weights, per_group along -1, symmetric False"),
+        (INT4 | {"dtype": "uint4"}, "Quark's uint4 weights, per_group along -1, symmetric True"),
+        (INT4 | {"zero_point_type": "float32"}, "Quark's int4 weights"),
+        (MXFP4 | {"group_size": 16}, "Quark's fp4 weights"),
+        (MXFP4 | {"is_dynamic": True}, "Quark's fp4 weights"),
         ({"dtype": "int8", "qscheme": "per_channel", "ch_axis": 0, "symmetric": False}, "symmetric False, are not"),
     ],
 )
 def test_other_weights_of_quark_are_refused_by_name(weight: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         parse_quantization({"quant_method": "quark", "global_quant_config": {"weight": weight}})
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
+        MXFP4,
+        MXFP4 | {"is_dynamic": True, "scale_calculation_mode": "floor"},
+    ],
+)
+def test_other_inputs_of_mxfp4_are_refused_by_name(inputs: dict[str, Any]) -> None:
+    with pytest.raises(FormatError, match=f"Quark's {inputs['dtype']} inputs, .* are not supported with MXFP4 weights"):
+        parse_quantization({"quant_method": "quark", "global_quant_config": {"weight": MXFP4, "input_tensors": inputs}})
 
 
 def test_a_decoded_checkpoint_says_so(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

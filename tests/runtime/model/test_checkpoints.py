@@ -57,6 +57,7 @@ ROUNDED = {
     "tiny--llmc-fp8-dynamic": "tiny",
     "tiny-moe--llmc-fp8-dynamic": "tiny-moe",
     "tiny-qwen2--llmc-fp8-block": "tiny-qwen2",
+    "tiny--quark-mxfp4": "tiny",
 }
 FLOAT_NOISE = 1e-4  # of logits under 20: some hundred float32 roundings
 
