@@ -111,6 +111,8 @@ def prepare(
     Algorithm auto is rtn without calibration.
     Raises QuantizeError, CheckpointError or OSError; nothing but the output's parent directory has been made then.
     """
+    if recipe.rotations:
+        raise QuantizeError("rotations need a model's wiring, which `octavo.quantize` has: it folds them in beforehand")
     recipe = recipe.resolved(calibrates=calibration is not None)
     checkpoint = open_source(source, out, overwrite=overwrite, resume=resume, layouts=layouts)
     planned = plan_model(checkpoint, out, recipe, max_shard_bytes=max_shard_bytes, overwrite=overwrite, resume=resume)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format
+from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format, RotationName, TransformType
 from octavo.flags import check_bounds
 from octavo.quant.scheme import (
     GGUF,
@@ -131,6 +131,29 @@ class Recipe(msgspec.Struct, frozen=True):
             },
         ),
     ] = None
+    rotations: Annotated[
+        tuple[RotationName, ...],
+        Meta(
+            description="rotate channels before anything is rounded, so that none is larger than others, folded into "
+            "the weights. R1: the residual stream; a tied head gets a weight of its own. R2: each head's values",
+            extra={"parse_each": str.upper, "default": "none"},
+        ),
+    ] = ()
+    transform_type: Annotated[
+        TransformType,
+        Meta(description="the matrix of --rotations; random-hadamard has random signs before"),
+    ] = "random-hadamard"
+    transform_block_size: Annotated[
+        int | None,
+        Meta(
+            ge=2,
+            description="rotate the residual stream in blocks of so many channels, a power of two",
+            extra={"metavar": "N", "default": "all together"},
+        ),
+    ] = None
+    transform_seed: Annotated[
+        int, Meta(ge=0, description="seed of random-hadamard's signs", extra={"metavar": "N"})
+    ] = 0
     kv_cache: Annotated[
         str | None,
         Meta(
@@ -218,7 +241,10 @@ class Recipe(msgspec.Struct, frozen=True):
         names = ["search"]
         names += ["act_order", "dampening", "true_sequential"] if self.solver == "gptq" else []
         names += ["smoothing"] if self.scaling == "smoothquant" else []
-        return {name: getattr(self, name) for name in names}
+        found: dict[str, str | float | bool | None] = {name: getattr(self, name) for name in names}
+        if self.rotations:
+            found["rotations"] = f"{', '.join(self.rotations)} ({self.transform_type})"
+        return found
 
     def search_of(self, scheme: QuantScheme) -> Search:
         return self.search or ("mse" if scheme.weight.bits < 8 else "absmax")
@@ -255,6 +281,7 @@ def _check_values(recipe: Recipe) -> None:
             means_layer(pattern, "", "")
         except re.error as e:
             raise RecipeError(f"pattern {pattern!r} is not a regex: {e}") from None
+    _check_rotations(recipe)
     if recipe.algorithm == "auto":
         return
     if recipe.smoothing is not None and recipe.scaling != "smoothquant":
@@ -264,6 +291,15 @@ def _check_values(recipe: Recipe) -> None:
             raise RecipeError(f"{name} is GPTQ's, and the algorithm is {recipe.algorithm}; gptq has it")
     if recipe.true_sequential and not recipe.needs_statistics:
         raise RecipeError(f"true_sequential is for algorithms that measure inputs, which {recipe.algorithm} does not")
+
+
+def _check_rotations(recipe: Recipe) -> None:
+    """Refuse settings of rotations where there are none."""
+    for name in ("transform_type", "transform_block_size", "transform_seed"):
+        if getattr(recipe, name) != _DEFAULTS[name] and not recipe.rotations:
+            raise RecipeError(f"{name} is of rotations, and there are none; --rotations R1 R2 has it")
+    if recipe.transform_block_size is not None and "R1" not in recipe.rotations:
+        raise RecipeError("transform_block_size is R1's, and heads are rotated whole; --rotations R1 has it")
 
 
 def _check_tuning(recipe: Recipe) -> None:
@@ -398,6 +434,7 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path} is not a recipe: it has the unknown field `{unknown[0]}`")
     if "scheme" not in values:
         raise RecipeError(f"{path} is not a recipe: it has no `scheme`")
-    if isinstance(values.get("ignore"), list):
-        values["ignore"] = tuple(values["ignore"])
+    for name in ("ignore", "rotations"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
     return Recipe(**values)

@@ -68,7 +68,8 @@ class Quality:
     mean_kl, p99_kl  KL(original || quantized) of the next token's distribution, in nats: mean and 99th percentile
     top1_agreement   share of positions where both find the same token most likely
     kl_histogram     how many positions have a KL below KL_EDGES[0], between each two edges, and from the last up
-    blocks           of each decoder block; empty where a model doesn't show its hidden states (--model-impl hf)
+    blocks           of each decoder block; empty where a model doesn't show its hidden states (--model-impl hf), or has
+                     rotated ones
     by_window        of each window: how far the figures differ from text to text
     """
 

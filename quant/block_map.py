@@ -1,10 +1,12 @@
-"""What a quantizer must know of a decoder block's wiring: which linear layers share an input, and who makes it.
+"""What a quantizer must know of a decoder block's wiring: which linear layers share an input, and who makes it;
+and of a whole decoder, who reads and writes its residual stream.
 
 Plain values between the runtime, which knows architectures, and calibration, which doesn't know the runtime.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,3 +46,39 @@ class Fold:
     repeats: int = 1
     head_dim: int = 1
     also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """One attention's values and who reads them: both may be rotated head by head.
+
+    rows      of `producer` that make values, all when None
+    consumer  the linear layer whose columns are heads of `head_dim`
+    """
+
+    producer: str
+    consumer: str
+    head_dim: int
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class RotationMap:
+    """Who reads and writes the residual stream of a whole decoder, and each layer's heads of values.
+
+    size       channels of the residual stream
+    embedding  the module whose rows begin the stream
+    head       what reads it last; tied: it has no weight of its own, but the embedding's
+    readers    by the full name of a norm over the stream, the linear modules that read what it gives
+    writers    linear modules whose output is added to the stream
+    offset     of the norms, as of `Fold`
+    """
+
+    size: int
+    embedding: str
+    head: str
+    tied: bool
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...]
+    values: tuple[ValueHeads, ...]
+    offset: float = 0.0

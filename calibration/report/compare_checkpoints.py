@@ -9,6 +9,7 @@ import torch
 from octavo.calibration.layers import BLOCK
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.printable import some
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import QuantScheme
 
@@ -33,12 +34,19 @@ def compare_checkpoints(original: Checkpoint, quantized: Checkpoint) -> SideBySi
     schemes = tuple(dict.fromkeys(modules.values()))
     scaled = _scaled_norm(original, quantized)
     if scaled is not None:
-        note = f"{scaled} differs: the quantizer folded scales into it (AWQ, SmoothQuant), so weights aren't compared"
+        note = (
+            f"{scaled} differs: the quantizer folded scales or rotations into weights (AWQ, SmoothQuant, R1), so they "
+            "aren't compared"
+        )
         return SideBySide(schemes, (), (note,))
     rows = [row for module in modules if (row := _row(module, original, quantized)) is not None]
-    missing = len(modules) - len(rows)
-    notes = (f"{missing} quantized layers have no weight of that name and shape in the original",) if missing else ()
-    return SideBySide(schemes, tuple(rows), notes)
+    notes = []
+    if missing := len(modules) - len(rows):
+        notes.append(f"{missing} quantized layers have no weight of that name and shape in the original")
+    others = [row.module for row in rows if row.noise > row.signal]  # rounding to zeros would be nearer
+    if others:
+        notes.append(f"{some(others)}: weights of another basis (rotated heads, R2), which aren't compared")
+    return SideBySide(schemes, tuple(row for row in rows if row.noise <= row.signal), tuple(notes))
 
 
 def _quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantScheme]:

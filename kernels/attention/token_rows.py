@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.kernels.hadamard.reference import hadamard as blockwise
+from octavo.kernels.hadamard.reference import largest_block
+
 SCALE_BYTES = 4
 _WITHOUT_ZERO_POINT = -16  # bits of a scale that are its own
 
@@ -77,15 +80,8 @@ def encode_rows(x: Tensor, bits: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x [..., D] times a symmetric orthogonal matrix of +-1, in blocks of the largest power of two that divides D."""
-    block = x.shape[-1] & -x.shape[-1]
-    out = x.float().reshape(-1, block)
-    half = 1
-    while half < block:
-        first, second = out.view(-1, block // (2 * half), 2, half).unbind(2)
-        out = torch.stack([first + second, first - second], dim=2).view(-1, block)
-        half *= 2
-    return (out * torch.tensor(block**-0.5)).view(x.shape)
+    """x [..., D] in float32 times a Hadamard matrix, in blocks of the largest power of two that divides D."""
+    return blockwise(x.float(), largest_block(x.shape[-1]))
 
 
 def decode_rows(rows: Tensor, head_dim: int) -> Tensor:

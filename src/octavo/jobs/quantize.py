@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format
+from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format, RotationName
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import HOW, WHAT, Recipe, RecipeError, read_recipe
 from octavo.calibration.target import Target, one_target, parse_speed
@@ -180,6 +180,7 @@ def quantize(
     search: Search | None = None,
     act_order: ActOrder = "static",
     kv_cache: str | None = None,
+    rotations: tuple[RotationName, ...] | list[RotationName] = (),
     **options: Any,
 ) -> Report:
     """Write a quantized copy of a checkpoint, measure what it cost, and return the report.
@@ -192,6 +193,7 @@ def quantize(
     layers      pattern -> scheme (or 'none') of layers that differ
     recipe      a recipe, or its file, instead of all of the above but data
     kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
+    rotations   'R1', 'R2': what is rotated first; a `Recipe` says how
     options     further fields of `Job`: resume, overwrite, evaluate, max_kl, bits_budget, offload_dir, listener, ...
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
@@ -206,6 +208,7 @@ def quantize(
             search=search,
             act_order=act_order,
             kv_cache=kv_cache,
+            rotations=tuple(rotations),
         )
     text = DataOptions(data, num_calibration_samples, max_seq_length, seed)
     return run(Job(str(model), Path(output), _read(recipe), text, **options))
@@ -258,8 +261,8 @@ def prepare(job: Job) -> Prepared:
     from octavo.calibration.prepare import complete, open_source, plan_model
     from octavo.calibration.report.report import source_note
     from octavo.calibration.text.documents import NoTextError
-    from octavo.jobs.memory import check_memory
     from octavo.jobs.mixed_recipe import check_target, mixed_recipe
+    from octavo.jobs.rotated_source import rotated_source
     from octavo.jobs.source_check import check_source
     from octavo.quant.hub import resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
@@ -276,6 +279,7 @@ def prepare(job: Job) -> Prepared:
     _check_options(job)
     seconds: dict[str, float] = {}
     job = _with_layers_kept(job, source, notes, seconds) if checkpoint.layout.is_encoder else job
+    checkpoint = rotated_source(checkpoint, job.recipe, notes)
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
     if job.target is not None:
         check_target(job.target, planned)
@@ -299,11 +303,17 @@ def prepare(job: Job) -> Prepared:
             seconds["sensitivity"] = time.perf_counter() - begin
     prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
     job.listener.estimate(prepared.estimate)
+    _check_memory(prepared)
+    text = None if calibration is None else calibration.data
+    return replace(prepared, text=text, notes=tuple(notes), seconds=seconds)
+
+
+def _check_memory(prepared: Prepared) -> None:
+    from octavo.jobs.memory import check_memory
+
     check_memory(
         prepared.estimate.memory, "rtn works tensor by tensor and needs least, and a model with smaller blocks less"
     )
-    text = None if calibration is None else calibration.data
-    return replace(prepared, text=text, notes=tuple(notes), seconds=seconds)
 
 
 def _resolved(job: Job, *, calibrates: bool) -> Job:
@@ -446,7 +456,7 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
 
 
 def _with_rtn(job: Job, recipe: Recipe, source: Path, original: Recorded, report: Report) -> Report:
-    """The report with the KL that rtn would have had, of a copy that is written beside OUT, measured and removed."""
+    """The report with the KL of rtn without rotations, of a copy that is written beside OUT, measured and removed."""
     from octavo.calibration.prepare import prepare as prepare_rtn
     from octavo.calibration.quantize_model import quantize_model
     from octavo.calibration.report.report import rounded
@@ -454,7 +464,8 @@ def _with_rtn(job: Job, recipe: Recipe, source: Path, original: Recorded, report
     from octavo.runtime.model.families.registry import LAYOUTS
 
     plain = recipe.with_rtn()
-    if not job.compares_rtn or recipe.algorithm == "rtn" or plain.needs_data:
+    is_plain = recipe.algorithm == "rtn" and not recipe.rotations
+    if not job.compares_rtn or is_plain or plain.needs_data:
         return report
     job.listener.phase("measuring rtn")
     begin = time.perf_counter()
