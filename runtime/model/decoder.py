@@ -205,9 +205,8 @@ class Decoder:
 
     def _with_rotation(self, step: StepInputs, axes: Tensor) -> StepInputs:
         """The step with the rotation of its own tokens: each of M-RoPE's pairs turns by the position of its axis."""
-        attention = self._layers[0].attention
-        assert not isinstance(attention, StateMixing | SideBySide)  # no family has M-RoPE beside states
-        table = attention.cos_sin
+        others = (layer.attention for layer in self._layers)
+        table = next(it.cos_sin for it in others if not isinstance(it, StateMixing | SideBySide))
         assert table is not None
         half = table.shape[1] // 2
         pairs = torch.arange(half, device=table.device)

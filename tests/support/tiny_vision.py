@@ -18,15 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
+QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PLACEHOLDERS = {
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm"), "<image>"),
     "mistral3": "[IMG]",
     "gemma3": "<image_soft_token>",
     "internvl": "<IMG_CONTEXT>",
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
+    **dict.fromkeys(QWENS, "<|image_pad|>"),
 }
 MARKS = PLACEHOLDERS | {"gemma3": "<start_of_image>"}
-MARKS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|vision_start|><|image_pad|><|vision_end|>")
+MARKS |= dict.fromkeys(QWENS, "<|vision_start|><|image_pad|><|vision_end|>")
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}MARK"
@@ -172,7 +173,7 @@ def _qwen(kind: str, tokenizer: Any) -> tuple[Any, Any]:
         )
     }
     text = TEXT | {"vocab_size": len(tokenizer), "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
-    text["rope_parameters"] |= {"mrope_section": [4, 2, 2] if kind == "qwen3_vl" else [2, 3, 3]}
+    text["rope_parameters"] |= {"mrope_section": [2, 3, 3] if kind.startswith("qwen2") else [4, 2, 2]}
     if kind == "qwen2_vl":
         vision = sizes | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
@@ -184,7 +185,17 @@ def _qwen(kind: str, tokenizer: Any) -> tuple[Any, Any]:
         vision = sizes | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
         vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
         text |= {"head_dim": 16}
-        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+        if kind.startswith("qwen3_5"):
+            del vision["deepstack_visual_indexes"]
+            text |= {"head_dim": 32, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+            text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+            text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+            text["rope_parameters"] |= {"partial_rotary_factor": 0.5}
+        if kind.endswith("moe"):
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            text |= {"shared_expert_intermediate_size": 32} if kind == "qwen3_5_moe" else {}
+        name = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
+        config = getattr(transformers, f"{name[kind]}Config")(text_config=text, vision_config=vision, **ids)
     images = transformers.Qwen2VLImageProcessorPil(
         patch_size=7, merge_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 14 * 14 * 24}
     )
@@ -273,7 +284,7 @@ MAKERS = {
     "llava": _llava,
     "llava_next": _llava_next,
     "llava_onevision": _onevision,
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _qwen),
+    **dict.fromkeys(QWENS, _qwen),
     **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
     "mistral3": _mistral3,
     "gemma3": _gemma3,

@@ -4,6 +4,9 @@ halves of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, which rotate by three positions whe
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from octavo.kernels.moe.reference import Routing
 from octavo.runtime.model.config_types import Count, Index
 from octavo.runtime.model.families.family import (
     MOE_KEYS,
@@ -39,6 +42,17 @@ def _every_other_up_to_max_window_layers(settings: Config, rotates: list[bool]) 
     return [has_window(settings) and i % 2 == 0 and i < most for i in range(len(rotates))]
 
 
+def _normalized(settings: Config, routing: Routing) -> Routing:  # noqa: ARG001
+    """Qwen3-VL's experts have weights that add up to 1, whatever norm_topk_prob says."""
+    return replace(routing, normalize=True)
+
+
+_QWEN_3_VL = {
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 128000,
+    "rope_theta": 500_000.0,
+}
 _QWEN_2_VL = Architecture(
     defaults=_QWEN
     | {"num_key_value_heads": 8, "max_window_layers": 80, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5},
@@ -66,17 +80,25 @@ FAMILY = Family(
         "qwen2_vl_text": _QWEN_2_VL,
         "qwen2_5_vl_text": _QWEN_2_VL,
         "qwen3_vl_text": Architecture(
-            defaults={
-                "num_key_value_heads": 32,
-                "head_dim": 128,
-                "max_position_embeddings": 128000,
-                "rope_theta": 500_000.0,
-            },
+            defaults=_QWEN_3_VL,
             qk_norm="head",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             reads={"attention_bias": bool},
             ropes=rope_without_sections,
+            mrope="interleaved",
+        ),
+        "qwen3_vl_moe_text": Architecture(
+            defaults=_QWEN_3_VL
+            | {"num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "tie_word_embeddings": True}
+            | {"intermediate_size": 5632, "moe_intermediate_size": 1408, **_SPARSE_STEP},
+            qk_norm="head",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            experts="sparse_step",
+            reads=_SPARSE_STEP_KEYS | {"attention_bias": bool},
+            ropes=rope_without_sections,
+            routing=_normalized,
             mrope="interleaved",
         ),
         "qwen3": Architecture(
@@ -113,6 +135,7 @@ FAMILY = Family(
         "qwen2_vl": ("qwen2_vl_text",),
         "qwen2_5_vl": ("qwen2_5_vl_text",),
         "qwen3_vl": ("qwen3_vl_text",),
+        "qwen3_vl_moe": ("qwen3_vl_moe_text",),
         "llava_onevision": ("qwen2",),
         "internvl": ("qwen2", "qwen3", "llama"),
     },

@@ -1,6 +1,6 @@
 """Qwen3-Next and Qwen 3.5, dense and with experts: the gated delta rule in most layers, and attention with a gate.
 
-Qwen 3.5's checkpoints see; their text half is what is read here.
+Qwen 3.5's checkpoints see, and rotate by three positions where there are images.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ FAMILY = Family(
             reads=_READS_3_5,
             state_mixers=_apart,
             ropes=rope_without_sections,
+            mrope="interleaved",
         ),
         "qwen3_5_moe_text": _traits(
             defaults=_LINEAR
@@ -127,6 +128,7 @@ FAMILY = Family(
             reads=_READS_3_5 | _SHARED_EXPERT_KEYS,
             state_mixers=_apart,
             ropes=rope_without_sections,
+            mrope="interleaved",
         ),
     },
     vision={"qwen3_5": ("qwen3_5_text",), "qwen3_5_moe": ("qwen3_5_moe_text",)},

@@ -33,13 +33,15 @@ from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
 OTHERS = ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
+OTHERS += ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 KINDS = ("llava", "qwen2_5_vl", "gemma3", *map(slow, OTHERS))
 IN_CHUNKS = [
-    *((kind, 7) for kind in ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")),
+    *((kind, 7) for kind in ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm")),
     ("gemma3", 19),
 ]
 OTHERWISE = [
     *((kind, 7) for kind in ("llava_next", "qwen2_vl", "idefics3", "mistral3", "internvl")),
+    *((kind, 7) for kind in ("qwen3_vl_moe", "qwen3_5_moe")),
     ("llava", 1),
     ("qwen2_5_vl", 1),
     *((kind, 2048) for kind in ("llava", "qwen2_5_vl", "gemma3", *OTHERS)),
