@@ -138,7 +138,9 @@ def attention_ahead(
     less ahead. qkv and the others are RopeAndAttention's, which has written the cache.
     """
     out = hidden.clone()
-    for s, begin, end, length in inputs.ahead:
+    for s, begin, end, length, in_windows in inputs.ahead:
+        if in_windows and shape.window is None:
+            continue
         positions = inputs.positions[begin:end]
         rows = None if cos_sin is None else cos_sin[positions]
         q = _positioned(qkv[begin:end, : shape.num_heads * shape.head_dim], q_norm, rows, cache, shape, eps)

@@ -60,13 +60,14 @@ class SourceRows(NamedTuple):
 
 class Ahead(NamedTuple):
     """Tokens that see some behind them: rows begin .. end of a step are of this sequence, and see its first `length`
-    tokens, of which all are in the cache.
+    tokens, of which all are in the cache. in_windows: in layers with a window alone.
     """
 
     sequence: int
     begin: int
     end: int
     length: int
+    in_windows: bool = False
 
 
 @dataclass(frozen=True)

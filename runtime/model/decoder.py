@@ -156,9 +156,11 @@ class Decoder:
         entering = self._embedding.forward(step.token_ids)
         if self.adapters is not None and step.adapters is not None:
             self.adapters.embedding.add(entering, step.token_ids, step.adapters)
+        rows = None
         if step.images is not None:
-            entering[step.images.rows] = step.images.values[:, : self.hidden_size].to(entering.dtype)
-        return entering if self._per_layer is None else self._per_layer.beside(entering, step.token_ids)
+            rows = step.images.rows
+            entering[rows] = step.images.values[:, : self.hidden_size].to(entering.dtype)
+        return entering if self._per_layer is None else self._per_layer.beside(entering, step.token_ids, rows)
 
     @torch.inference_mode()
     def hidden(

@@ -24,7 +24,7 @@ from octavo.runtime.model.names import (
     stream_tensors,
     unread_modules,
 )
-from octavo.runtime.model.sources import CheckpointSource
+from octavo.runtime.model.sources import TOWER_PREFIXES, CheckpointSource
 from octavo.runtime.model.spec import DecoderSpec
 
 
@@ -54,7 +54,8 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
     source.leave_layers(len(spec.layers), spec.further_layers)
     source.leave_modules(unread_modules(spec, prefix))
     source.leave_named(spec.unserved)
-    source.check_complete(tied=spec.tied, text_only=spec.text_only, has_mtp=spec.num_mtp_layers > 0)
+    towers = TOWER_PREFIXES if spec.text_only else ()
+    source.check_complete(tied=spec.tied, towers=towers, has_mtp=spec.num_mtp_layers > 0)
     return spec
 
 

@@ -25,6 +25,7 @@ class PerLayerInputs:
     table       [V, L * P], times a factor; tokens from V on have row 0
     projection  [H] -> [L * P]
     norm        [P] float32
+    of_images   the token whose row those of images have
     """
 
     ops: Ops
@@ -32,9 +33,12 @@ class PerLayerInputs:
     table: Embedding
     projection: Linear
     norm: Tensor
+    of_images: int
 
-    def beside(self, embedded: Tensor, token_ids: Tensor) -> Tensor:
-        """embedded [T, H], of token_ids [T] -> [T, H + L * P]: the inputs stand behind it."""
+    def beside(self, embedded: Tensor, token_ids: Tensor, images: Tensor | None = None) -> Tensor:
+        """embedded [T, H], of token_ids [T] -> [T, H + L * P]: the inputs stand behind it. images: rows of theirs."""
+        if images is not None:
+            token_ids = token_ids.index_fill(0, images, self.of_images)
         rows = self.table.table.shape[0]
         given = self.table.forward(torch.where(token_ids < rows, token_ids, 0))
         projected = self.projection.forward(embedded, None) * embedded.shape[1] ** -0.5

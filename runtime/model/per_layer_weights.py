@@ -28,6 +28,7 @@ def read_inputs(builder: LayerReader) -> PerLayerInputs | None:
         Embedding(builder.ops, table, float(torch.tensor(size**0.5).to(builder.dtype))),
         builder.linear([projection], [None]),
         builder.norm_weight(f"{prefix}{PER_LAYER_NORM}", size),
+        spec.per_layer.of_images,
     )
 
 

@@ -36,10 +36,10 @@ _TOWERS = (
     "connector.",
     "image_newline",
     "embed_vision.",
-    "audio_tower.",
-    "embed_audio.",
 )
-TOWER_PREFIXES = (*_TOWERS, *(f"model.{tower}" for tower in _TOWERS))
+_SOUNDS = ("audio_tower.", "embed_audio.")
+SOUND_PREFIXES = (*_SOUNDS, *(f"model.{tower}" for tower in _SOUNDS))
+TOWER_PREFIXES = (*_TOWERS, *(f"model.{tower}" for tower in _TOWERS), *SOUND_PREFIXES)
 
 
 class LoadError(ValueError):
@@ -158,13 +158,14 @@ class CheckpointSource:
         self.checkpoint.leave_all(tuple(found))
         return found
 
-    def check_complete(self, *, tied: bool, text_only: bool, has_mtp: bool = False) -> list[str]:
-        """Raise LoadError with the names of tensors that nothing read; return the harmless ones that were skipped.
+    def check_complete(self, *, tied: bool, towers: tuple[str, ...] = (), has_mtp: bool = False) -> list[str]:
+        """Raise LoadError with the names of tensors that nothing read; return those of towers that were skipped.
 
-        has_mtp: there is a head among them, which is loaded by who drafts with it (runtime/speculation).
+        towers: how the names begin of those that aren't loaded. has_mtp: there is a head among them, which is loaded by
+        who drafts with it (runtime/speculation).
         """
         unread = self.checkpoint.unread()
-        skipped = [name for name in unread if text_only and name.startswith(TOWER_PREFIXES)]
+        skipped = [name for name in unread if name.startswith(towers)]
         harmless = {name for name in unread if name.endswith(UNUSED_SUFFIXES)} | set(skipped)
         if has_mtp:
             harmless |= {name for name in unread if name.startswith(f"{self.prefix}mtp_layers.")}

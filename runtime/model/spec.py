@@ -81,10 +81,12 @@ class PerLayerSpec:
 
     size        numbers of each layer
     vocab_size  rows of the table; tokens behind them have the first row
+    of_images   the token whose row images' tokens have
     """
 
     size: int
     vocab_size: int
+    of_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,9 @@ def _activation(settings: Config, row: Architecture) -> Activation:
 
 def _per_layer(settings: Config, row: Architecture) -> PerLayerSpec | None:
     size = settings.get("hidden_size_per_layer_input") if "hidden_size_per_layer_input" in row.reads else None
-    return PerLayerSpec(size, settings["vocab_size_per_layer_input"]) if size else None
+    if not size:
+        return None
+    return PerLayerSpec(size, settings["vocab_size_per_layer_input"], settings.get("pad_token_id") or 0)
 
 
 def _streams(settings: Config, row: Architecture) -> StreamSpec | None:

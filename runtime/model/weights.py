@@ -66,7 +66,14 @@ from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_po
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
-from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
+from octavo.runtime.model.sources import (
+    SOUND_PREFIXES,
+    TOWER_PREFIXES,
+    CheckpointSource,
+    DummySource,
+    LoadError,
+    Source,
+)
 from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.model.speech_weights import load_speech
 from octavo.runtime.model.stages import HandedOn, Received, Stage
@@ -195,11 +202,18 @@ def _load_decoder(
         model.notes += [why_not] if why_not else []
         model.weight_bytes += 0 if model.tower is None else model.tower.weight_bytes
     is_headless = spec.tied or not spec.has_head
-    text_only = spec.text_only and model.tower is None
-    if skipped := source.check_complete(tied=is_headless, text_only=text_only, has_mtp=spec.num_mtp_layers > 0):
-        towers = "vision and audio towers are" if any("audio" in name for name in skipped) else "vision tower is"
-        model.notes.append(f"the {towers} not loaded: text only")
+    towers = () if not spec.text_only else TOWER_PREFIXES if model.tower is None else SOUND_PREFIXES
+    if skipped := source.check_complete(tied=is_headless, towers=towers, has_mtp=spec.num_mtp_layers > 0):
+        model.notes.append(_not_loaded(skipped, sees=model.tower is not None))
     return model
+
+
+def _not_loaded(skipped: list[str], *, sees: bool) -> str:
+    """What a person must know of towers whose tensors are skipped."""
+    if sees:
+        return "the audio tower is not loaded: text and images only"
+    hears = any("audio" in name for name in skipped)
+    return f"the {'vision and audio towers are' if hears else 'vision tower is'} not loaded: text only"
 
 
 def activation_of(ops: Ops, spec: DecoderSpec) -> GatedActivation:

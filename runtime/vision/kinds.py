@@ -10,6 +10,7 @@ from torch import nn
 
 from octavo.runtime.vision.modules import (
     AnyResolutionModule,
+    Gemma4Module,
     GemmaModule,
     IdeficsModule,
     InternModule,
@@ -20,7 +21,9 @@ from octavo.runtime.vision.modules import (
 from octavo.runtime.vision.preprocessing import (
     ANY_RESOLUTION_PROCESSORS,
     CLIP_PROCESSORS,
+    GEMMA4_PROCESSORS,
     GEMMA_PROCESSORS,
+    HALF,
     IDEFICS_PROCESSORS,
     INTERN_PROCESSORS,
     PIXTRAL_PROCESSORS,
@@ -34,10 +37,12 @@ from octavo.runtime.vision.recipes import (
     Grid,
     Lines,
     Recipe,
+    Sight,
     Squared,
     Tiles,
     WholeImage,
     WholePatches,
+    WithinBudget,
 )
 
 MOST_SQUARES = 256  # of an image; the grids of so many are compared in 30 ms
@@ -190,6 +195,35 @@ def of_several(recipe: Recipe, config: Any, given: Preprocessing) -> Recipe | No
     return Squared(recipe.side, (red, green, blue), recipe.resample, recipe.patches**2 + 1)
 
 
+def _gemma4(config: Any, given: Preprocessing) -> tuple[WithinBudget, MakeModule]:
+    given.check_kind(GEMMA4_PROCESSORS)
+    vision = config.vision_config
+    for key, have in (("patch_size", vision.patch_size), ("pooling_kernel_size", vision.pooling_kernel_size)):
+        if given.values.get(key, have) != have:
+            raise UnreadImagesError(f"preprocessor_config.json: {key} {given.values[key]} isn't the tower's, {have}")
+    most = int(given.values.get("max_soft_tokens") or 280)
+    if not 0 < most * vision.pooling_kernel_size <= vision.position_embedding_size:
+        raise UnreadImagesError(
+            f"preprocessor_config.json: max_soft_tokens {most}; the tower has {vision.position_embedding_size} "
+            f"positions a side, for {vision.pooling_kernel_size} patches each"
+        )
+    if given.values.get("do_normalize") and (given.mean, given.std) != ((0, 0, 0), (1, 1, 1)):
+        raise UnreadImagesError("preprocessor_config.json: image_mean and image_std: the tower itself normalizes")
+    given.mean = given.std = HALF  # as the tower does
+    factor = vision.patch_size * vision.pooling_kernel_size
+    before = given.token("boi_token", "<|image>")
+    behind = given.token("eoi_token", "<image|>")
+    return WithinBudget(factor, most, given.resample, before, behind), Gemma4Module
+
+
+def sight_of(config: Any) -> Sight:
+    """What an image's tokens see in this model's text half."""
+    if config.model_type == "gemma3":
+        return "image"
+    is_gemma4 = config.model_type == "gemma4" and config.text_config.use_bidirectional_attention == "vision"
+    return "image_in_windows" if is_gemma4 else "past"
+
+
 MakeModule = Callable[[Any], nn.Module]
 Maker = Callable[[Any, Preprocessing], tuple[Recipe, MakeModule]]
 MAKERS: dict[str, Maker] = {
@@ -207,5 +241,6 @@ MAKERS: dict[str, Maker] = {
     "mistral3": _mistral3,
     "internvl": _internvl,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
 }
 """By model type: what is made of a checkpoint's config and its preprocessing."""

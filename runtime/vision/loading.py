@@ -15,7 +15,7 @@ from torch import nn
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
-from octavo.runtime.vision.kinds import MAKERS, of_several
+from octavo.runtime.vision.kinds import MAKERS, of_several, sight_of
 from octavo.runtime.vision.preprocessing import Preprocessing, UnreadImagesError
 from octavo.runtime.vision.recipes import VisionModel
 from octavo.runtime.vision.towers import VisionTower
@@ -75,10 +75,9 @@ def load_tower(
         raise
     except Exception as error:  # of transformers' code, of any type, where numbers mean nothing to it
         raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
-    sees_ahead = config.model_type == "gemma3"
-    mark = config.boi_token_index if sees_ahead else config.image_token_id
+    mark = config.boi_token_index if config.model_type == "gemma3" else config.image_token_id
     several = of_several(recipe, config, given)
-    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sees_ahead, several)
+    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sight_of(config), several)
     _fill(module, source)
     tower = VisionTower(facts, module.to(device), given.mean, given.std)
     if problem := tower.problem(config.get_text_config().hidden_size):

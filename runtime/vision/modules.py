@@ -146,6 +146,30 @@ class GemmaModule(nn.Module):
         return projected.flatten(0, 1)
 
 
+class Gemma4Module(nn.Module):
+    """Gemma 4's tower: patches of any number, averaged by squares, normed and projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.embed_vision = Gemma4MultimodalEmbedder(config.vision_config, config.text_config)
+        self._patch = config.vision_config.patch_size
+
+    def forward(self, image: SeenImage) -> Tensor:
+        (frame,) = image.frames
+        rows, columns = (side // self._patch for side in frame.shape[1:])
+        squares = frame.reshape(3, rows, self._patch, columns, self._patch).permute(1, 3, 2, 4, 0)
+        pixels = (squares.reshape(1, rows * columns, -1).float() + 1) / 2  # the tower makes -1 .. 1 of 0 .. 1
+        down, across = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        places = torch.stack((across, down), dim=-1).reshape(1, rows * columns, 2).to(frame.device)
+        seen = self.vision_tower(pixel_values=pixels, pixel_position_ids=places, return_dict=True).last_hidden_state
+        projected: Tensor = self.embed_vision(inputs_embeds=seen)
+        return projected.flatten(0, -2)
+
+
 class QwenModule(nn.Module):
     """A tower of Qwen2-VL and later: patches of any number, merged by fours. A still image is two frames of it.
 

@@ -20,6 +20,7 @@ SIGLIP_PROCESSORS = ("SiglipImageProcessor",)
 CLIP_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
 QWEN_PROCESSORS = ("Qwen2VLImageProcessor",)
 PIXTRAL_PROCESSORS = ("PixtralImageProcessor",)
+GEMMA4_PROCESSORS = ("Gemma4ImageProcessor",)
 GEMMA_PROCESSORS = ("Gemma3ImageProcessor",)
 ANY_RESOLUTION_PROCESSORS = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
 INTERN_PROCESSORS = ("GotOcr2ImageProcessor",)
@@ -34,6 +35,7 @@ class Preprocessing:
     """What preprocessor_config.json, or transformers 5's processor_config.json, says of images."""
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         both = read_object_if_any(directory / "processor_config.json").get("image_processor")
         found = read_object_if_any(directory / "preprocessor_config.json") or both
         if not isinstance(found, dict) or not found:
@@ -42,7 +44,7 @@ class Preprocessing:
         self.kind = str(found.get("image_processor_type") or found.get("feature_extractor_type"))
         self.kind = self.kind.removesuffix("Fast").removesuffix("Pil")
         for key in ("do_resize", "do_rescale", "do_normalize"):
-            if found.get(key) is False:
+            if found.get(key) is False and (key != "do_normalize" or self.kind not in GEMMA4_PROCESSORS):
                 raise UnreadImagesError(f"preprocessor_config.json: {key} false is not supported")
         if abs(float(found.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
             raise UnreadImagesError(f"preprocessor_config.json: rescale_factor {found['rescale_factor']} isn't 1 / 255")
@@ -64,6 +66,11 @@ class Preprocessing:
         if len(found) != 3 or not all(isinstance(one, int | float) and math.isfinite(one) for one in found):
             raise UnreadImagesError(f"preprocessor_config.json: {key} {found} isn't a number for each channel")
         return tuple(found)
+
+    def token(self, name: str, default: str) -> str:
+        """A token that the tokenizer knows by a name: `boi_token`."""
+        found = read_object_if_any(self._directory / "tokenizer_config.json").get(name) or default
+        return str(found.get("content") if isinstance(found, dict) else found)
 
     def check_kind(self, known: Sequence[str]) -> None:
         if self.kind not in known:

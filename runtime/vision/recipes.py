@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -229,6 +229,33 @@ class Kept(NamedTuple):
     made: Size
 
 
+class WithinBudget(msgspec.Struct, frozen=True, tag="budget"):
+    """One frame of the image's shape, as large as a number of placeholders allows: Gemma 4's.
+
+    factor: a placeholder's side. most: placeholders. before, behind: what stands around them.
+    """
+
+    factor: int
+    most: int
+    resample: int
+    before: str
+    behind: str
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size."""
+        scale = math.sqrt(self.most * self.factor**2 / (size[0] * size[1]))
+        columns, rows = (math.floor(scale * length / self.factor) for length in size)
+        if rows == 0:
+            rows = 1
+            columns = min(size[0] // size[1], self.most)
+        elif columns == 0:
+            columns = 1
+            rows = min(size[1] // size[0], self.most)
+        frame = (columns * self.factor, rows * self.factor)
+        count = columns * rows
+        return Layout((View((frame,), frame),), self.before + placeholder * count + self.behind, count)
+
+
 class AnyResolution(msgspec.Struct, frozen=True, tag="any"):
     """The whole image in one square, and squares of a grid that it fills without being stretched: LLaVA-NeXT's.
 
@@ -302,7 +329,9 @@ class Squared(msgspec.Struct, frozen=True, tag="squared"):
         return Layout((View((square,), square, squared=self.color),), placeholder * self.count, self.count)
 
 
-Recipe = WholeImage | WholePatches | Tiles | Lines | Grid | AnyResolution | Squared
+Recipe = WholeImage | WholePatches | Tiles | Lines | Grid | WithinBudget | AnyResolution | Squared
+Sight = Literal["past", "image", "image_in_windows"]
+"""What an image's tokens see: those before them; all of the image, too; the same in layers with a window alone."""
 FAKE = "<fake_token_around_image>"
 
 
@@ -327,7 +356,7 @@ class VisionModel(msgspec.Struct, frozen=True):
     """What a server needs to know of a model that sees.
 
     placeholder_id: the token in whose places an image's embeddings go. mark_id: what chat templates write once for an
-    image. most_images: of a prompt. sees_ahead: an image's tokens see each other, also those behind them.
+    image. most_images: of a prompt. sight: what its tokens see.
     of_several: the recipe for images of prompts that have more than one; None: the same.
     """
 
@@ -335,7 +364,7 @@ class VisionModel(msgspec.Struct, frozen=True):
     placeholder_id: int
     mark_id: int
     most_images: int
-    sees_ahead: bool = False
+    sight: Sight = "past"
     of_several: Recipe | None = None
 
     def recipe_for(self, num_images: int) -> Recipe:
@@ -343,9 +372,17 @@ class VisionModel(msgspec.Struct, frozen=True):
         return self.recipe if num_images == 1 or self.of_several is None else self.of_several
 
     @property
+    def sees_ahead(self) -> bool:
+        """Whether an image's tokens see some behind them."""
+        return self.sight != "past"
+
+    @property
     def most_at_once(self) -> int:
         """Tokens that a step must hold together."""
-        return self.recipe.count if self.sees_ahead and isinstance(self.recipe, WholeImage) else 1
+        match self.recipe:
+            case WholeImage(count=most) | WithinBudget(most=most) if self.sees_ahead:
+                return most
+        return 1
 
 
 class PromptImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

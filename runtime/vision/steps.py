@@ -30,6 +30,7 @@ def with_images(inputs: StepInputs, plan: StepPlan, tower: VisionTower) -> StepI
     if not any(it.sequence.images for it in plan.scheduled):
         return inputs
     inputs = _with_positions(inputs, plan, tower)
+    in_windows = tower.facts.sight == "image_in_windows"
     rows = []
     values = []
     ahead = []
@@ -43,7 +44,8 @@ def with_images(inputs: StepInputs, plan: StepPlan, tower: VisionTower) -> StepI
                 values.append(tower.embed(image)[first:last])
                 if image.is_whole:
                     own = rows[-1]
-                    ahead.append(Ahead(number, int(own[0]), int(own[-1]) + 1, image.start + image.length))
+                    length = image.start + image.length
+                    ahead.append(Ahead(number, int(own[0]), int(own[-1]) + 1, length, in_windows=in_windows))
         begin += it.end - it.start
     if not rows:
         return inputs

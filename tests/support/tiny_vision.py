@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from hf_oracle import randomize
+from hf_oracle import GEMMA4, randomize
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +23,7 @@ PLACEHOLDERS = {
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm"), "<image>"),
     "mistral3": "[IMG]",
     "gemma3": "<image_soft_token>",
+    **dict.fromkeys(("gemma4", "gemma4-small"), "<|image|>"),
     "internvl": "<IMG_CONTEXT>",
     **dict.fromkeys(QWENS, "<|image_pad|>"),
 }
@@ -250,6 +251,31 @@ def _gemma3(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
     return config, GemmaProcessor(images, tokenizer)
 
 
+def _gemma4(kind: str, tokenizer: Any) -> tuple[Any, Any]:
+    tokens = ["<|image|>", "<|image>", "<image|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    image, begin, end = map(tokenizer.convert_tokens_to_ids, tokens)
+    text = TEXT | GEMMA4 | {"vocab_size": len(tokenizer), "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 10}
+    text |= {"global_head_dim": 24, "use_bidirectional_attention": "vision"}
+    if kind == "gemma4-small":
+        text |= {"use_bidirectional_attention": None, "hidden_size_per_layer_input": 16, "pad_token_id": 7}
+        text |= {"vocab_size_per_layer_input": len(tokenizer), "num_kv_shared_layers": 2}
+        text |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    vision = TOWER | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 7, "pooling_kernel_size": 2}
+    hearing = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    config = transformers.Gemma4Config(
+        text_config=transformers.Gemma4TextConfig(**text),
+        vision_config=vision | {"position_embedding_size": 64, "use_clipped_linears": True, "standardize": True},
+        audio_config=hearing | {"subsampling_conv_channels": [4, 4]} if kind == "gemma4-small" else None,
+        image_token_id=image,
+        boi_token_id=begin,
+        eoi_token_id=end,
+    )
+    images = transformers.Gemma4ImageProcessorPil(patch_size=7, pooling_kernel_size=2)
+    images.max_soft_tokens = 20
+    return config, Gemma4Processor(images, tokenizer)
+
+
 def _internvl(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
     tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>", "<img>", "</img>"]})
     config = transformers.InternVLConfig(
@@ -288,6 +314,7 @@ MAKERS = {
     **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
     "mistral3": _mistral3,
     "gemma3": _gemma3,
+    **dict.fromkeys(("gemma4", "gemma4-small"), _gemma4),
     "internvl": _internvl,
 }
 
@@ -320,6 +347,18 @@ class GemmaProcessor(WithoutVideos):
         tokens = self.tokens(text[0], "<start_of_image>", [stand] * len(images or ()))
         image = self.tokenizer.convert_tokens_to_ids("<image_soft_token>")
         return {**found, **tokens, "token_type_ids": (tokens["input_ids"] == image).int()}
+
+
+class Gemma4Processor(WithoutVideos):
+    """Gemma 4's."""
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> dict[str, Tensor]:
+        found = {} if images is None else dict(self.images(images=images, return_tensors=return_tensors))
+        counts = found.pop("num_soft_tokens_per_image", ())
+        stands = [f"<|image>{'<|image|>' * int(count)}<image|>" for count in counts]
+        tokens = self.tokens(text[0], "<|image|>", stands)
+        image = self.tokenizer.convert_tokens_to_ids("<|image|>")
+        return {**found, **tokens, "mm_token_type_ids": (tokens["input_ids"] == image).int()}
 
 
 class InternProcessor(WithoutVideos):

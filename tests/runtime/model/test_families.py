@@ -221,10 +221,10 @@ def test_the_text_part_of_a_gemma_4_is_served(tmp_path: Path) -> None:
     with torch.inference_mode():
         truth = torch.cat([reference(torch.tensor([ids]), use_cache=False).logits[0] for ids in PROMPTS])
     model = load_model(EngineConfig(model=str(source), dtype="float32"))
-    assert model.notes[-2:] == [
+    assert {
         "keys and values of layers that read another layer's are not loaded",
         "the vision and audio towers are not loaded: text only",
-    ]
+    } <= set(model.notes)
     torch.testing.assert_close(torch.cat(scattered_logits(model, PROMPTS)), truth, rtol=0, atol=1e-4)
     quantize_model(prepare(source, tmp_path / "quantized", Recipe("W8A16@8"), layouts=LAYOUTS))
     load_model(EngineConfig(model=str(tmp_path / "quantized"), dtype="float32"))

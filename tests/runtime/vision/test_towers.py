@@ -33,15 +33,17 @@ from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
 OTHERS = ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
-OTHERS += ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+OTHERS += ("gemma4", "gemma4-small", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 KINDS = ("llava", "qwen2_5_vl", "gemma3", *map(slow, OTHERS))
 IN_CHUNKS = [
     *((kind, 7) for kind in ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm")),
     ("gemma3", 19),
+    ("gemma4-small", 7),
 ]
 OTHERWISE = [
     *((kind, 7) for kind in ("llava_next", "qwen2_vl", "idefics3", "mistral3", "internvl")),
     *((kind, 7) for kind in ("qwen3_vl_moe", "qwen3_5_moe")),
+    ("gemma4", 23),
     ("llava", 1),
     ("qwen2_5_vl", 1),
     *((kind, 2048) for kind in ("llava", "qwen2_5_vl", "gemma3", *OTHERS)),
@@ -147,7 +149,7 @@ def test_a_prefix_ends_where_another_image_begins(tiny: TinyVision) -> None:
     assert found == request.images[0].start // BLOCK * BLOCK
 
 
-@pytest.mark.parametrize("tiny", [kind for kind in KINDS if kind != "gemma3"], indirect=True)
+@pytest.mark.parametrize("tiny", [kind for kind in KINDS if "gemma" not in str(kind)], indirect=True)
 def test_who_gives_its_blocks_back_sees_its_image_again(tiny: TinyVision) -> None:
     """Without a prefix cache, and with room for two prompts and half of their answers."""
     count = 24

@@ -20,6 +20,7 @@ from octavo.runtime.vision.recipes import (
     Tiles,
     WholeImage,
     WholePatches,
+    WithinBudget,
 )
 from octavo.server.media.frames import ImageError, frames_of
 
@@ -42,12 +43,15 @@ NEXT = transformers.LlavaNextImageProcessorPil(
     image_grid_pinpoints=[[28 * rows, 28 * columns] for columns, rows in GRIDS],
 )
 ONEVISION = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_mean=[0.5, 0.3, 0.7])
+GEMMA4 = transformers.Gemma4ImageProcessorPil(patch_size=7, pooling_kernel_size=3)
+GEMMA4.max_soft_tokens = 20
 RECIPES = {
     "any": (NEXT, AnyResolution(28, GRIDS, 4, 3)),
     "squared": (
         lambda images, **options: ONEVISION(images=[images * 2], **options),
         Squared(28, (127, 76, 178), 3, 17),
     ),
+    "budget": (GEMMA4, WithinBudget(21, 20, 3, "", "")),
     "clip": (CLIP, WholeImage((28, 28), 28, 3, 16)),
     "siglip": (SIGLIP, WholeImage((28, 28), None, int(SIGLIP.resample), 16)),
     "qwen": (QWEN, WholePatches(14, 14 * 14 * 4, 14 * 14 * 24, 3)),
@@ -68,6 +72,10 @@ def truth_of(processor: Any, image: Image.Image) -> np.ndarray:
     """[frames, H, W, 3] of bytes; Qwen's patches are put together again."""
     found = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
     pixels = found["pixel_values"][:1] if "batch_num_images" in found else found["pixel_values"]
+    if "image_position_ids" in found:
+        columns, rows = found["image_position_ids"][0].max(axis=0) + 1
+        patches = pixels[0, : rows * columns].reshape(rows, columns, 7, 7, 3)
+        return patches.transpose(0, 2, 1, 3, 4).reshape(1, rows * 7, columns * 7, 3)
     if "image_grid_thw" not in found:
         return pixels.reshape(-1, *pixels.shape[-3:]).transpose(0, 2, 3, 1)
     _, rows, columns = found["image_grid_thw"][0]
