@@ -228,14 +228,18 @@ async def rendered(request: RenderRequest, model: ServedModel) -> str:
 
 async def images_of(options: ChatOptions, model: ServedModel) -> list[ReadImage]:
     """The images of a conversation, decoded. Raises ApiError, also where the model reads text alone."""
+    sources = image_sources(options, model)
+    return [] if model.images is None or not sources else await model.images.read(sources)
+
+
+def image_sources(options: ChatOptions, model: ServedModel) -> list[ImageSource]:
+    """Where the images of a conversation come from. Raises ApiError where the model reads text alone."""
     contents = [message.content for message in options.messages if isinstance(message.content, list)]
     urls = [part.url for content in contents for part in content if isinstance(part, ImagePart)]
     sources = [ImageSource(url, "messages", number) for number, url in enumerate(urls, 1)]
-    if not sources:
-        return []
-    if model.images is None:
+    if sources and model.images is None:
         raise sources[0].refusal(NO_IMAGES)
-    return await model.images.read(sources)
+    return sources
 
 
 def chat_token_ids(

@@ -82,12 +82,12 @@ class AsyncLLM:
         with python_errors():
             asked = asked_by(sampling_params).adapted(adapter).own(given, priority)
             await self._model.load([adapter])
-            text, adds_special = await written(given, model)
-            tokens = await asyncio.to_thread(tokenized, text, asked, model, adds_special=adds_special)
+            found = await written(given, model)
+            tokens = await asyncio.to_thread(tokenized, found, asked, model)
             reading = self._model.reading(given, tokens, asked)
             choices = choices_of([(asked, tokens, reading)], model)
             plain = plain_parsers(choices, asked, model, reading) if self._model.tells_apart else None
-            growing = GrowingRequest(request_id, text, asked, choices, TokenTexts(model), plain)
+            growing = GrowingRequest(request_id, found.given, asked, choices, TokenTexts(model), plain)
             interval = max(sampling_params.stream_interval or 1, model.stream_interval)
             steps = self._model.steps(choices, request_id)
             async with aclosing(steps if interval == 1 else in_batches(steps, interval)) as told:

@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, TypeGuard
 
-KNOWN = ("prompt", "prompt_token_ids", "cache_salt")
+KNOWN = ("prompt", "prompt_token_ids", "cache_salt", "multi_modal_data")
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text. cache_salt: only prompts with the same one share cached prefixes."""
+    """A prompt as text. cache_salt: only prompts with the same one share cached prefixes.
+
+    multi_modal_data: {"image": a PIL.Image.Image, or several}, for the placeholders that the text has, one for each.
+    """
 
     prompt: str
+    multi_modal_data: NotRequired[Mapping[str, Any]]
     cache_salt: NotRequired[str]
 
 
@@ -29,11 +33,12 @@ PromptType = str | list[int] | TextPrompt | TokensPrompt
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One prompt: a text, or token ids and perhaps their text."""
+    """One prompt: a text, or token ids and perhaps their text. images: of the text, as Pillow has them."""
 
     text: str | None = None
     token_ids: list[int] | None = None
     cache_salt: str | None = None
+    images: tuple[Any, ...] = ()
 
 
 def prompts_of(prompts: object) -> list[Given]:
@@ -64,7 +69,21 @@ def _prompt_of(prompt: Any, place: str) -> Given:
         raise ValueError(f"{place}: a dictionary needs 'prompt' or 'prompt_token_ids'")
     if token_ids is not None:
         token_ids = _token_ids(token_ids, place)
-    return Given(given.get("prompt"), token_ids, given.get("cache_salt"))
+    images = _images_of(given.get("multi_modal_data") or {}, place)
+    if images and token_ids is not None:
+        raise ValueError(f"{place}: images stand in a text: give 'prompt' alone, with a placeholder for each image")
+    return Given(given.get("prompt"), token_ids, given.get("cache_salt"), images)
+
+
+def _images_of(data: Any, place: str) -> tuple[Any, ...]:
+    """One image or several, whatever they are."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{place}: 'multi_modal_data' must be a dictionary, such as {{'image': a PIL.Image.Image}}")
+    wanted = {key: value for key, value in data.items() if value is not None and not (_is_list(value) and not value)}
+    if unknown := next((key for key in wanted if key != "image"), None):
+        raise ValueError(f"{place}: multi_modal_data has {unknown!r}, and 'image' alone is read")
+    images = wanted.get("image", ())
+    return tuple(images) if _is_list(images) else (images,)
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

@@ -94,11 +94,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """The answers to one prompt or many, in their order.
 
-        prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a list of these. sampling_params: for
-        all, or one for each; None: get_default_sampling_params(). use_tqdm: a bar at stderr; or what makes one, as tqdm
-        does. lora_request: an adapter for all, or one or None for each, with enable_lora=True. priority: lower ones go
-        first, with scheduling_policy="priority". Ctrl-C ends what runs, and the model stays. Raises ValueError, in
-        which nothing is answered, and EngineError.
+        prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a list of these. A model that sees
+        takes {"prompt": ..., "multi_modal_data": {"image": PIL.Image.Image or several}}. sampling_params: for all, or
+        one for each; None: get_default_sampling_params(). use_tqdm: a bar at stderr; or what makes one, as tqdm does.
+        lora_request: an adapter for all, or one or None for each, with enable_lora=True. priority: lower ones go first,
+        with scheduling_policy="priority". Ctrl-C ends what runs, and the model stays. Raises ValueError, in which
+        nothing is answered, and EngineError.
         """
         checked_others("generate", others)
         return self._run(self._jobs(prompts_of(prompts), sampling_params, lora_request, priority), use_tqdm)
@@ -132,6 +133,8 @@ class LLM:
         **others: Any,
     ) -> list[RequestOutput]:
         """The answers to one conversation or many: their messages through the chat template, then as `generate`.
+
+        Parts of messages may be images: image_url (data:, or a file below allowed_local_media_path), and image_pil.
 
         chat_template: instead of the model's; chat_template_kwargs: its variables. tools: shown to the model; its calls
         are in the answer's text, as it writes them, and with a tool_call_parser in tool_calls.

@@ -448,11 +448,7 @@ def test_lower_priorities_go_first(forked: None, small: dict[str, Any]) -> None:
         (3, {}, "prompts: int is no prompt"),
         (["a", 3], {}, r"prompts\[1\]: int is no prompt"),
         ({"text": "a"}, {}, "octavo does not support 'text'"),
-        (
-            [{"prompt": "a", "multi_modal_data": {"image": 1}}],
-            {},
-            r"prompts\[0\]: octavo does not support 'multi_modal",
-        ),
+        ([{"prompt": "a", "mm_processor_kwargs": {"a": 1}}], {}, r"prompts\[0\]: octavo does not support 'mm_proc"),
         ({"cache_salt": "a"}, {}, "needs 'prompt' or 'prompt_token_ids'"),
         ([1, -2], {}, "-2 is no token id"),
         ([1, 5000], {}, "token id 5000 is not below the vocabulary size, 1024"),
@@ -484,7 +480,7 @@ def test_what_octavo_does_not_have_is_refused_by_name(llm: LLM) -> None:
         llm.generate("a", promt="b")
     with pytest.raises(ValueError, match="priority 1: this server takes requests as they come"):
         llm.generate("a", priority=1)
-    with pytest.raises(ValueError, match="the chat template takes text alone, and the messages have images"):
+    with pytest.raises(ValueError, match="messages: image 1: this model reads text alone"):
         llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
     for pooled in (llm.embed, llm.encode, llm.classify, lambda text: llm.score(text, text), llm.reward):
         with pytest.raises(ValueError, match="this model generates text"):

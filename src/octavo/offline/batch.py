@@ -17,7 +17,7 @@ from octavo.offline.answers import GrowingRequest, TokenTexts, plain_parsers
 from octavo.offline.errors import python_errors
 from octavo.offline.model import OfflineModel
 from octavo.offline.order import in_order
-from octavo.offline.requests import Job, choices_of, tokenized, written
+from octavo.offline.requests import Conversation, Job, Written, choices_of, tokenized, written
 from octavo.outputs import RequestOutput
 from octavo.server.prompts import Prompt
 from octavo.server.reading import Reading
@@ -25,6 +25,7 @@ from octavo.server.reading import Reading
 GROUP = 64  # prompts
 ORDERED = 4096  # prompts that are put in order at a time; those of the next such row are tokenized meanwhile
 MOST_OPEN = 4096  # answers that are open at least, where so many are asked for; each takes some kilobytes
+IMAGES_AHEAD = 1  # groups with images that wait, decoded, until there is room for them
 OPEN_OF_SEQUENCES = 4  # of those that the engines compute at a time, how many times as many are open
 
 
@@ -50,15 +51,19 @@ class Batch:
         self._texts = TokenTexts(model.model)
         self._num_open = 0
         self._has_room = asyncio.Condition()
-        self._most_open = max(MOST_OPEN, OPEN_OF_SEQUENCES * model.model.max_num_seqs)
+        self._most_running = OPEN_OF_SEQUENCES * model.model.max_num_seqs
+        self._most_open = max(MOST_OPEN, self._most_running)
         self._outputs: dict[int, RequestOutput] = {}
 
     async def run(self, jobs: Sequence[Job], group: int = GROUP) -> list[RequestOutput]:
         """All answers, in the order of the prompts. Raises ValueError and EngineError."""
-        ready: asyncio.Queue[list[Ready] | None] = asyncio.Queue()
+        sees = any(_has_images(job.given) for job in jobs)
+        ready: asyncio.Queue[list[Ready] | None] = asyncio.Queue(IMAGES_AHEAD if sees else 0)
+        if sees:
+            self._most_open = self._most_running
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._tokenize(jobs, group, ready))
+                tasks.create_task(self._tokenize(jobs, group, ready, group if sees else ORDERED))
                 while (prompts := await ready.get()) is not None:
                     await self._take_room(sum(it.job.asked.request.num_choices for it in prompts))
                     tasks.create_task(self._answer(prompts))
@@ -66,19 +71,21 @@ class Batch:
             raise failed.exceptions[0] from None
         return [self._outputs[id(job)] for job in jobs]
 
-    async def _tokenize(self, jobs: Sequence[Job], group: int, ready: asyncio.Queue[list[Ready] | None]) -> None:
+    async def _tokenize(
+        self, jobs: Sequence[Job], group: int, ready: asyncio.Queue[list[Ready] | None], ordered: int
+    ) -> None:
         """Make token ids of all prompts, and groups in the order in which they are computed; None when that is done."""
         with python_errors():
-            for begin in range(0, len(jobs), ORDERED):
-                row = jobs[begin : begin + ORDERED]
+            for begin in range(0, len(jobs), ordered):
+                row = jobs[begin : begin + ordered]
                 parts = [row[first : first + group] for first in range(0, len(row), group)]
                 found = await asyncio.gather(*(self._tokenized(part) for part in parts))
                 prompts = in_order(
                     list(chain.from_iterable(found)), lambda ready: ready.prompt.token_ids, self._most_tokens
                 )
                 for first in range(0, len(prompts), group):
-                    ready.put_nowait(prompts[first : first + group])
-        ready.put_nowait(None)
+                    await ready.put(prompts[first : first + group])
+        await ready.put(None)
 
     async def _tokenized(self, jobs: Sequence[Job]) -> list[Ready]:
         texts = [await written(job.given, self._model.model) for job in jobs]
@@ -88,13 +95,12 @@ class Batch:
         model = self._model.model
         return ready.job.asked.wanted.limit(model.max_model_len - len(ready.prompt.token_ids), model)
 
-    def _prompts_of(self, jobs: Sequence[Job], texts: Sequence[tuple[Given, bool]]) -> list[Ready]:
-        return [self._ready(job, *text) for job, text in zip(jobs, texts, strict=True)]
+    def _prompts_of(self, jobs: Sequence[Job], texts: Sequence[Written]) -> list[Ready]:
+        return [self._ready(job, text) for job, text in zip(jobs, texts, strict=True)]
 
-    def _ready(self, job: Job, given: Given, adds_special: bool) -> Ready:
-        model = self._model.model
-        prompt = tokenized(given, job.asked, model, adds_special=adds_special)
-        return Ready(job, given, prompt, self._model.reading(job.given, prompt, job.asked))
+    def _ready(self, job: Job, found: Written) -> Ready:
+        prompt = tokenized(found, job.asked, self._model.model)
+        return Ready(job, found.given, prompt, self._model.reading(job.given, prompt, job.asked))
 
     async def _answer(self, prompts: Sequence[Ready]) -> None:
         """The answers to one group of prompts."""
@@ -132,3 +138,7 @@ class Batch:
             async with self._has_room:
                 self._num_open -= count
                 self._has_room.notify_all()
+
+
+def _has_images(given: Given | Conversation) -> bool:
+    return bool(given.images if isinstance(given, Given) else given.sources)

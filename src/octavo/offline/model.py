@@ -126,6 +126,8 @@ class OfflineModel:
             fleet.context.destroy(linger=0)  # the collector would wait for its sockets
         for engine in self._engines:
             engine.close()
+        if hasattr(self, "model") and self.model.images is not None:
+            self.model.images.close()
 
     async def load(self, adapters: Iterable[LoRARequest | None]) -> None:
         """Have the engines know these, each of which may come again and again. Raises ValueError."""

@@ -61,6 +61,9 @@ async def pooled_prompts(
     pooled, wanted = facts_of(model, task or params.task)
     cut = Cut(params.truncate_prompt_tokens)
 
+    if any(one.images for one in given):
+        raise ValueError("multi_modal_data: images are read by models that generate; leave it out")
+
     def prompt_of(one: Given) -> PooledPrompt:
         if one.token_ids is not None:
             return ids_prompt(one.token_ids, "prompt", model.model, cut)

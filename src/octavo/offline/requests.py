@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 
 from octavo.inputs import Given
 from octavo.lora_request import LoRARequest
+from octavo.offline.pictures import data_url_of, with_urls
 from octavo.sampling_params import BeamSearchParams, SamplingParams
-from octavo.server.dialects.conversation import ChatMessage, ChatOptions, render_request, rendered
+from octavo.server.dialects.conversation import (
+    ChatMessage,
+    ChatOptions,
+    image_sources,
+    render_request,
+    rendered,
+)
 from octavo.server.dialects.fields import GenerationRequest, Strict
 from octavo.server.dialects.tools import ToolHints, ToolOptions, Tools, as_functions, reading_of
 from octavo.server.errors import bad_request, explain
 from octavo.server.generation import Choice, make_choices
+from octavo.server.media.images import NO_IMAGES
+from octavo.server.media.prompt import ReadImage
+from octavo.server.media.sources import ImageSource
 from octavo.server.prompts import Prompt, Wanted, encode, fitted
 from octavo.server.reading import Reading
 from octavo.server.served_model import ServedModel
@@ -67,13 +78,23 @@ class _ToolList(Strict):
 class Conversation:
     """Messages on their way through the chat template.
 
-    messages, tools: the same, and what it shows, as the server knows them; kept where answers are told apart.
+    messages, tools: the same, and what it shows, as the server knows them; kept where answers are told apart. sources:
+    of its images.
     """
 
     asked: RenderRequest
+    sources: Sequence[ImageSource] = ()
     messages: Sequence[ChatMessage] = ()
     tools: Sequence[dict[str, Any]] = ()
     cache_salt: None = None
+
+
+class Written(NamedTuple):
+    """A prompt as text or token ids, and its images, decoded. adds_special: the tokenizer adds its special tokens."""
+
+    given: Given
+    adds_special: bool
+    images: Sequence[ReadImage] = ()
 
 
 @dataclass(slots=True)
@@ -139,28 +160,49 @@ def conversation_of(
 ) -> Conversation:
     """One conversation for the chat template. options: fields of ChatOptions. keeps: its messages. Raises ApiError."""
     given = {name: value for name, value in options.items() if value is not None}
-    chat = _validated(ChatOptions, {"messages": list(messages), **given})
+    chat = _validated(ChatOptions, {"messages": with_urls(messages), **given})
     known = as_functions(_validated(_ToolList, {"tools": tools}).tools) if tools else []
     shown = [tool.model_dump(exclude_none=True, exclude=set(ToolHints.model_fields)) for tool in known]
     asked = render_request(chat, model, tools=shown or None)
-    return Conversation(asked, chat.messages, shown) if keeps else Conversation(asked)
+    sources = image_sources(chat, model)
+    return Conversation(asked, sources, chat.messages, shown) if keeps else Conversation(asked, sources)
 
 
-async def written(given: Given | Conversation, model: ServedModel) -> tuple[Given, bool]:
-    """(the prompt, whether the tokenizer adds its special tokens): a conversation has been through the template."""
+async def written(given: Given | Conversation, model: ServedModel) -> Written:
+    """The prompt with its images read; a conversation has been through the template. Raises ApiError."""
+    sources = given.sources if isinstance(given, Conversation) else await _sources_of(given)
+    images: Sequence[ReadImage] = ()
+    if sources:
+        if model.images is None:
+            raise sources[0].refusal(NO_IMAGES)
+        images = await model.images.read(sources)
     if isinstance(given, Given):
-        return given, True
-    return Given(await rendered(given.asked, model)), False
+        return Written(given, True, images)
+    return Written(Given(await rendered(given.asked, model)), False, images)
 
 
-def tokenized(given: Given, asked: Asked, model: ServedModel, *, adds_special: bool) -> Prompt:
+async def _sources_of(given: Given) -> list[ImageSource]:
+    urls = [await asyncio.to_thread(data_url_of, image, "prompt") for image in given.images]
+    return [ImageSource(url, "prompt", number) for number, url in enumerate(urls, 1)]
+
+
+def tokenized(found: Written, asked: Asked, model: ServedModel) -> Prompt:
     """The prompt as token ids, checked against the context. Raises ApiError."""
+    given, adds_special, images = found
     request = asked.request
     ids = given.token_ids
+    if images and request.truncate_prompt_tokens is not None:
+        raise bad_request("truncate_prompt_tokens: a prompt with images is not cut", "truncate_prompt_tokens")
     if ids is None:
+        text = given.text or ""
+        if images and model.images is not None:
+            text = model.images.expanded(text, images, "prompt")
         must_fit = request.truncate_prompt_tokens is None
-        ids = encode(given.text or "", "prompt", model, add_special_tokens=adds_special, must_fit=must_fit)
-    return Prompt(fitted(ids, request, asked.wanted, model, "prompt"), given.text)
+        ids = encode(text, "prompt", model, add_special_tokens=adds_special, must_fit=must_fit)
+    prompt = Prompt(fitted(ids, request, asked.wanted, model, "prompt"), given.text)
+    if images and model.images is not None:
+        prompt = replace(prompt, images=model.images.placed(prompt.token_ids, images, "prompt"))
+    return prompt
 
 
 def reading_for(given: Given | Conversation, prompt: Prompt, asked: Asked, model: ServedModel) -> Reading | None:
