@@ -36,6 +36,9 @@ from octavo.quant.formats.reading import FLOATS
 from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
+BOUNDS = (".input_min", ".input_max", ".output_min", ".output_max")
+"""How names of tensors end that a layer's input or output is clamped to, as in Gemma 4's towers."""
+
 
 @dataclass
 class Quantized:
@@ -228,8 +231,7 @@ def _kv_report(kv: KVCollector, unit: Unit) -> KVReport:
 def _checked(item: Item) -> Tensor:
     """A tensor in memory; numbers, all of them."""
     tensor = item.file.read(item.name)
-    if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
-        raise QuantizeError(f"{item.name} holds NaN or infinity: the model is broken, quantized or not")
+    _check_numbers(item.name, tensor)
     return tensor
 
 
@@ -382,8 +384,18 @@ def _result(prepared: Prepared, units: Mapping[str, Mapping[str, Any]]) -> Quant
 
 def _finite(item: Item) -> Iterator[Tensor]:
     """The bytes of a tensor that is copied, which must be numbers as well: a copy is not an excuse."""
-    dtype = item.spec.dtype
     for chunk in item.file.chunks(item.name):
-        if dtype in FLOATS and not bool(chunk.view(dtype).isfinite().all()):
-            raise QuantizeError(f"{item.name} holds NaN or infinity: the model is broken, quantized or not")
+        if item.spec.dtype in FLOATS:
+            _check_numbers(item.name, chunk.view(item.spec.dtype))
         yield chunk
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    """Raise QuantizeError for what is no number; a bound may be infinite: nothing is clamped then."""
+    if tensor.dtype not in FLOATS:
+        return
+    is_bound = name.endswith(BOUNDS)
+    if bool((tensor.isnan() if is_bound else ~tensor.isfinite()).any()):
+        raise QuantizeError(
+            f"{name} holds NaN{'' if is_bound else ' or infinity'}: the model is broken, quantized or not"
+        )

@@ -2,8 +2,9 @@
 
 An expert becomes `{owner}.experts.3.gate_proj`, `up_proj` and `down_proj` with `weight` [out, in] and, where there is
 one, `bias`: the names of llm-compressor's split models. Which layout a tensor has is known by the model type alone;
-shapes don't tell. Of gpt-oss's own files, MXFP4 in gate_up_proj_blocks [E, 2 I, H / 32, 16] and gate_up_proj_scales
-[E, 2 I, H / 32] uint8, an expert has `weight_packed` and `weight_scale` (formats/mxfp4.py).
+shapes don't tell, but for Qwen3-VL, whose files have two. Of gpt-oss's own files, MXFP4 in gate_up_proj_blocks
+[E, 2 I, H / 32, 16] and gate_up_proj_scales [E, 2 I, H / 32] uint8, an expert has `weight_packed` and `weight_scale`
+(formats/mxfp4.py).
 
 `fused_experts` divides the tensors of architectures with a decoder here, whose experts lie one behind another.
 """
@@ -60,15 +61,18 @@ LAYOUTS: Mapping[str, Fused] = {
 }
 
 
+WRITTEN_BOTH_WAYS = ("qwen3_vl_moe", "qwen3_vl_moe_text")
+
+
 def split_experts(files: Mapping[str, TensorFile], config: Mapping[str, Any]) -> dict[str, TensorFile]:
     """The files with each fused expert of a known layout as linear layers; those of an MTP head are left as they are.
 
     Raises CheckpointError for tensors that are no fused experts' in their shape.
     """
-    layout = LAYOUTS.get(str(config.get("model_type")))
+    owners = {name: file for file in files.values() for name in file.specs}
+    layout = _layout_of(config, owners)
     if layout is None:
         return dict(files)
-    owners = {name: file for file in files.values() for name in file.specs}
     split: dict[str, TensorFile] = {}
     for shard, file in files.items():
         fused = {name: tensor for name in file.specs if (tensor := _parse(name)) and not is_mtp(name, config)}
@@ -84,6 +88,20 @@ def split_experts(files: Mapping[str, TensorFile], config: Mapping[str, Any]) ->
             )
         split[shard] = DerivedFile(file, derived, fused) if fused else file
     return split
+
+
+def _layout_of(config: Mapping[str, Any], owners: Mapping[str, TensorFile]) -> Fused | None:
+    """By the model type; where transformers 5 writes another layout than was published, by the hidden size."""
+    model_type = str(config.get("model_type"))
+    hidden = (config.get("text_config") or config).get("hidden_size")
+    if model_type in WRITTEN_BOTH_WAYS:
+        for name, file in owners.items():
+            if (tensor := _parse(name)) is None or len(file.specs[name].shape) != 3:
+                continue
+            _, first, second = file.specs[name].shape
+            if first != second:
+                return Fused(transposed=hidden != (first if tensor.kind == "down_proj" else second))
+    return LAYOUTS.get(model_type)
 
 
 class _Tensor(NamedTuple):

@@ -17,7 +17,7 @@ from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
 from octavo.runtime.model.families.family import Architecture, Config, QKNorm
 from octavo.runtime.model.families.family import UnsupportedModelError as UnsupportedModelError
 from octavo.runtime.model.families.keys import DEFAULTS, HARMLESS, NEUTRAL, SIZES
-from octavo.runtime.model.families.registry import ARCHITECTURES, OF_IMAGES, TEXT_DEFAULTS, VISION
+from octavo.runtime.model.families.registry import ARCHITECTURES, OF_IMAGES, TEXT_DEFAULTS, TIED_OUTSIDE, VISION
 from octavo.runtime.model.layer_kinds import (
     LayerRopes,
     heads_of,
@@ -285,9 +285,12 @@ def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any],
     classes = config.get("architectures") or []
     if name in VISION:  # keys outside text_config that concern the text half too
         outer = ("dtype", "torch_dtype", "tie_word_embeddings")
+        is_tied = bool(config.get("tie_word_embeddings"))
         text = config.get("text_config") or {key: value for key, value in config.items() if key not in OF_IMAGES}
         defaults = dict(TEXT_DEFAULTS.get(name, {}))
         config = defaults | {key: config[key] for key in outer if key in config} | dict(text)
+        if name in TIED_OUTSIDE:
+            config["tie_word_embeddings"] = is_tied
         inner = str(config.get("model_type", VISION[name][0]))
         if inner not in VISION[name]:
             raise UnknownArchitectureError(inner)

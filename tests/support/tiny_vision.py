@@ -16,8 +16,11 @@ import transformers
 from hf_oracle import GEMMA4, randomize
 from PIL import Image
 from torch import Tensor
+from transformers.models.gemma4 import image_processing_pil_gemma4
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
+SOFT_TOKENS = 16
+image_processing_pil_gemma4._SUPPORTED_SOFT_TOKENS = (SOFT_TOKENS,)  # fewer than Gemma 4's, so that tests are fast
 QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 PLACEHOLDERS = {
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm"), "<image>"),
@@ -57,6 +60,7 @@ class TinyVision:
     model: Any
     processor: Any
     placeholder: str
+    kind: str
 
     @property
     def placeholder_id(self) -> int:
@@ -111,7 +115,7 @@ def make_tiny_vision(kind: str, directory: Path, seed: int = 0) -> TinyVision:
     randomize(model, seed)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
-    return TinyVision(directory, model, processor, placeholder)
+    return TinyVision(directory, model, processor, placeholder, kind)
 
 
 def _llava(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
@@ -256,7 +260,7 @@ def _gemma4(kind: str, tokenizer: Any) -> tuple[Any, Any]:
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     image, begin, end = map(tokenizer.convert_tokens_to_ids, tokens)
     text = TEXT | GEMMA4 | {"vocab_size": len(tokenizer), "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 10}
-    text |= {"global_head_dim": 24, "use_bidirectional_attention": "vision"}
+    text |= {"global_head_dim": 24, "use_bidirectional_attention": "vision", "final_logit_softcapping": 3.0}
     if kind == "gemma4-small":
         text |= {"use_bidirectional_attention": None, "hidden_size_per_layer_input": 16, "pad_token_id": 7}
         text |= {"vocab_size_per_layer_input": len(tokenizer), "num_kv_shared_layers": 2}
@@ -271,8 +275,7 @@ def _gemma4(kind: str, tokenizer: Any) -> tuple[Any, Any]:
         boi_token_id=begin,
         eoi_token_id=end,
     )
-    images = transformers.Gemma4ImageProcessorPil(patch_size=7, pooling_kernel_size=2)
-    images.max_soft_tokens = 20
+    images = transformers.Gemma4ImageProcessorPil(patch_size=7, pooling_kernel_size=2, max_soft_tokens=SOFT_TOKENS)
     return config, Gemma4Processor(images, tokenizer)
 
 

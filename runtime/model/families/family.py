@@ -289,6 +289,7 @@ class Family:
     vision          model types of vision checkpoints whose `text_config` is one of the architectures, and which; the
                     first one where it has no model_type. One without a text_config has that one's keys itself
     text_defaults   what keys mean that their text_config leaves out, where it isn't what the architecture has
+    tied_outside    of these vision checkpoints' heads, config.json says whether they are tied, and text_config nothing
     encoders        those that read a whole text at once, by model_type
     speech          model types that turn audio into text
     """
@@ -296,5 +297,6 @@ class Family:
     architectures: Mapping[str, Architecture]
     vision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     text_defaults: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tied_outside: tuple[str, ...] = ()
     encoders: Mapping[str, EncoderArchitecture] = field(default_factory=dict)
     speech: tuple[str, ...] = ()

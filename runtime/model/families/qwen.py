@@ -139,4 +139,5 @@ FAMILY = Family(
         "llava_onevision": ("qwen2",),
         "internvl": ("qwen2", "qwen3", "llama"),
     },
+    tied_outside=("qwen3_vl_moe",),
 )

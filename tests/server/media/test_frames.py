@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image, ImageOps
-from tiny_vision import picture
+from tiny_vision import SOFT_TOKENS, picture
 
 from octavo.runtime.vision.recipes import (
     MAX_PIXELS,
@@ -43,15 +43,14 @@ NEXT = transformers.LlavaNextImageProcessorPil(
     image_grid_pinpoints=[[28 * rows, 28 * columns] for columns, rows in GRIDS],
 )
 ONEVISION = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_mean=[0.5, 0.3, 0.7])
-GEMMA4 = transformers.Gemma4ImageProcessorPil(patch_size=7, pooling_kernel_size=3)
-GEMMA4.max_soft_tokens = 20
+GEMMA4 = transformers.Gemma4ImageProcessorPil(patch_size=7, pooling_kernel_size=3, max_soft_tokens=SOFT_TOKENS)
 RECIPES = {
     "any": (NEXT, AnyResolution(28, GRIDS, 4, 3)),
     "squared": (
         lambda images, **options: ONEVISION(images=[images * 2], **options),
         Squared(28, (127, 76, 178), 3, 17),
     ),
-    "budget": (GEMMA4, WithinBudget(21, 20, 3, "", "")),
+    "budget": (GEMMA4, WithinBudget(21, SOFT_TOKENS, 3, "", "")),
     "clip": (CLIP, WholeImage((28, 28), 28, 3, 16)),
     "siglip": (SIGLIP, WholeImage((28, 28), None, int(SIGLIP.resample), 16)),
     "qwen": (QWEN, WholePatches(14, 14 * 14 * 4, 14 * 14 * 24, 3)),
