@@ -26,7 +26,7 @@ ALIASES = {
     "new": ("gte", "NewModel"),
 }
 """Model types with the one that is the same but for its name, and their class."""
-HALVES = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+HALVES = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 """Model types that are found in vision checkpoints alone: tests/runtime/vision compares them with what they see."""
 SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "q_lora_rank")
 SIZES += ("head_dim", "global_head_dim", "hidden_size_per_layer_input", "laurel_rank", "intermediate_size")
