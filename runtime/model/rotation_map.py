@@ -24,7 +24,6 @@ from octavo.runtime.model.names import (
 )
 from octavo.runtime.model.sources import UNUSED_SUFFIXES, CheckpointSource
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, UnsupportedModelError
-from octavo.runtime.model.state_mixers import StateSpec
 
 
 def rotation_map(checkpoint: Checkpoint, rotations: Collection[str]) -> RotationMap:
@@ -51,6 +50,12 @@ def rotation_map(checkpoint: Checkpoint, rotations: Collection[str]) -> Rotation
     )
 
 
+ENTERING = ("qkv", "qkv_a", "qkvz", "in")
+"""Kinds of linear layers that read the stream behind the first norm of a layer; `gate_up` does behind the second."""
+LEAVING = ("o", "out", "down")
+INSIDE = ("q_b",)
+
+
 class _Map:
     """A model's wiring by the names of a checkpoint."""
 
@@ -72,6 +77,9 @@ class _Map:
         for reason, holds in reasons.items():
             if holds:
                 raise UnsupportedModelError(f"R1: {spec.architecture} has {reason}; R2 may do without")
+        for name in dict.fromkeys(name for parts in self.layers for name in parts):
+            if _kind(name) not in (*ENTERING, *LEAVING, *INSIDE, "gate_up"):
+                raise UnsupportedModelError(f"R1: {spec.architecture} has {name}, which isn't known to read a norm")
         known = self._known()
         for name in sorted(self.source.checkpoint.names):
             shape = self.source.checkpoint.spec(name).shape
@@ -107,18 +115,18 @@ class _Map:
         before_attention, _, before_mlp, _ = NORMS["pre"]
         for index, parts in enumerate(self.layers):
             layer = f"{self.prefix}layers.{index}"
-            first = next(iter(parts.values()))
-            of_mlp = [module for name in parts if name.endswith("gate_up") for module in parts[name].modules]
+            first = [module for name in parts if _kind(name) in ENTERING for module in parts[name].modules]
+            of_mlp = [module for name in parts if _kind(name) == "gate_up" for module in parts[name].modules]
             gates = state_gates(self.spec, index, self.prefix)
             experts = routers(self.spec, index, self.prefix, self.source.has)
-            yield stored_name(self.spec, f"{layer}.{before_attention}"), (*first.modules, *gates)
+            yield stored_name(self.spec, f"{layer}.{before_attention}"), (*first, *gates)
             yield stored_name(self.spec, f"{layer}.{before_mlp}"), (*of_mlp, *experts)
         yield stored_name(self.spec, f"{self.prefix}norm"), (head_name(self.prefix),)
 
     def writers(self) -> Iterator[str]:
         for parts in self.layers:
             for name, linear in parts.items():
-                if name in ("o", "out") or name.endswith("down"):
+                if _kind(name) in LEAVING:
                     yield from linear.modules
 
     def values(self) -> Iterator[ValueHeads]:
@@ -148,6 +156,11 @@ class _Map:
             known |= {f"{name}.self_attn"}  # its sinks
             if (expanded := expansion(self.spec, index, self.prefix)) is not None:
                 known |= expanded.modules.keys()
-            if isinstance(layer.mixer, StateSpec):
-                known |= {f"{name}.{layer.mixer.owner}"}
+            if layer.state is not None:
+                known |= {f"{name}.{layer.state.owner}"}
         return known
+
+
+def _kind(name: str) -> str:
+    """A linear layer's name in a layer without whose it is: 'experts.3.down', 'beside.in'."""
+    return name.rpartition(".")[2]

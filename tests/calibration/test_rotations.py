@@ -29,7 +29,7 @@ from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.rotation_map import rotation_map
 
 SAME = 1e-4  # of logits in float32: of each one, or of all against their size
-QUICK = ("llama", "qwen2", "qwen3", "phi3", "gpt_oss", "qwen2_moe")
+QUICK = ("llama", "qwen2", "qwen3", "phi3", "gpt_oss", "qwen2_moe", "falcon_h1")
 OF_R1 = [name for name in CASES if not name.startswith(("gemma", "olmo2", "olmo3"))]
 COMPARED = [name for name in CASES if name != "phi3-short"]  # whose rope transformers chooses by a text's length
 NO_R2 = [
