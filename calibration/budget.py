@@ -1,9 +1,10 @@
 """Mixed precision under a budget: how much each part of the model minds being rounded, and who gets how many bits.
 
-Sensitivity of a unit (the layers of a block that share an input) is the KL divergence of the model's next-token
-distribution from the original's when that unit alone is rounded. It is measured with one scheme; for the others it is
-scaled by the unit's output error, since a small change of logits costs KL in proportion to its square. The choice is a
-knapsack, and is compared with the best single scheme of no more bits, both measured as a whole.
+Sensitivity of a unit (the layers of a block that share an input, or all of its experts) is the KL divergence of the
+model's next-token distribution from the original's when that unit alone is rounded, its input too where the scheme says
+so. It is measured with one scheme; for the others it is scaled by the unit's output error, since a small change of
+logits costs KL in proportion to its square. The choice is a knapsack, and is compared with the best single scheme of no
+more bits, both measured as a whole.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from torch import Tensor
 
 from octavo.calibration.algorithms.gptq import gptq_loss, output_energy
 from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
-from octavo.calibration.block import Runner
+from octavo.calibration.block import INPUT_ROWS, Runner
+from octavo.calibration.candidates import own_candidate
 from octavo.calibration.hidden_states_file import BATCH_TOKENS
 from octavo.calibration.output import make_format, scale_dtype
 from octavo.calibration.plan import Item, Plan
 from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress
-from octavo.calibration.recipe import KEEP, Recipe, RecipeError, parse_scheme
+from octavo.calibration.recipe import Recipe, RecipeError, parse_scheme
+from octavo.calibration.rounded_inputs import rounding_of, with_rounded_inputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -37,7 +40,9 @@ STATES = 10_000  # of the knapsack
 BUDGETS = 8  # that are measured at a time where a KL is the target
 APART = 0.01  # bits per weight between budgets that are told apart there
 LOGIT_ROWS = 256
-UNCOUNTED = ("weight_shape", "g_idx")  # tensors that are no part of a weight's bits: W4A16@32 has 4.5, to the bit
+EXPERTS = re.compile(r"\.experts\.\d+\.")
+UNCOUNTED = ("weight_shape", "g_idx", "weight_global_scale", "input_global_scale")
+"""Tensors that are no part of a weight's bits: W4A16@32 and NVFP4 have 4.5, to the bit."""
 
 
 @dataclass(frozen=True)
@@ -59,45 +64,6 @@ class Sensitivity:
     choices: tuple[Choice, ...]
 
 
-def candidates(recipe: Recipe, budget: float = 0, flag: str = "--bits-budget") -> list[str]:
-    """The schemes to choose from. Three bits and two, which lose most, only where the budget asks for them.
-
-    Raises RecipeError for a recipe that leaves no choice, in the words of the flag that asked for one.
-    """
-    if recipe.format == "gguf":
-        raise RecipeError(
-            f"{flag} chooses among W3A16 to W8A16, and format gguf has schemes of its own; of those, Q4_K_M and its "
-            "like are mixes"
-        )
-    if recipe.format in ("awq", "fp8"):
-        raise RecipeError(
-            f"{flag} gives layers different schemes, and format {recipe.format} has one for all; "
-            "compressed-tensors and gptq have several"
-        )
-    if named := [pattern for pattern, scheme in recipe.layers.items() if scheme != KEEP]:
-        raise RecipeError(
-            f"{flag} chooses each layer's scheme, and layers has one for {named[0]}: leave it out, or say none there, "
-            "which leaves such layers as they are"
-        )
-    base, _, group_size = _of(recipe).partition("@")
-    if not base.startswith("W4A16"):
-        raise RecipeError(f"{flag} chooses among weight-only schemes around 4 bits, not {recipe.scheme}; W4A16")
-    names = [f"{base}@{group_size}", f"W8A16@{group_size}"]
-    if group_size != "32":
-        names.insert(1, f"{base}@32")
-    if budget < 4.6:
-        names.insert(0, f"W3A16@{group_size}")
-    if budget < 3.6:
-        names.insert(0, f"W2A16@{group_size}")
-    return names
-
-
-def _of(recipe: Recipe) -> str:
-    """The candidate that is the recipe's own scheme: its name always has a group size."""
-    base, _, size = recipe.scheme.partition("@")
-    return f"{base}@{size or parse_scheme(recipe.scheme).weight.granularity.group_size}"
-
-
 def carried_bytes(runner: Runner) -> int:
     """Bytes that `measure` holds beside a block: the hidden states of one variant of the model for each unit."""
     units = 4 * runner.num_blocks  # qkv, o, gate_up and down
@@ -116,18 +82,23 @@ def measure(
     variants: list[Tensor] = []
     units: list[Sensitivity] = []
     blocks = [unit for unit in plan.units if unit.index is not None]
+    own = parse_scheme(own_candidate(recipe))
+    num_rows = INPUT_ROWS if any(parse_scheme(scheme).activation is not None for scheme in schemes) else 0
     for number, unit in enumerate(blocks):
         progress(number * (number + 1), len(blocks) * (len(blocks) + 1), f"sensitivity of {unit.name}")
         tensors = {item.name: item.file.read(item.name) for item in unit.items}
         layer = runner.build(number, tensors)
         variants = [_forward(runner, layer, hidden) for hidden in variants]
-        stats, following = _observe(runner, layer, original)
+        stats, following = _observe(runner, layer, original, num_rows)
         for name, (modules, inputs) in _units(runner, number, layer, plan).items():
             items = [item for item in unit.items if item.linear is not None and item.linear.module in modules]
             rounded, errors = _round(items, tensors, {m: stats[g] for m, g in inputs.items()}, recipe, schemes)
-            variants.append(_forward(runner, runner.build(number, tensors | rounded), original))
+            changed = runner.build(number, tensors | rounded)
+            absmax = {module: stats[group].absmax for module, group in inputs.items()}
+            changed = with_rounded_inputs(runner, number, changed, dict.fromkeys(modules, own), absmax)
+            variants.append(_forward(runner, changed, original))
             bits = {scheme: layer_bits(items, recipe, scheme) for scheme in schemes}
-            choices = tuple(Choice(s, bits[s], errors[s] / errors[_of(recipe)]) for s in schemes)
+            choices = tuple(Choice(s, bits[s], errors[s] / errors[own_candidate(recipe)]) for s in schemes)
             weights = sum(item.spec.numel for item in items)
             units.append(Sensitivity(f"{unit.name}.{name}", tuple(modules), weights, choices))
         original = following
@@ -140,23 +111,33 @@ def _scaled(unit: Sensitivity, kl: float) -> Sensitivity:
 
 
 def _units(runner: Runner, index: int, layer: Any, plan: Plan) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Unit -> its modules, and the input group of each; the experts' parts of a kind are one."""
+    """Unit -> its modules, and the input group of each.
+
+    The experts of a block are one: engines that stack them, as vLLM does, have one scheme for all of a stack and of the
+    next.
+    """
     units: dict[str, tuple[list[str], dict[str, str]]] = {}
     for group in runner.groups(index, layer):
-        modules, inputs = units.setdefault(re.sub(r"\.\d+\.", ".*.", group.name), ([], {}))
         for module in group.modules:
             if module in plan.schemes:
+                modules, inputs = units.setdefault(_unit_of(module, group.name), ([], {}))
                 modules.append(module)
                 inputs[module] = group.name
-    return {name: unit for name, unit in units.items() if unit[0]}
+    return units
 
 
-def _observe(runner: Runner, layer: Any, hidden: Tensor) -> tuple[dict[str, InputStats], Tensor]:
-    """Statistics of the inputs of a block's layers, and its output."""
+def _unit_of(module: str, group: str) -> str:
+    if EXPERTS.search(module):
+        return "experts"
+    return group.replace("experts.", "shared_experts.", 1) if group.startswith("experts.") else group
+
+
+def _observe(runner: Runner, layer: Any, hidden: Tensor, num_rows: int) -> tuple[dict[str, InputStats], Tensor]:
+    """Statistics of the inputs of a block's layers, with some of these inputs, and its output."""
     collectors: dict[str, StatsCollector] = {}
 
     def record(name: str, x: Tensor) -> None:
-        collectors.setdefault(name, StatsCollector(x.shape[1], x.device)).add(x)
+        collectors.setdefault(name, StatsCollector(x.shape[1], x.device, num_rows=num_rows)).add(x)
 
     output = _forward(runner, layer, hidden, record)
     return {name: collector.result() for name, collector in collectors.items()}, output
@@ -184,11 +165,23 @@ def _round(
         seen = stats[item.linear.module]
         signal = output_energy(weight.float(), seen.moments)
         for spelled in schemes:
-            back = _rounded(weight, parse_scheme(spelled), recipe)
-            errors[spelled] += gptq_loss(weight, back, seen) * signal
-            if spelled == _of(recipe):
+            scheme = parse_scheme(spelled)
+            back = _rounded(weight, scheme, recipe)
+            if len(seen.rows):  # whose rounding counts, too
+                errors[spelled] += _output_error(weight, back, scheme, seen)
+            else:
+                errors[spelled] += gptq_loss(weight, back, seen) * signal
+            if spelled == own_candidate(recipe):
                 rounded[item.name] = back.to(weight.dtype)
     return rounded, errors
+
+
+def _output_error(weight: Tensor, back: Tensor, scheme: QuantScheme, seen: InputStats) -> float:
+    """Energy for a token of what a layer's output is off by, its input rounded as the scheme says, over kept inputs."""
+    rounds = rounding_of(scheme, seen.absmax, seen.rows.device)
+    inputs = seen.rows if rounds is None else rounds(seen.rows)
+    off = inputs @ back.to(inputs).t() - seen.rows @ weight.to(inputs).t()
+    return float(off.square_().sum(dtype=torch.float64)) / len(inputs)
 
 
 def _rounded(weight: Tensor, scheme: QuantScheme, recipe: Recipe) -> Tensor:
@@ -344,7 +337,7 @@ def _bits_of(units: Sequence[Sensitivity], schemes: Mapping[str, str]) -> int:
 def measure_recipes(
     planned: Prepared, calibration: Calibration, recipes: Sequence[Recipe], progress: Progress
 ) -> list[float]:
-    """Mean KL of the model, its weights rounded to nearest as each recipe says, over the first MAX_TOKENS.
+    """Mean KL of the model, its weights rounded to nearest and inputs as each recipe says, over the first MAX_TOKENS.
 
     The recipes differ in the schemes of layers alone, so that a weight is rounded once with each scheme.
     """
@@ -356,21 +349,45 @@ def measure_recipes(
     for number, unit in enumerate(blocks):
         progress(number, len(blocks), f"choice in {unit.name}")
         tensors = {item.name: item.file.read(item.name) for item in unit.items}
+        absmax, following = _ranges(runner, number, tensors, original, recipes)
         known: dict[tuple[str, QuantScheme], Tensor] = {}  # recipes differ in few of their schemes
         for i, recipe in enumerate(recipes):
             rounded = {}
+            schemes: dict[str, QuantScheme] = {}
             for item in unit.items:
                 linear = item.linear
                 scheme = None if linear is None else recipe.scheme_of(linear.module, linear.kind)
-                if scheme is not None:
+                if linear is not None and scheme is not None:
+                    schemes[linear.module] = scheme
                     key = item.name, scheme
                     if key not in known:
                         weight = tensors[item.name]
                         known[key] = _rounded(weight, scheme, recipe).to(weight.dtype)
                     rounded[item.name] = known[key]
-            variants[i] = _forward(runner, runner.build(number, tensors | rounded), variants[i])
-        original = _forward(runner, runner.build(number, tensors), original)
+            changed = runner.build(number, tensors | rounded)
+            changed = with_rounded_inputs(runner, number, changed, schemes, absmax)
+            variants[i] = _forward(runner, changed, variants[i])
+        original = following
     return _divergences(checkpoint, runner, original, variants, progress)
+
+
+def _ranges(
+    runner: Runner, number: int, tensors: Mapping[str, Tensor], hidden: Tensor, recipes: Sequence[Recipe]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The largest magnitudes of each linear layer's input, [K] by module, where a scheme needs them; the output."""
+    layer = runner.build(number, tensors)
+    rounded = [scheme.activation for recipe in recipes for scheme in recipe.schemes]
+    if not any(activation is not None and activation.has_stored_scale for activation in rounded):
+        return {}, _forward(runner, layer, hidden)
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str, x: Tensor) -> None:
+        largest = x.abs().amax(0).float()
+        seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
+
+    output = _forward(runner, layer, hidden, record)
+    groups = runner.groups(number, layer)
+    return {module: seen[group.name] for group in groups if group.name in seen for module in group.modules}, output
 
 
 def _first_hidden(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:

@@ -7,16 +7,15 @@ that it is as many times as fast as the original's as it reads fewer bytes. Noth
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
-from octavo.calibration.budget import UNCOUNTED, candidates, layer_bits
+from octavo.calibration.budget import EXPERTS, UNCOUNTED, layer_bits
+from octavo.calibration.candidates import candidates
 from octavo.calibration.plan import Item, Plan
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.target import Target, in_gb
 
 HEADER_BYTES = 160  # of a safetensors header, for each tensor, beside its name
-EXPERTS = re.compile(r"\.experts\.\d+\.")
 
 
 def bits_budget(target: Target, plan: Plan, recipe: Recipe) -> float:

@@ -138,6 +138,10 @@ class BlockRunner:
         """The layer's forward over whole sequences with other weights, which have gradients, and inputs rounded so."""
         return DifferentiableBlock(layer, self.spec, rounds)
 
+    def rounding(self, layer: DecoderLayer, rounds: Mapping[str, Round]) -> DecoderLayer:
+        """The layer with the inputs of some of its linear layers rounded, by these layers' names in it."""
+        return layer.map_linears(lambda name, linear: _Rounding(linear, rounds[name]) if name in rounds else linear)
+
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded."""
         spec = self.spec
@@ -278,6 +282,25 @@ class _Recorded(Linear):
     def _show(self, x: Hidden) -> None:
         assert isinstance(x, Tensor)  # calibration's layers are dense: none reads codes
         self._record(self._name, x)
+
+
+class _Rounding(Linear):
+    """A linear layer that rounds its input."""
+
+    def __init__(self, inner: Linear, rounds: Round) -> None:
+        super().__init__(inner.scheme, inner.parts, inner.bias, inner.out_dtype)
+        self._inner = inner
+        self._rounds = rounds
+
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
+        return self._inner.forward(self._rounded(x), step)
+
+    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
+        return self._inner.partial(self._rounded(x), step)
+
+    def _rounded(self, x: Hidden) -> Tensor:
+        assert isinstance(x, Tensor)  # calibration's layers are dense: none reads codes
+        return self._rounds(x).to(x.dtype)
 
 
 class _Tensors:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from calibrated import calibration, held_out_tokens
+from served import logits_of
+from torch import Tensor
 
 from octavo.calibration.budget import (
     Choice,
@@ -19,9 +21,11 @@ from octavo.calibration.budget import (
     measure_recipes,
     uniform_choices,
 )
-from octavo.calibration.prepare import prepare
+from octavo.calibration.candidates import candidates
+from octavo.calibration.prepare import Calibration, prepare
 from octavo.calibration.progress import silent
-from octavo.calibration.recipe import Recipe
+from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe, RecipeError
 
 SCHEMES = ["W3A16@32", "W4A16@32", "W8A16@32"]
 
@@ -83,3 +87,62 @@ def test_a_budget_is_never_worse_than_one_scheme(fixtures: Path, tmp_path: Path,
     assert kl[0] <= kl[1]
     chosen = {unit.name: recipe.layers.get(unit.modules[0], recipe.scheme) for unit in units}
     assert total_bits(units, chosen) <= budget * sum(unit.weights for unit in units)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["NVFP4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("NVFP4A16", "MXFP4", "MXFP4A16"))]
+)
+def test_floats_of_four_and_eight_bits_share_a_budget(fixtures: Path, tmp_path: Path, scheme: str) -> None:
+    """What is measured is what is served, inputs rounded; and the choice, served, is no worse than one scheme."""
+    model = fixtures / "tiny"
+    tokens = held_out_tokens(model, num_samples=16)
+    ready = calibration(model, tokens)
+    planned = prepare(model, tmp_path / "out", Recipe(scheme, "rtn"), calibration=ready)
+    units = measure(planned, ready, candidates(planned.recipe), silent)
+    mixed = best_in_budget(planned, ready, units, 6.0, silent)
+    chosen = {unit.name: mixed.layers.get(unit.modules[0], mixed.scheme) for unit in units}
+    assert len(set(chosen.values())) > 1
+    assert total_bits(units, chosen) <= 6.0 * sum(unit.weights for unit in units)
+    recipes = [mixed, *(Recipe(next(iter(one.values())), "rtn") for one in uniform_choices(units, 6.0))]
+    assert len(recipes) > 1
+    truth = logits_of(model, tokens).log_softmax(-1)
+    served = [kl_of(recipe, model, tmp_path / f"{i}", ready, tokens, truth) for i, recipe in enumerate(recipes)]
+    assert served[0] < min(served[1:])
+    assert measure_recipes(planned, ready, recipes, silent) == pytest.approx(served, rel=0.1)
+
+
+def kl_of(recipe: Recipe, model: Path, out: Path, ready: Calibration, tokens: Tensor, truth: Tensor) -> float:
+    quantize_model(prepare(model, out, recipe, calibration=ready if recipe.needs_data else None))
+    found = logits_of(out, tokens).log_softmax(-1)
+    return float((truth.exp() * (truth - found)).sum(-1).mean())
+
+
+def test_a_unit_s_output_is_off_by_its_input_s_rounding_too(fixtures: Path, tmp_path: Path) -> None:
+    """Of the same weights: NVFP4A16 leaves inputs as they are."""
+    model = fixtures / "tiny"
+    ready = calibration(model, held_out_tokens(model, num_samples=4))
+    planned = prepare(model, tmp_path / "out", Recipe("NVFP4", "rtn"), calibration=ready)
+    units = measure(planned, ready, ["NVFP4", "NVFP4A16"], silent)
+    for unit in units:
+        rounded, plain = unit.choices
+        assert rounded.bits == plain.bits == 4.5 * unit.weights
+        assert rounded.kl > 1.3 * plain.kl
+
+
+def test_experts_of_a_block_get_one_scheme(fixtures: Path, tmp_path: Path) -> None:
+    """vLLM refuses a mixture with another scheme for down than for gate and up."""
+    model = fixtures / "tiny-moe"
+    ready = calibration(model, held_out_tokens(fixtures / "tiny", num_samples=2))
+    planned = prepare(model, tmp_path / "out", Recipe("W4A16@32", "rtn"), calibration=ready)
+    units = {unit.name: unit.modules for unit in measure(planned, ready, SCHEMES, silent)}
+    every = [module for module in planned.plan.schemes if ".experts." in module and ".layers.0." in module]
+    assert sorted(units["model.layers.0.experts"]) == sorted(every)
+    assert sorted(module for modules in units.values() for module in modules) == sorted(planned.plan.schemes)
+
+
+def test_candidates_begin_with_the_recipe_s_own_scheme() -> None:
+    assert candidates(Recipe("W4A16@64"), 4.5) == ["W3A16@64", "W4A16@64", "W4A16@32", "W8A16@64"]
+    assert candidates(Recipe("nvfp4")) == ["NVFP4", "FP8_DYNAMIC"]
+    assert candidates(Recipe("MXFP4A16"), 3.0) == ["MXFP4A16", "NVFP4A16", "MXFP8A16"]
+    with pytest.raises(RecipeError, match="chooses among schemes around 4 bits, not W8A8; W4A16 and W4A16_ASYM begin"):
+        candidates(Recipe("W8A8"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from octavo.calibration.budget import best_in_budget, candidates, carried_bytes, cheapest_for_kl, measure
+from octavo.calibration.budget import best_in_budget, carried_bytes, cheapest_for_kl, measure
+from octavo.calibration.candidates import candidates
 from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress
 from octavo.calibration.recipe import Recipe
