@@ -62,9 +62,9 @@ class Job(msgspec.Struct, frozen=True):
         Effort,
         Meta(
             description="choose the algorithm by the scheme, and how long it may take. fast: rtn. auto: awq+gptq for "
-            "integer weights of 4 bits and fewer, smoothquant for int8 weights and inputs, rtn for others, for models "
+            "weights of 4 bits and fewer, smoothquant for int8 weights and inputs, rtn for others, for models "
             "that octavo has no code of, and for those that can't write text where none is given. "
-            "best: tune where auto has awq+gptq and inputs stay as they are",
+            "best: tune where auto has awq+gptq or smoothquant, awq+gptq for fp8 weights and inputs",
             extra={"group": HOW},
         ),
     ] = "auto"
