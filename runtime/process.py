@@ -49,6 +49,7 @@ from octavo.runtime.parallel.lifeline import (
 )
 from octavo.runtime.progress import Progress
 from octavo.runtime.shared_link import SharedLink
+from octavo.runtime.worker.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
@@ -142,6 +143,7 @@ def serve(
 ) -> None:
     """The loop. Returns on Shutdown. Raises EndedError when another rank ends."""
     sys.setswitchinterval(SWITCH_SECONDS)
+    keep_freed_memory()
     is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)

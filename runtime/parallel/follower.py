@@ -34,6 +34,7 @@ from octavo.runtime.parallel.meeting import Bye
 from octavo.runtime.parallel.order import Int32s, StepOrder, largest_order
 from octavo.runtime.parallel.remote_ranks import RemoteRank, join_group
 from octavo.runtime.progress import Progress
+from octavo.runtime.worker.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from octavo.runtime.parallel.group import Gloo, Shared
@@ -87,6 +88,7 @@ def run(start: FollowerStart) -> None:
     else:
         assert start.ends is not None
         orders = FollowerChannel(start.ends, order_numbers)
+    keep_freed_memory()
     follow(worker, orders)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from octavo.kernels.linear_attention.states import Cache, StateCache
+from octavo.runtime.worker.freed_memory import give_back_freed_memory
 
 
 def tensors_of(caches: Iterable[Cache]) -> list[Tensor]:
@@ -27,9 +28,10 @@ def _tensors(cache: Cache) -> tuple[Tensor, ...]:
 
 
 def give_back(caches: Iterable[Cache]) -> int:
-    """Give back what these caches, on a CPU, hold. Returns the bytes of memory that the process has less then."""
+    """Give back what these caches, on a CPU, hold, and what steps have freed. Returns how many bytes fewer are held."""
     advise = ctypes.CDLL(None, use_errno=True).madvise
     before = resident_bytes()
+    give_back_freed_memory()
     for tensor in tensors_of(caches):
         begin = tensor.data_ptr()
         first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
