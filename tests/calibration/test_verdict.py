@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,11 @@ def with_group(name: str, size: int) -> QuantScheme:
     return replace(scheme, weight=replace(scheme.weight, granularity=group(size)))
 
 
+def with_bits(bits: int) -> QuantScheme:
+    scheme = PRESETS["W4A16"]
+    return replace(scheme, weight=replace(scheme.weight, dtype=f"int{bits}"))  # type: ignore[arg-type]
+
+
 def advice(verdict: Verdict) -> str:
     return "; ".join(verdict.remedies)
 
@@ -43,6 +49,8 @@ def test_the_limit_itself_passes() -> None:
 def test_coarser_schemes_may_cost_more() -> None:
     limits = [default_max_kl(PRESETS[name]) for name in ("W8A16", "W8A8", "FP8", "W4A16", "W4A8", "W3A16")]
     assert limits == sorted(limits)
+    integers = [default_max_kl(with_bits(bits)) for bits in (8, 6, 5, 4)]
+    assert all(one < other for one, other in itertools.pairwise(integers))
     assert limits[0] < limits[1]
     assert default_max_kl(PRESETS["W8A16"], "fp8_e4m3/tensor") > limits[0]
     assert 0 < default_max_kl(None) < limits[0]
