@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import logits_of_numbers, random_blocks, write_gguf
 from hf_oracle import make_hf
+from safetensors.torch import load_file
 from served import logits_of
 
 from octavo.cli import main
@@ -52,6 +53,16 @@ def test_a_cpu_holds_the_numbers_of_a_file_in_about_its_bytes(kind: str) -> None
     bits = {**dict.fromkeys(IN_BYTES, 9.2), **dict.fromkeys(IN_FOUR_BITS, 5.2), **IN_MORE}
     most = 16 * 512 * bits[kind] / 8 if kind in bits else 1.05 * raw.nbytes
     assert linear.weight_bytes <= most
+
+
+def test_blocks_of_real_files(fixtures: Path) -> None:
+    """Of each kind that llama-quantize made of SmolLM2 by importances: the gguf package's numbers, bit for bit."""
+    held = load_file(fixtures / "gguf-blocks-of-llama-quantize.safetensors")
+    assert held.keys() >= {"IQ4_XS", "IQ4_NL", "IQ3_S", "IQ2_XS"}
+    for name, blocks in held.items():
+        expected = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), Kind[name]).copy())
+        found = BLOCK_TYPES[name].decode(blocks)
+        assert torch.equal(found.view(expected.shape).view(torch.int32), expected.view(torch.int32)), name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
