@@ -8,5 +8,5 @@ Algorithm = Literal["auto", "rtn", "gptq", "awq", "smoothquant", "awq+gptq", "sm
 Effort = Literal["fast", "auto", "best"]
 ActOrder = Literal["none", "static", "group"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "gguf"]
-RotationName = Literal["R1", "R2"]
+RotationName = Literal["R1", "R2", "R4"]
 TransformType = Literal["hadamard", "random-hadamard"]

@@ -362,6 +362,8 @@ def _config(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> dict[str, Any
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
     if plan.layout is None:  # a GGUF file says itself what its layers are
         config["quantization_config"] = quantization_config(recipe, plan.schemes, plan.selection.ignore)
+    if checkpoint.transforms:
+        config["quantization_config"]["transform_config"] = checkpoint.transforms.to_config()
     return config
 
 

@@ -135,7 +135,8 @@ class Recipe(msgspec.Struct, frozen=True):
         tuple[RotationName, ...],
         Meta(
             description="rotate channels before anything is rounded, so that none is larger than others, folded into "
-            "the weights. R1: the residual stream; a tied head gets a weight of its own. R2: each head's values",
+            "the weights. R1: the residual stream; a tied head gets a weight of its own. R2: each head's values. R4: "
+            "the input of down_proj, while serving: a CPU does that here, and vLLM",
             extra={"parse_each": str.upper, "default": "none"},
         ),
     ] = ()
@@ -147,8 +148,8 @@ class Recipe(msgspec.Struct, frozen=True):
         int | None,
         Meta(
             ge=2,
-            description="rotate the residual stream in blocks of so many channels, a power of two",
-            extra={"metavar": "N", "default": "all together"},
+            description="rotate R1's and R4's channels in blocks of so many, a power of two",
+            extra={"metavar": "N", "default": "R1's all together, R4's in the largest blocks"},
         ),
     ] = None
     transform_seed: Annotated[
@@ -314,8 +315,10 @@ def _check_rotations(recipe: Recipe) -> None:
     for name in ("transform_type", "transform_block_size", "transform_seed"):
         if getattr(recipe, name) != _DEFAULTS[name] and not recipe.rotations:
             raise RecipeError(f"{name} is of rotations, and there are none; --rotations R1 R2 has it")
-    if recipe.transform_block_size is not None and "R1" not in recipe.rotations:
-        raise RecipeError("transform_block_size is R1's, and heads are rotated whole; --rotations R1 has it")
+    if recipe.transform_block_size is not None and not {"R1", "R4"}.intersection(recipe.rotations):
+        raise RecipeError("transform_block_size is R1's and R4's, and heads are rotated whole; --rotations R1 has it")
+    if "R4" in recipe.rotations and recipe.format != "compressed-tensors":
+        raise RecipeError(f"format {recipe.format} can't say what R4 does while serving; compressed-tensors can")
 
 
 def _check_tuning(recipe: Recipe) -> None:

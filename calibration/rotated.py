@@ -1,4 +1,6 @@
-"""A checkpoint whose residual stream (R1) and heads of values (R2) are rotated: the same model in other numbers.
+"""A checkpoint whose residual stream (R1), heads of values (R2) and inputs of down projections (R4) are rotated.
+
+R1 and R2 make the same model in other numbers; with R4 it is so once its `transforms` are done while serving.
 
 Each tensor is rotated when it is asked for, in float64, so whoever quantizes the checkpoint reads it as any other: one
 block is in memory at a time, and a run that is resumed reads the same numbers. Norms over the stream are 1 then, since
@@ -7,9 +9,11 @@ their weights stand in the linear layers behind them; a head that was tied to th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -18,9 +22,12 @@ from torch import Tensor
 from octavo.calibration.algorithms.rotation import Rotation, make_rotation
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.recipe import Recipe
+from octavo.kernels.hadamard.reference import hadamard, is_block, largest_block
 from octavo.quant.block_map import RotationMap
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.derived_file import Derived, DerivedFile
+from octavo.quant.formats.targets import Targets
+from octavo.quant.formats.transforms import NO_TRANSFORMS, InputTransform, Transforms
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.tensor_file import TensorFile
 
@@ -45,7 +52,15 @@ def rotated(checkpoint: Checkpoint, wiring: RotationMap, recipe: Recipe) -> Chec
         if embedding in own and head in derived and not checkpoint.has(head):
             own[head] = derived[head]
         files[shard] = DerivedFile(file, own, own.keys())
-    return Checkpoint(checkpoint.directory, config, files, None, checkpoint.layout, source=checkpoint.source)
+    return Checkpoint(
+        checkpoint.directory,
+        config,
+        files,
+        None,
+        checkpoint.layout,
+        source=checkpoint.source,
+        transforms=folds.transforms,
+    )
 
 
 def untied_note(wiring: RotationMap, checkpoint: Checkpoint) -> str | None:
@@ -90,6 +105,12 @@ class _Folds:
         self._writers = frozenset(wiring.writers)
         self._producers = {heads.producer: heads for heads in wiring.values}
         self._consumers = {heads.consumer: heads for heads in wiring.values}
+        self._inner: int | None = None
+        self.transforms = NO_TRANSFORMS
+        if wiring.inner:
+            self._inner = _inner_block(wiring.inner, recipe.transform_block_size)
+            targets = Targets(_patterns(wiring.inner), "targets")
+            self.transforms = Transforms((InputTransform("R4", targets, Targets((), "ignore"), self._inner),))
 
     def of(self, name: str) -> Derived | None:
         """The tensor that stands in a tensor's place; None: it stays as it is."""
@@ -113,6 +134,8 @@ class _Folds:
             steps.append(_Step(self._stream.apply))
         if (heads := self._consumers.get(module)) is not None:
             steps.append(_Step(partial(self._by_head, heads.head_dim, None)))
+        if self._inner is not None and module in self.wiring.inner:
+            steps.append(_Step(partial(hadamard, block=self._inner)))
         if (heads := self._producers.get(module)) is not None:
             steps.append(_Step(partial(self._by_head, heads.head_dim, heads.rows), of_rows=True))
         if self._stream is not None and module in self._writers:
@@ -150,6 +173,23 @@ def _rotation(size: int, recipe: Recipe, block_size: int | None) -> Rotation:
         return make_rotation(size, block_size=block_size, seed=seed)
     except ValueError as e:
         raise QuantizeError(str(e)) from e
+
+
+def _inner_block(columns: Mapping[str, int], asked: int | None) -> int:
+    """The Hadamard blocks that divide the columns of all modules."""
+    size = gcd(*columns.values())
+    block = largest_block(size)
+    if asked is not None and not is_block(asked, size):
+        raise QuantizeError(
+            f"transform_block_size {asked} is no power of two that divides {size}; {block} is the largest"
+        )
+    return asked or block
+
+
+def _patterns(modules: Iterable[str]) -> list[str]:
+    """A regex for those that differ in the numbers of their layers."""
+    kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "#", module) for module in modules)
+    return ["re:" + re.escape(kind).replace(r"\#", r"\d+") + "$" for kind in kinds]
 
 
 def _constant(spec: TensorSpec, value: float) -> Tensor:

@@ -71,6 +71,7 @@ class RotationMap:
     head       what reads it last; tied: it has no weight of its own, but the embedding's
     readers    by the full name of a norm over the stream, the linear modules that read what it gives
     writers    linear modules whose output is added to the stream
+    inner      linear modules whose input may be rotated while serving, and their columns
     offset     of the norms, as of `Fold`
     """
 
@@ -81,4 +82,5 @@ class RotationMap:
     readers: Mapping[str, tuple[str, ...]]
     writers: tuple[str, ...]
     values: tuple[ValueHeads, ...]
+    inner: Mapping[str, int]
     offset: float = 0.0

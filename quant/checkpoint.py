@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from octavo.quant.decoded_layers import decode_layers
+from octavo.quant.formats.compressed_tensors_config import CompressedTensorsConfig
 from octavo.quant.formats.format import FormatError, QuantFormat, QuantizationConfig
 from octavo.quant.formats.reading import DTYPES
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.formats.torchao import read_metadata
+from octavo.quant.formats.transforms import NO_TRANSFORMS, Transforms, check_matrix
 from octavo.quant.fused_experts import divide_experts
 from octavo.quant.gguf.file import GGUF, open_gguf
 from octavo.quant.model_files import CheckpointError, read_object
@@ -66,6 +68,7 @@ class Checkpoint:
     notes     findings while reading that a person should know
     source    what its plain weights were decoded from: a format's name, or all of a quantized checkpoint that
               `open_dequantized` decodes, 'gptq (int4/g32)'; else empty
+    transforms  of the inputs of linear layers, which are done while serving
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Checkpoint:
         layout: ModelLayout = UNKNOWN,
         *,
         source: str = "",
+        transforms: Transforms = NO_TRANSFORMS,
     ) -> None:
         self.directory = directory
         self.config = config
@@ -84,6 +88,7 @@ class Checkpoint:
         self.quantization = quantization
         self.layout = layout
         self.source = source
+        self.transforms = transforms
         self.notes: list[str] = []
         self._file_of = {name: file for file in files.values() for name in file.specs}
         self.names = frozenset(self._file_of)
@@ -95,12 +100,21 @@ class Checkpoint:
                 self._suffixes.setdefault(module, []).append(suffix)
 
     @classmethod
-    def open(cls, directory: Path, layouts: Layouts = NO_LAYOUTS, *, as_original: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        directory: Path,
+        layouts: Layouts = NO_LAYOUTS,
+        *,
+        as_original: bool = False,
+        takes_transforms: bool = False,
+    ) -> Checkpoint:
         """Read the config and all shards' headers, but no tensor. Raises CheckpointError.
 
         layouts: of the model types that are known. Fused experts of other types stay one tensor.
         as_original: as a quantizer takes it: all numbers of a GGUF file of the type that the config says, and experts
         of a type that `split_experts` knows one by one, even if layouts doesn't know it.
+        takes_transforms: whoever opens it does what its `transforms` say, or needn't. Others are refused a checkpoint
+        that has some, whose weights alone are another model.
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
@@ -126,10 +140,14 @@ class Checkpoint:
             if layout.experts is not None:
                 divide_experts(list(files.values()), layout.experts)
             files, decoded = decode_layers(files)
-            checkpoint = cls(directory, config, files, _parse_quantization(config), layout, source=decoded)
+            quantization = _parse_quantization(config)
+            transforms = _taken(transforms_of(quantization), takes_transforms)
+            checkpoint = cls(directory, config, files, quantization, layout, source=decoded, transforms=transforms)
             if decoded:
                 checkpoint.notes.append(f"layers in {decoded}'s format are decoded while they are loaded")
+            checkpoint.notes += transforms.notes
             checkpoint._check_formats()
+            checkpoint._check_matrices()
         except SafetensorsError as e:
             raise CheckpointError(f"{directory.name}: {e}") from e
         except FormatError as e:
@@ -241,6 +259,25 @@ class Checkpoint:
         if self.quantization is not None:
             for module in self.quantized:
                 self.format_of(module)
+
+    def _check_matrices(self) -> None:
+        """Refuse stored matrices of transforms that aren't the ones that are served; nobody reads them after that."""
+        for name in [name for name in self.names if self.transforms.is_stored(name)]:
+            check_matrix(name, self.tensor(name))
+
+
+def transforms_of(quantization: QuantizationConfig | None) -> Transforms:
+    """Those of a checkpoint's quantization config."""
+    return quantization.transforms if isinstance(quantization, CompressedTensorsConfig) else NO_TRANSFORMS
+
+
+def _taken(transforms: Transforms, are_taken: bool) -> Transforms:
+    if transforms and not are_taken:
+        raise FormatError(
+            f"transform_config: {transforms.names} is done while serving; octavo serve, eval and quantize know that of "
+            "decoders, and this doesn't"
+        )
+    return transforms
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.hadamard.reference import hadamard, largest_block
+from octavo.kernels.hadamard.reference import hadamard, is_block, largest_block
 
 LARGEST_ORDER = 1024  # of a matrix that is multiplied by as it is
 
@@ -58,7 +58,7 @@ def make_rotation(size: int, *, block_size: int | None = None, seed: int | None 
         signs = torch.randint(2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
     block = largest_block(size)
     if block_size is not None:
-        if block_size != largest_block(block_size) or size % block_size:
+        if not is_block(block_size, size):
             raise ValueError(
                 f"transform_block_size {block_size} is no power of two that divides {size}; {block} is the largest"
             )

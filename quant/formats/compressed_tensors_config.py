@@ -8,7 +8,7 @@ group that no layer uses does no harm.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,7 +20,8 @@ from octavo.quant.formats.compressed_tensors import SCALE_DTYPES, CompressedTens
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.microscaling import NAMES, WEIGHTS, Kind, MicroscalingFormat
-from octavo.quant.formats.patterns import Regexes
+from octavo.quant.formats.targets import Targets
+from octavo.quant.formats.transforms import NO_TRANSFORMS, Transforms, parse_transforms
 from octavo.quant.printable import some
 from octavo.quant.scheme import (
     CHANNEL,
@@ -74,22 +75,6 @@ MICROSCALING: dict[str, Kind] = {name: kind for kind, name in NAMES.items()}
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 
 
-class Targets:
-    """A list of `targets` or `ignore`: layers by their full names, by 're:' and a regex, or all by the class Linear."""
-
-    def __init__(self, patterns: Sequence[str], key: str) -> None:
-        """Raises FormatError, which names `key`, for a regex that is none."""
-        regexes = [pattern.removeprefix("re:") for pattern in patterns if pattern.startswith("re:")]
-        self.patterns = tuple(patterns)
-        self.has_class = "Linear" in patterns
-        self.names = frozenset(patterns) - {"Linear"}
-        self.regexes = Regexes(regexes, key)
-
-    def match(self, module: str) -> bool:
-        """Whether any entry means this linear layer."""
-        return self.has_class or module in self.names or self.regexes.match(module)
-
-
 @dataclass(frozen=True)
 class ConfigGroup:
     """One entry of config_groups: its layers, and their format or the reason why there is none."""
@@ -102,11 +87,15 @@ class ConfigGroup:
 
 @dataclass(frozen=True)
 class CompressedTensorsConfig:
-    """A scheme for each layer. kv_cache: its type, 'fp8_e4m3' or 'int8', if the checkpoint has scales for it."""
+    """A scheme for each layer. kv_cache: its type, 'fp8_e4m3' or 'int8', if the checkpoint has scales for it.
+
+    transforms: what is done while serving beside products
+    """
 
     groups: tuple[ConfigGroup, ...]
     ignore: Targets
     kv_cache: str | None = None
+    transforms: Transforms = NO_TRANSFORMS
     name: str = "compressed-tensors"
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> QuantFormat | None:  # noqa: ARG002
@@ -143,9 +132,8 @@ def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
     stored = raw.get("format") or "dense"
     if (raw.get("quantization_status") or "compressed") not in ("compressed", "frozen"):
         raise FormatError(f"quantization_status {raw['quantization_status']!r}: only finished checkpoints can be read")
-    for key in ("sparsity_config", "transform_config"):
-        if (value := raw.get(key)) and value.get("format", "") != "dense":
-            raise FormatError(f"{key} {value!r}: sparse or rotated weights are not supported")
+    if (sparsity := raw.get("sparsity_config")) and sparsity.get("format", "") != "dense":
+        raise FormatError(f"sparsity_config {sparsity!r}: sparse weights are not supported")
     groups = []
     for name, entry in (raw.get("config_groups") or {}).items():
         if isinstance(entry, list):
@@ -153,7 +141,9 @@ def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
         else:
             groups.append(_parse_group(name, entry, entry.get("format") or stored))
     ignore = Targets(raw.get("ignore") or (), "ignore")
-    return CompressedTensorsConfig(tuple(groups), ignore, _parse_kv_cache(raw.get("kv_cache_scheme")))
+    kv_cache = _parse_kv_cache(raw.get("kv_cache_scheme"))
+    transforms = parse_transforms(raw.get("transform_config"), has_kv_scales=kv_cache is not None)
+    return CompressedTensorsConfig(tuple(groups), ignore, kv_cache, transforms)
 
 
 def _preset_group(name: str, targets: list[str]) -> ConfigGroup:

@@ -20,6 +20,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.states import BothCaches, MixerCache, StateCache
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.formats.transforms import NO_TRANSFORMS, Transforms
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
 from octavo.quant.qparams import Weight
@@ -58,10 +59,18 @@ class BlockRunner:
     Raises UnsupportedModelError for a config that the decoder doesn't have.
     """
 
-    def __init__(self, config: dict[str, Any], prefix: str, seq_len: int, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        prefix: str,
+        seq_len: int,
+        device: Device | None = None,
+        *,
+        transforms: Transforms = NO_TRANSFORMS,
+    ) -> None:
         """prefix stands before layer names: 'model.'; seq_len is the length of every sequence.
 
-        device None: the GPU, if there is one.
+        device None: the GPU, if there is one. transforms: of inputs, as of the checkpoint that is to be written.
         """
         self.spec = DecoderSpec.from_hf(config)
         if self.spec.reads_more is not None:
@@ -84,7 +93,7 @@ class BlockRunner:
         self._prefix = prefix
         self._seq_len = seq_len
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
-        self._source = _Tensors(prefix)
+        self._source = _Tensors(prefix, transforms)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
         self._routers: dict[int, dict[str, int]] = {}
         self.expert_counts: Tensor | None = None
@@ -306,8 +315,9 @@ class _Rounding(Linear):
 class _Tensors:
     """A Source over tensors in memory, by their names in the checkpoint."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, transforms: Transforms) -> None:
         self.prefix = prefix
+        self.transforms = transforms
         self.tensors: Mapping[str, Tensor] = {}
 
     @contextmanager

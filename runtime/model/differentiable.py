@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.kernels.attention import reference as attention
 from octavo.kernels.attention.latent import rotate_part
+from octavo.kernels.hadamard.reference import hadamard
 from octavo.kernels.linear_attention.gated_delta import whole_sequences
 from octavo.kernels.moe import reference as moe
 from octavo.kernels.norm.reference import add_rms_norm, clamped_swiglu, rms_norm
@@ -31,6 +32,7 @@ from octavo.runtime.model.layers import (
     split_gate,
 )
 from octavo.runtime.model.moe import MlpAndMoe, MoeMlp
+from octavo.runtime.model.rotated_inputs import RotatedActivation
 from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.state_layers import GatedDelta, StateMixer
@@ -181,7 +183,12 @@ class DifferentiableBlock:
         return out.view_as(x)
 
     def _gated(self, owner: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        return self._linear(f"{owner}down", self._activate(self._linear(f"{owner}gate_up", x, weights)), weights)
+        hidden = self._activate(self._linear(f"{owner}gate_up", x, weights))
+        mlp = self._layer.mlp
+        dense = mlp.mlp if isinstance(mlp, MlpAndMoe) else mlp
+        if not owner and isinstance(dense, GatedMlp) and isinstance(dense.act, RotatedActivation):
+            hidden = hadamard(hidden, dense.act.block)
+        return self._linear(f"{owner}down", hidden, weights)
 
     def _activate(self, gate_up: Tensor) -> Tensor:
         if self._spec.activation == "clamped_swiglu":

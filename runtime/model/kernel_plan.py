@@ -90,6 +90,7 @@ class _Plan:
         if scheme is None or not stored:
             return "sorted"
         activation = scheme.activation
-        if kind.endswith("down") and (activation is None or activation.granularity.kind != "group"):
+        is_rotated = bool(self.source.transforms)  # down's input, whose order is no longer that of gate and up
+        if kind.endswith("down") and not is_rotated and (activation is None or activation.granularity.kind != "group"):
             return "sorted"
         return order_of(self.source.checkpoint.tensor(stored[0]), scheme.weight.granularity.tile(1, columns)[1])

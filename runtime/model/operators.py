@@ -11,6 +11,7 @@ GEMM reads it (kernels/quantized_activation.py). Other bodies refuse an `input_q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from octavo.kernels.attention import reference as attention_reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.latent import LatentBody, write_latents
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.hadamard.reference import hadamard_rows
 from octavo.kernels.linear_attention import gated_delta as gated_delta_reference
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaBody
 from octavo.kernels.norm import reference as norm_reference
@@ -122,6 +124,10 @@ class RopeAndAttention(Protocol):
     ) -> Hidden: ...
 
 
+HadamardBody = Callable[[Tensor, int], Tensor]
+"""Rows [T, K] times a Hadamard matrix in blocks of so many columns, perhaps in their place."""
+
+
 @dataclass(frozen=True)
 class Ops:
     """One body for each operator; `name` says whose they are, in the table at start.
@@ -133,6 +139,7 @@ class Ops:
     invariant         the bodies that are so, on the same device; None: none are known
     latent            attention over latents (kernels/attention/latent.py); None: the device has none
     gated_delta       the gated delta rule (kernels/linear_attention/gated_delta.py); None: the device has none
+    hadamard      of inputs that are rotated while serving (kernels/hadamard/); None: the device has none
     """
 
     name: str
@@ -149,6 +156,7 @@ class Ops:
     invariant: Ops | None = None
     latent: LatentBody | None = None
     gated_delta: GatedDeltaBody | None = None
+    hadamard: HadamardBody | None = None
 
 
 def one_after_the_other(rope_and_cache: RopeAndCache, attention: PagedAttention) -> RopeAndAttention:
@@ -184,4 +192,5 @@ REFERENCE = Ops(
     rope_and_attention=one_after_the_other(attention_reference.rope_and_cache, attention_reference.paged_attention),
     latent=LatentBody(write_latents, attention_reference.paged_attention),
     gated_delta=gated_delta_reference.gated_delta,
+    hadamard=hadamard_rows,
 )

@@ -27,7 +27,7 @@ from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, Un
 
 
 def rotation_map(checkpoint: Checkpoint, rotations: Collection[str]) -> RotationMap:
-    """What R1 (the residual stream) and R2 (heads of values) are folded into, as far as they are asked for.
+    """What R1 (the residual stream), R2 (heads of values) and R4 (the input of down_proj) concern, of those asked for.
 
     Raises UnsupportedModelError for a model in which one of them would change what it computes.
     """
@@ -38,6 +38,10 @@ def rotation_map(checkpoint: Checkpoint, rotations: Collection[str]) -> Rotation
         found.check_stream()
     if "R2" in rotations:
         found.check_values()
+    if "R4" in rotations and spec.moe is not None:
+        raise UnsupportedModelError(
+            f"R4: {spec.architecture} has experts, whose inputs no engine rotates while serving; R1 and R2 do without"
+        )
     return RotationMap(
         size=spec.hidden_size,
         embedding=f"{source.prefix}embed_tokens",
@@ -46,6 +50,7 @@ def rotation_map(checkpoint: Checkpoint, rotations: Collection[str]) -> Rotation
         readers=dict(found.readers()) if "R1" in rotations else {},
         writers=tuple(found.writers()) if "R1" in rotations else (),
         values=tuple(found.values()) if "R2" in rotations else (),
+        inner=found.inner() if "R4" in rotations else {},
         offset=spec.norm_offset,
     )
 
@@ -128,6 +133,10 @@ class _Map:
             for name, linear in parts.items():
                 if _kind(name) in LEAVING:
                     yield from linear.modules
+
+    def inner(self) -> dict[str, int]:
+        """Each layer's down projection, and its columns."""
+        return {module: parts["down"].in_features for parts in self.layers for module in parts["down"].modules}
 
     def values(self) -> Iterator[ValueHeads]:
         for layer, parts in zip(self.spec.layers, self.layers, strict=True):

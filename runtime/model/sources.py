@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.quant.checkpoint import Checkpoint, quantization_dict
+from octavo.quant.checkpoint import Checkpoint, quantization_dict, transforms_of
 from octavo.quant.formats.select import parse_quantization
+from octavo.quant.formats.transforms import Transforms
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
@@ -75,6 +76,11 @@ class Source(Protocol):
         """A plain tensor, in memory of its own or a view of the file: to be copied by who keeps it."""
         ...
 
+    @property
+    def transforms(self) -> Transforms:
+        """Of the inputs of linear layers, which are done while serving."""
+        ...
+
 
 class CheckpointSource:
     """Weights out of an open checkpoint, each asked for once."""
@@ -83,6 +89,10 @@ class CheckpointSource:
         self.checkpoint = checkpoint
         self.prefix = next((p for p in PREFIXES if checkpoint.has(f"{p}embed_tokens.weight")), PREFIXES[0])
         self._modules = frozenset(name.rpartition(".")[0] for name in checkpoint.names)
+
+    @property
+    def transforms(self) -> Transforms:
+        return self.checkpoint.transforms
 
     def has(self, module: str) -> bool:
         return module in self._modules
@@ -187,6 +197,7 @@ class DummySource:
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> None:
         quantization = quantization_dict(config)
         self._quantization = parse_quantization(quantization) if quantization is not None else None
+        self.transforms = transforms_of(self._quantization)
         self._dtype = dtype
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from octavo.kernels.quantized_activation import ActivationQuant, Hidden
+from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.dequantized import open_dequantized
@@ -24,6 +25,7 @@ from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import HEAD_INT8
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.activation import activation_of
 from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.altup import AltUpLayer, sparse_activation
 from octavo.runtime.model.altup_weights import read_altup, read_streams
@@ -60,12 +62,12 @@ from octavo.runtime.model.names import (
     stored_name,
     unread_modules,
 )
-from octavo.runtime.model.operators import GatedActivation, Ops
 from octavo.runtime.model.per_layer_weights import read_gate, read_inputs
 from octavo.runtime.model.pooled_decoder import NoHead, check_pooled, decoder_pooler, with_longest
 from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
+from octavo.runtime.model.rotated_inputs import check_rotated_inputs, input_block, rotated
 from octavo.runtime.model.sources import (
     SOUND_PREFIXES,
     TOWER_PREFIXES,
@@ -137,7 +139,7 @@ def load_model(
             return _load_hf(config, device, hf_config, reason, group)
         except LoadError as error:
             raise LoadError(f"{reason}; {error}") from error
-    opened = open_dequantized if dequantized else Checkpoint.open
+    opened = open_dequantized if dequantized else partial(Checkpoint.open, takes_transforms=True)
     return _load_decoder(config, device, spec, hf_config, opened, rounds_inputs, group, on_layer)
 
 
@@ -216,31 +218,6 @@ def _not_loaded(skipped: list[str], *, sees: bool) -> str:
     return f"the {'vision and audio towers are' if hears else 'vision tower is'} not loaded: text only"
 
 
-def activation_of(ops: Ops, spec: DecoderSpec) -> GatedActivation:
-    """What stands between an MLP's linear layers."""
-    act = _activation_of(ops, spec)
-    if spec.gate_factor == 1.0:
-        return act
-
-    def multiplied(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Hidden:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return act(torch.cat((gate * spec.gate_factor, up), dim=-1), input_quant)
-
-    return multiplied
-
-
-def _activation_of(ops: Ops, spec: DecoderSpec) -> GatedActivation:
-    match spec.activation:
-        case "silu":
-            return ops.silu_and_mul
-        case "gelu_tanh":
-            return ops.gelu_tanh_and_mul
-        case "clamped_swiglu":
-            return lambda gate_up, input_quant=None: ops.clamped_swiglu(
-                gate_up, spec.swiglu_alpha, spec.swiglu_limit, input_quant
-            )
-
-
 class DecoderBuilder:
     """Builds one Decoder from a Source."""
 
@@ -277,6 +254,7 @@ class DecoderBuilder:
         ops = choose_ops(config, spec, device, dtype, is_divided=rank is not None)
         self.ops = ops if self.rank is None else over_ranks(ops, self.rank, spec)
         self.act = activation_of(self.ops, spec)
+        check_rotated_inputs(spec, source, self.ops, is_divided=self.rank is not None, adapts=config.lora.enable_lora)
         self.kv_scales: KVScales | None = None
         self.kv_dtype: str | None = None
         if config.max_model_len is not None and config.max_model_len > spec.max_position:
@@ -405,13 +383,15 @@ class DecoderBuilder:
         if self.spec.moe is None or not self.spec.layers[index].sparse:
             mlp = self.gated(*self.read_gated(parts, ""))
             sparsity = self.spec.layers[index].sparsity
-            return replace(mlp, act=sparse_activation(self.act, sparsity)) if sparsity else mlp
+            mlp = replace(mlp, act=sparse_activation(self.act, sparsity)) if sparsity else mlp
+            return rotated(mlp, self.source, parts["down"], self.ops)
         mixture = Mixture(self, self.spec.moe, index)
         experts = mixture.read(parts, stacks_experts=self.stacks_experts)
         if not self.spec.moe.beside_mlp:
             return experts
         assert isinstance(experts, MoeMlp)  # as `check_attention` has seen to
-        return mixture.beside(self.gated(*self.read_gated(parts, "")), experts)
+        dense = rotated(self.gated(*self.read_gated(parts, "")), self.source, parts["down"], self.ops)
+        return mixture.beside(dense, experts)
 
     def gated(self, gate_up: Parts, down: Parts, *, is_whole: bool = False) -> GatedMlp:
         """is_whole: an expert that no other rank has columns of."""
@@ -420,7 +400,8 @@ class DecoderBuilder:
     def read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
         """gate and up, and down, of '', 'shared.' or 'experts.3.', without act-order between them."""
         (gate_up, biases), ((down,), after) = (self.read(parts[f"{owner}{kind}"]) for kind in ("gate_up", "down"))
-        gate_up, biases, down = sort_inner(gate_up, biases, down)
+        if input_block(self.source, parts[f"{owner}down"]) is None:  # else its columns aren't gate's and up's rows
+            gate_up, biases, down = sort_inner(gate_up, biases, down)
         return self.cut(f"{owner}gate_up", (gate_up, biases)), self.cut(f"{owner}down", ([down], after))
 
     def cut(self, kind: str, parts: Parts) -> Parts:

@@ -171,7 +171,7 @@ def _against(options: EvalOptions, directory: Path, against: str) -> Report:
     begin = time.perf_counter()
     original = resolve_model(against, options.against_revision)
     quality = _quality(options, original, directory)
-    checkpoints = [Checkpoint.open(path, LAYOUTS) for path in (original, directory)]
+    checkpoints = [Checkpoint.open(path, LAYOUTS, takes_transforms=True) for path in (original, directory)]
     sides = compare_checkpoints(*checkpoints)
     before, after = (sum(c.spec(name).nbytes for name in c.names) for c in checkpoints)
     schemes = _schemes(options, sides.schemes)

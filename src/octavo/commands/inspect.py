@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
     options = read(InspectOptions, args)
     try:
-        checkpoint = Checkpoint.open(resolve_model(options.model, options.revision), LAYOUTS)
+        directory = resolve_model(options.model, options.revision)
+        checkpoint = Checkpoint.open(directory, LAYOUTS, takes_transforms=True)
         facts = inspect(checkpoint, options.device)
         if options.html is not None:
             _write_page(options.html, facts, options.model)

@@ -90,7 +90,7 @@ def compare(
 ) -> Quality:
     """`measure_quality` with a server's whole configuration, such as the types of the KV cache and the output head."""
     for config in (original, quantized):  # before minutes are spent on the first
-        Checkpoint.open(Path(config.model), LAYOUTS)
+        Checkpoint.open(Path(config.model), LAYOUTS, takes_transforms=True)
     with recorded(original, max_tokens=max_tokens, text=text, progress=progress, device=device) as record:
         return record.compare(quantized, progress)
 
@@ -133,7 +133,7 @@ def perplexity_of(
     model: EngineConfig, *, max_tokens: int, text: Path | None = None, progress: Progress = silent
 ) -> Perplexity:
     """Perplexity of one model. Raises what measure_quality does."""
-    Checkpoint.open(Path(model.model), LAYOUTS)
+    Checkpoint.open(Path(model.model), LAYOUTS, takes_transforms=True)
     token_ids, prefix, source = _tokens(Path(model.model), text, max_tokens)
     likelihood = Likelihood()
     with torch.inference_mode():
@@ -301,7 +301,8 @@ def _check_alike(original: Path, before: _Facts, quantized: Path, after: _Facts)
 
 
 def _check_memory(directory: Path, *, dequantized: bool) -> None:
-    needed = 1.2 * _bytes_to_serve(open_dequantized(directory) if dequantized else Checkpoint.open(directory))
+    opened = open_dequantized(directory) if dequantized else Checkpoint.open(directory, takes_transforms=True)
+    needed = 1.2 * _bytes_to_serve(opened)
     free = free_memory(choose_device("auto"))
     if needed > free:
         raise QualityError(

@@ -193,7 +193,7 @@ def quantize(
     layers      pattern -> scheme (or 'none') of layers that differ
     recipe      a recipe, or its file, instead of all of the above but data
     kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
-    rotations   'R1', 'R2': what is rotated first; a `Recipe` says how
+    rotations   'R1', 'R2', 'R4': what is rotated first; a `Recipe` says how
     options     further fields of `Job`: resume, overwrite, evaluate, max_kl, bits_budget, offload_dir, listener, ...
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
@@ -353,7 +353,8 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     length = job.data.max_seq_length
     try:
         device = Device.choose(job.device)
-        runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, length, device)
+        prefix = CheckpointSource(checkpoint).prefix
+        runner = BlockRunner(checkpoint.config, prefix, length, device, transforms=checkpoint.transforms)
     except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")

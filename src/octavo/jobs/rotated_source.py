@@ -22,4 +22,9 @@ def rotated_source(checkpoint: Checkpoint, recipe: Recipe, notes: list[str]) -> 
         raise QuantizeError(str(e)) from e
     turned = rotated(checkpoint, wiring, recipe)
     notes += [note] if (note := untied_note(wiring, turned)) else []
+    if turned.transforms:
+        notes.append(
+            "R4: the input of down_proj is rotated while serving, which vLLM and octavo on a CPU do; transformers 5.24 "
+            "does not read transform_config, and computes another model"
+        )
     return turned

@@ -213,7 +213,7 @@ def _check_memory(request: GenerationRequest) -> None:
     from octavo.quant.checkpoint import Checkpoint
     from octavo.runtime.worker.device import choose_device, free_memory
 
-    checkpoint = Checkpoint.open(Path(request.model))
+    checkpoint = Checkpoint.open(Path(request.model), takes_transforms=True)
     specs: list[Any] = [checkpoint.spec(name) for name in checkpoint.names]
     weights = sum(spec.numel * min(spec.dtype.itemsize, 2) for spec in specs)  # float32 is computed in bfloat16
     needed = weights * 1.2 + CACHE_BYTES
