@@ -50,5 +50,5 @@ class Arrivals:
             for request_id in wanted:
                 del self._request_of[request_id]
             if wanted:
-                left -= len(wanted) * (len(request.token_ids) + ANSWER_TOKENS)
+                left -= len(wanted) * (request.num_read + ANSWER_TOKENS)
                 yield request, wanted

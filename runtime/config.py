@@ -179,6 +179,14 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             },
         ),
     ] = None
+    max_source_len: Annotated[
+        Count | None,
+        Meta(
+            description="longest prompt of an encoder-decoder, such as T5 or BART, whose encoder reads it; "
+            "--max-model-len is of what its decoder writes",
+            extra={"metavar": "N", "parse": _parse_length, "default": "what the model says"},
+        ),
+    ] = None
     kv_cache_dtype: Annotated[
         KVCacheDtype,
         Meta(

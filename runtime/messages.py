@@ -10,7 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from octavo.runtime.speech_messages import SourceShape, SpeechRules
+from octavo.runtime.offload.stats import OffloadStats
+from octavo.runtime.source_messages import AnswerRules, Source
 from octavo.runtime.vision.recipes import PromptImage, VisionModel
 
 FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
@@ -85,7 +86,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     allowed_token_ids: nothing else may be sampled.
     forbidden: sequences of tokens that the answer may not contain (bad_words).
     constraint: what the answer must look like. It ends with "stop" where its grammar allows nothing more.
-    speech: rules of a speech model; None: there are none.
+    rules: what it keeps to beside that; None: nothing.
     """
 
     max_tokens: int
@@ -108,7 +109,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprob_token_ids: tuple[int, ...] = ()
     repetition: RepetitionDetection | None = None
-    speech: SpeechRules | None = None
+    rules: AnswerRules | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -123,7 +124,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             or self.allowed_token_ids is not None
             or self.constraint is not None
             or bool(self.forbidden)
-            or self.speech is not None
+            or self.rules is not None
             or (self.min_tokens > 0 and bool(self.stop_token_ids))
         )
 
@@ -168,7 +169,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     adapter: the digest of a LoadAdapter that came before; empty: the model alone.
     pooling: what is wanted instead of an answer; None: an answer.
     images: of the prompt, in their order.
-    features: what an encoder reads (SourceShape), float32, little-endian; such a request has one answer.
+    features: what an encoder reads (AudioSource), float32, little-endian; such a request has one answer.
+    source_ids: the text that an encoder reads (TextSource); token_ids are what its decoder begins with.
     """
 
     request_id: str
@@ -184,6 +186,17 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     pooling: PoolingParams | None = None
     images: tuple[PromptImage, ...] = ()
     features: bytes = b""
+    source_ids: list[int] = []
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The client's prompt: what an encoder reads, or what the answer goes on from."""
+        return self.source_ids or self.token_ids
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that are computed before the answer's first one."""
+        return len(self.source_ids) + len(self.token_ids)
 
     @property
     def prompt_length(self) -> int:
@@ -215,6 +228,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
             num_prompt=self.num_prompt,
             adapter=self.adapter,
             images=self.images,
+            source_ids=self.source_ids,
         )
 
 
@@ -349,24 +363,6 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     pooled: Pooled | None = None  # of a pooled request, which has no tokens; with it comes the finish_reason "stop"
 
 
-class OffloadStats(msgspec.Struct, frozen=True, array_like=True):
-    """Of the file that blocks of the prefix cache lie in: how full it is, and totals since start.
-
-    num_queries, num_hits: prompt tokens that were looked up there, and that came from there. num_damaged: blocks that
-    were not what had been written. num_skipped: blocks that were not written, for lack of time.
-    """
-
-    usage: float  # 0..1
-    num_queries: int
-    num_hits: int
-    load_bytes: int
-    load_seconds: float
-    store_bytes: int
-    store_seconds: float
-    num_skipped: int
-    num_damaged: int
-
-
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges as they are, and counters as totals since start.
 
@@ -467,7 +463,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     report: StartupReport
     pooled: PooledModel | None = None
     vision: VisionModel | None = None
-    source: SourceShape | None = None
+    source: Source | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -131,7 +131,7 @@ class SharedLink:
             link.close()
 
     def _begin(self, server: _Server, request: AddRequest) -> None:
-        num_tokens = len(request.token_ids)
+        num_tokens = request.num_read
         for request_id in request.request_ids:
             server.open.add(request_id)
             self._silent[request_id] = server, num_tokens

@@ -23,8 +23,8 @@ from octavo.runtime.offload.select import check_offload, open_offload
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.placement import num_cores
 from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.source_messages import Source
 from octavo.runtime.speculation.select import drafts_by_model, notes_of, speculation_of
-from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
@@ -222,7 +222,7 @@ def load_rank(
     return LoadedRank(model, caches, plan, limits, sum(group.of_all(model.weight_bytes)), notes)
 
 
-def for_sources(config: EngineConfig, source: SourceShape) -> EngineConfig:
+def for_sources(config: EngineConfig, source: Source) -> EngineConfig:
     """As many sequences as there are places for sources, and no prefix cache: tokens alone don't name a prefix."""
     most = min(config.max_num_seqs, source.places)
     return msgspec.structs.replace(config, max_num_seqs=most, enable_prefix_caching=False)

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 from math import inf, isfinite
 
 from octavo.runtime.messages import AddRequest, PoolingTask, SamplingParams
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import AudioSource, Source, TextSource
 
 
 def problem_of(
-    request: AddRequest, vocab_size: int, tasks: Sequence[PoolingTask] = (), source: SourceShape | None = None
+    request: AddRequest, vocab_size: int, tasks: Sequence[PoolingTask] = (), source: Source | None = None
 ) -> str | None:
     """The first thing about a request that the engine can't do, or None.
 
     tasks: of a model that generates nothing. source: what a model with an encoder reads.
     """
-    wrong = _problem_of_features(request, source)
+    wrong = _problem_of_features(request, source) or _problem_of_text(request, vocab_size, source)
     if wrong is not None:
         return wrong
     if request.pooling is None and tasks:
@@ -39,16 +39,28 @@ def problem_of(
     return next(_problems(request.params, vocab_size), None)
 
 
-def _problem_of_features(request: AddRequest, source: SourceShape | None) -> str | None:
+def _problem_of_features(request: AddRequest, source: Source | None) -> str | None:
     num_bytes = len(request.features)
-    if source is None:
-        return "features: this model has no encoder, and reads a prompt alone" if num_bytes else None
+    if not isinstance(source, AudioSource):
+        return "features: this model hears nothing, and reads text alone" if num_bytes else None
     if num_bytes != source.num_bytes:
         return (
             f"features of {num_bytes} bytes: this model's encoder reads {source.rows} x {source.length} numbers of "
             f"float32, {source.num_bytes} bytes, with each prompt"
         )
     return "other_ids: a request with features has one answer" if request.other_ids else None
+
+
+def _problem_of_text(request: AddRequest, vocab_size: int, source: Source | None) -> str | None:
+    count = len(request.source_ids)
+    if not isinstance(source, TextSource):
+        return "source_ids: this model has no encoder of text, and reads a prompt alone" if count else None
+    if not 0 < count <= source.positions:
+        return f"source_ids of {count} tokens: this model's encoder reads 1 to {source.positions}"
+    outside = _first_outside(request.source_ids, vocab_size)
+    if outside is not None:
+        return f"source_ids names token id {outside}, which is not in the vocabulary of {vocab_size} tokens"
+    return None
 
 
 def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
@@ -84,13 +96,14 @@ def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
         ("prompt_logprob_token_ids", params.prompt_logprob_token_ids),
         ("bad_words", tuple(token for word in params.forbidden for token in word)),
     ]
-    rules = params.speech
+    rules = params.rules
     if rules is not None:
-        named += [("speech.starts", start) for start in rules.starts] + [("speech.never_first", rules.never_first)]
+        named += [("rules.starts", start) for start in rules.starts] + [("rules.never_first", rules.never_first)]
+        named += [("rules.last_id", () if rules.last_id is None else (rules.last_id,))]
         if not all(rules.starts):
-            yield "speech.starts has an empty list of tokens"
+            yield "rules.starts has an empty list of tokens"
         if rules.first_timestamp is not None and not 0 <= rules.end_id < rules.first_timestamp < vocab_size:
-            yield f"speech.first_timestamp {rules.first_timestamp} is not between end_id and the vocabulary's end"
+            yield f"rules.first_timestamp {rules.first_timestamp} is not between end_id and the vocabulary's end"
     for name, tokens in named:
         outside = _first_outside(tokens, vocab_size)
         if outside is not None:

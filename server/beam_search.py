@@ -82,6 +82,7 @@ class Search:
                 priority=asked.priority,
                 owner=asked.owner,
                 adapter=asked.adapter,
+                source_ids=asked.source_ids,
             )
             for beam in self._beams
         ]

@@ -28,7 +28,7 @@ from octavo.server.message.parse import FormatParser, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
 from octavo.server.options import FairBy
-from octavo.server.prompts import Prompt, Wanted, sampling_params, stop_patterns
+from octavo.server.prompts import Prompt, Wanted, check_room, sampling_params, stop_patterns
 from octavo.server.reading import Reading, constrained
 from octavo.server.served_model import ServedModel
 from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, MarkingDecoder
@@ -199,7 +199,7 @@ def make_choices(
 ) -> list[Choice]:
     """n choices for each prompt, side by side. A seed is the first one's; the others count up from it."""
     arrival = time.time()
-    rooms = [model.max_model_len - len(prompt.token_ids) for prompt in prompts]
+    rooms = [prompt.room(model) for prompt in prompts]
     constraint, reading = constrained(request, model, reading)
     params = sampling_params(request, wanted, model, min(rooms), constraint)
     has_tools = reading is not None and reading.calls is not None and bool(reading.calls.tools)
@@ -210,9 +210,14 @@ def make_choices(
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
         own = msgspec.structs.replace(params, max_tokens=wanted.limit(room, model))
+        check_room(own.max_tokens, room, wanted, model)
         first, *others = (f"{model.server_name}request-{next(_unique)}" for _ in range(request.num_choices))
         salt = request.cache_salt or ""
-        sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0, request.user_name)
+        begin = prompt.begin(model)
+        sent = AddRequest(first, begin, own, arrival, salt, others, request.priority or 0, request.user_name)
+        if model.encoder is not None:
+            own = msgspec.structs.replace(own, rules=model.encoder.rules(begin))
+            sent = msgspec.structs.replace(sent, source_ids=prompt.token_ids, params=own)
         if adapter is not None:
             sent = msgspec.structs.replace(sent, adapter=adapter.digest)
         if prompt.images:
@@ -251,7 +256,7 @@ def _make_choice(
         length_penalty=(1.0 if options.length_penalty is None else options.length_penalty)
         if options.use_beam_search
         else None,
-        timeline=Timeline(request.arrival_time, len(request.token_ids)),
+        timeline=Timeline(request.arrival_time, len(request.prompt_ids)),
     )
 
 
@@ -443,10 +448,10 @@ def drafted_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 def usage_of(choices: Sequence[Choice]) -> Usage:
     """The counts so far. Answers to one prompt stand side by side in `choices` and share its token list."""
-    prompts = {id(choice.request.token_ids): choice for choice in reversed(choices)}
+    prompts = {id(choice.request.prompt_ids): choice for choice in reversed(choices)}
     thought = [count for choice in choices if (count := choice.parser.num_reasoning) is not None]
     return Usage(
-        prompt_tokens=sum(len(choice.request.token_ids) for choice in prompts.values()),
+        prompt_tokens=sum(len(choice.request.prompt_ids) for choice in prompts.values()),
         completion_tokens=sum(choice.num_tokens for choice in choices),
         cached_tokens=sum(choice.num_cached for choice in prompts.values()),
         reasoning_tokens=None if not thought else sum(thought),

@@ -38,11 +38,25 @@ NOT_IN_BEAMS: dict[str, tuple[object, ...]] = {  # fields, and the values that a
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What one answer, or n of them, continue. `text` is the client's own, where it gave text."""
+    """What one answer, or n of them, continue. `text` is the client's own, where it gave text.
+
+    decoder_ids: of an encoder-decoder, which reads token_ids, what its decoder begins with; None: the model's own.
+    """
 
     token_ids: list[int]
     text: str | None = None
     images: tuple[PromptImage, ...] = ()
+    decoder_ids: list[int] | None = None
+
+    def begin(self, model: ServedModel) -> list[int]:
+        """The tokens that the answer goes on from."""
+        if model.encoder is None:
+            return self.token_ids
+        return [model.encoder.start_id] if self.decoder_ids is None else self.decoder_ids
+
+    def room(self, model: ServedModel) -> int:
+        """How many tokens the answer may have."""
+        return model.max_model_len - len(self.begin(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +101,7 @@ def check_total(prompts: list[Prompt], request: GenerationRequest, name: str) ->
 def max_text_bytes(model: ServedModel, *, must_fit: bool) -> int:
     """The longest text that is tokenized; with must_fit, the longest one that can fit into the context."""
     per_token = model.tokenizer.max_token_bytes
-    in_context = model.max_model_len * (per_token or LONG_TOKEN)
+    in_context = model.max_prompt_len * (per_token or LONG_TOKEN)
     return in_context if must_fit and per_token is not None else max(MAX_TEXT, in_context)
 
 
@@ -98,7 +112,7 @@ def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool
     if size > limit:
         if must_fit and model.tokenizer.max_token_bytes is not None:
             why = f"{name}: {size} bytes of text, and none above {limit} bytes fits. Shorten the prompt"
-            raise too_long(model.max_model_len, why, name)
+            raise too_long(model.max_prompt_len, why, name)
         raise bad_request(f"{name}: {size} bytes of text; {limit} is the most that is tokenized", name)
     try:
         return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -181,6 +195,10 @@ def _check_logprobs(request: GenerationRequest, wanted: Wanted, model: ServedMod
         if num is not None and num > model.max_logprobs:
             what = f"{field} {count}" if num == count else f"{field} {count}, the whole vocabulary of {num},"
             raise bad_request(f"{what} is above this server's limit, {model.max_logprobs} (--max-logprobs)", field)
+    if model.encoder is not None and wanted.prompt_logprobs is not None:
+        raise bad_request(
+            "prompt_logprobs: this model's encoder reads the prompt, and predicts none of its tokens", "prompt_logprobs"
+        )
     if request.logprob_token_ids and wanted.logprobs is None:
         raise bad_request("logprob_token_ids needs logprobs: they stand in place of the likeliest", "logprob_token_ids")
 
@@ -257,7 +275,7 @@ def in_vocabulary(ids: list[int] | None, name: str, model: ServedModel) -> tuple
 def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: ServedModel, name: str) -> list[int]:
     """The prompt, checked against the context; its end or beginning, where truncate_prompt_tokens says so."""
     in_vocabulary(ids, name, model)
-    context = model.max_model_len
+    context = model.max_prompt_len
     num_wanted = max(1, wanted.max_tokens or 1)
     if request.truncate_prompt_tokens is not None:
         keep = request.truncate_prompt_tokens
@@ -268,10 +286,13 @@ def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: Se
                 "truncate_prompt_tokens",
             )
         least = num_wanted if num_wanted < context else min(num_wanted, wanted.limit(1, model))
+        least = 0 if model.encoder is not None else least  # what its decoder writes stands elsewhere
         count = keep if keep > 0 else max(1, context - least)
         ids = ids[:count] if request.truncation_side == "right" else ids[-count:]
     if not ids:
         raise bad_request(f"{name}: the prompt is empty, and this tokenizer adds no beginning token to it", name)
+    if model.encoder is not None:
+        return _read(ids, model, name)
     num_wanted = min(num_wanted, wanted.limit(max(1, context - len(ids)), model))
     if len(ids) + num_wanted > context:
         raise too_long(
@@ -281,3 +302,39 @@ def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: Se
             name if len(ids) >= context else wanted.limit_name,
         )
     return ids
+
+
+def _read(ids: list[int], model: ServedModel, name: str) -> list[int]:
+    """A prompt that an encoder reads, checked against what it can."""
+    if len(ids) > model.max_prompt_len:
+        raise too_long(
+            model.max_prompt_len,
+            f"However, {name} has {len(ids)} tokens, which its encoder can't read. Shorten the prompt; "
+            "truncate_prompt_tokens cuts it, and --max-source-len says what the encoder reads",
+            name,
+        )
+    return ids
+
+
+def check_room(limit: int, room: int, wanted: Wanted, model: ServedModel) -> None:
+    """Raise ApiError where a decoder that continues no prompt is to write more than it can."""
+    if model.encoder is not None and limit > room:
+        raise too_long(
+            model.max_model_len,
+            f"However, {wanted.limit_name} is {limit}, and its decoder writes {room}. Lower {wanted.limit_name}",
+            wanted.limit_name,
+        )
+
+
+def decoder_begin(given: str | list[int], model: ServedModel) -> list[int]:
+    """What the decoder of an encoder-decoder begins with, of a client's text or ids: its start first, as in vLLM."""
+    if model.encoder is None:
+        raise bad_request("decoder_prompt: this model has no encoder, and goes on from a prompt", "decoder_prompt")
+    ids = given
+    if isinstance(ids, str):
+        ids = encode(ids, "decoder_prompt", model, add_special_tokens=False, must_fit=False)
+    in_vocabulary(ids, "decoder_prompt", model)
+    begin = ids if ids[:1] == [model.encoder.start_id] else [model.encoder.start_id, *ids]
+    if len(begin) >= model.max_model_len:
+        raise too_long(model.max_model_len, f"However, decoder_prompt has {len(begin)} tokens", "decoder_prompt")
+    return begin

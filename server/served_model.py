@@ -16,6 +16,7 @@ from octavo.quant.printable import shown
 from octavo.runtime.messages import StartupReport, Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.draft_metrics import DraftReports
+from octavo.server.encoder_text import EncoderText
 from octavo.server.errors import explain
 from octavo.server.fleet.adapters import AdapterNames, ServedAdapter
 from octavo.server.hints import ALL_HINTS
@@ -62,6 +63,7 @@ class ServedModel:
     pooled         what it does instead of generating; None: it generates
     images         how images of its prompts are read; None: it reads text alone
     speech         how it is asked to write down what it hears; None: it hears nothing
+    encoder        what its decoder begins with, once its encoder has read the prompt; None: answers continue prompts
     server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
                  (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
     """
@@ -97,6 +99,7 @@ class ServedModel:
     pooled: PooledText | None = None
     images: Images | None = None
     speech: SpeechText | None = None
+    encoder: EncoderText | None = None
     weights: WeightVersion = field(default_factory=WeightVersion)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -104,6 +107,11 @@ class ServedModel:
     def name(self) -> str:
         """The name in responses and metrics."""
         return self.names[0]
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.max_model_len if self.encoder is None else self.encoder.max_tokens
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -146,7 +154,7 @@ class ServedModel:
             "type": "model",
             "display_name": name,
             "lifecycle": "active",
-            "max_input_tokens": self.max_model_len,
+            "max_input_tokens": self.max_prompt_len,
             "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "x_octavo": {"ignored_hints": ALL_HINTS, "serves_any_name": self.serves_any},
         }

@@ -190,7 +190,7 @@ class Service:
             put_last(choices)
         key_owner = owner_of(http)
         set_owner(choices, self._fair_by, key_owner)
-        lengths = [len(choice.request.token_ids) for choice in choices]
+        lengths = [choice.request.num_read for choice in choices]
         sent = {choice.sent.request_id: _media_bytes(choice.sent) for choice in choices}  # one for several answers
         ticket = self._admit(http, lengths, key_owner, choices[0].sent.owner, sum(sent.values()))
         answers = generate if choices[0].length_penalty is None else search_beams

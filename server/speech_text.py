@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from octavo.audio.facts import HOP, RATE, WIDTH, missing_libraries
 from octavo.quant.model_files import read_object_if_any
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import AudioSource
 from octavo.text.tokenizer import Tokenizer
 
 Task = Literal["transcribe", "translate"]
@@ -34,7 +34,7 @@ class SpeechText:
     suppressed    never said; never_first: not said first
     """
 
-    source: SourceShape
+    source: AudioSource
     start: int
     end: int
     previous: int
@@ -60,7 +60,7 @@ class SpeechText:
         return self.source.length * HOP / RATE / self.source.positions
 
 
-def read_speech_text(directory: Path, source: SourceShape, tokenizer: Tokenizer) -> SpeechText:
+def read_speech_text(directory: Path, source: AudioSource, tokenizer: Tokenizer) -> SpeechText:
     """Read what there is. Raises ValueError, which names the file or the library, where requests can't be made."""
     if missing := missing_libraries():
         raise ValueError(f"a speech model needs {' and '.join(missing)}: pip install 'octavo[audio]'")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from octavo.audio.facts import Piece
 from octavo.runtime.messages import AddRequest, SamplingParams
-from octavo.runtime.speech_messages import SpeechRules
+from octavo.runtime.source_messages import AnswerRules
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.generation import Choice, text_parser
 from octavo.server.metrics import Timeline
@@ -55,8 +55,8 @@ def choices_of(pieces: Sequence[Piece], asked: Asked, model: ServedModel, speech
 
 def choice_of_language(piece: Piece, model: ServedModel, speech: SpeechText) -> Choice:
     """Whose answer is the token of a piece's language."""
-    rules = SpeechRules((tuple(speech.languages.values()),))
-    params = SamplingParams(max_tokens=1, temperature=0.0, speech=rules)
+    rules = AnswerRules((tuple(speech.languages.values()),))
+    params = SamplingParams(max_tokens=1, temperature=0.0, rules=rules)
     return _choice(0, piece, [speech.start], params, model)
 
 
@@ -89,7 +89,7 @@ def params_of(asked: Asked, starts: tuple[tuple[int, ...], ...], room: int, spee
         logprobs=0 if asked.measures else None,
         logprob_token_ids=(speech.no_speech,) if asked.measures and speech.no_speech is not None else (),
         forbidden=tuple((token,) for token in forbidden),
-        speech=SpeechRules(
+        rules=AnswerRules(
             starts,
             speech.never_first,
             speech.first_time if asked.has_times else None,

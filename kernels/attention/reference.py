@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache, first_key
+from octavo.kernels.attention.cross import Sources
 from octavo.kernels.attention.packed import PackedShape
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.attention.token_rows import decode_rows, encode_rows, hadamard, type_of
@@ -221,18 +222,35 @@ def packed_attention(qkv: Tensor, lengths: Sequence[int], shape: PackedShape, bi
     return torch.cat(outputs)
 
 
-def cross_attention(
-    q: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], places: Sequence[int], scale: float
-) -> Tensor:
-    """q [T, heads * D] of sequences that own tokens starts[s] .. starts[s + 1] -> [T, heads * D], without a mask.
-
-    keys, values  [places, heads, positions, D]; those of sequence s are in places[s]
-    """
+def cross_attention(q: Tensor, keys: Tensor, values: Tensor, sources: Sources, scale: float) -> Tensor:
+    """q [T, heads * D] -> [T, heads * D], without a mask; keys, values [places, heads, positions, D]."""
     _, heads, _, dim = keys.shape
     outputs = []
-    for place, part in zip(places, torch.split(q, torch.tensor(starts).diff().tolist()), strict=True):
+    starts, places, lengths = sources
+    parts = torch.split(q, torch.tensor(starts).diff().tolist())
+    for place, length, part in zip(places, lengths, parts, strict=True):
         queries = part.float().view(len(part), heads, dim).transpose(0, 1)
-        scores = queries @ keys[place].float().transpose(1, 2) * scale
-        attended = scores.softmax(dim=-1) @ values[place].float()
+        scores = queries @ keys[place, :, :length].float().transpose(1, 2) * scale
+        attended = scores.softmax(dim=-1) @ values[place, :, :length].float()
         outputs.append(attended.transpose(0, 1).reshape(len(part), -1).to(q.dtype))
     return torch.cat(outputs)
+
+
+def distance_attention(
+    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, table: Tensor
+) -> Tensor:
+    """`paged_attention` of one KV head a head, with table[h, p - k] added to the scores of query p and key k."""
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    starts = inputs.query_starts.tolist()
+    for s, length in enumerate(inputs.seq_lens.tolist()):
+        begin = starts[s]
+        end = starts[s + 1]
+        blocks = inputs.block_tables[s, : -(-length // cache.block_size)].long()
+        k = gather(cache.key, cache.key_scale, blocks, length, shape.head_dim)
+        v = gather(cache.value, cache.value_scale, blocks, length, shape.head_dim)
+        scores = q[begin:end].transpose(0, 1).float() @ k.transpose(1, 2) * shape.scale
+        seen = seen_keys(end - begin, length, shape)
+        behind = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)
+        scores = scores + table[:, behind.clamp(min=0)].float()
+        out[begin:end] = (weigh(scores, seen, shape) @ v).transpose(0, 1)
+    return out.to(q.dtype).reshape(q.shape[0], -1)

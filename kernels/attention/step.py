@@ -47,15 +47,24 @@ class ImageRows(NamedTuple):
         return self.values[:, begin : begin + hidden_size] if begin < self.values.shape[1] else None
 
 
+class NewSource(NamedTuple):
+    """What sequences that begin in a step bring: the places of its keys and values, and the encoder's input."""
+
+    places: tuple[int, ...]
+    given: Tensor
+
+
 class SourceRows(NamedTuple):
     """Of a model whose tokens attend to an encoder's output too (attention/cross.py): where that is.
 
-    slots  of each sequence, the place of its source's keys and values
-    new    what sequences that begin in this step bring: the place, and the encoder's input
+    slots    of each sequence, the place of its source's keys and values
+    lengths  of each, how many of these there are
+    new      what is to be encoded first
     """
 
     slots: tuple[int, ...]
-    new: tuple[tuple[int, Tensor], ...]
+    lengths: tuple[int, ...]
+    new: tuple[NewSource, ...]
 
 
 class Ahead(NamedTuple):

@@ -36,7 +36,7 @@ from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
 from octavo.runtime.model.state_layers import GatedDelta, StateMixer, StateMixing
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import Source
 from octavo.runtime.vision.towers import VisionTower
 
 
@@ -99,7 +99,7 @@ class Decoder:
         self.pooler: Pooler | None = None
         self.num_token_types = 0
         self.tower: VisionTower | None = None
-        self.source: SourceShape | None = None
+        self.source: Source | None = None
         self.ranks = stack.ranks
         self.ops = ops
         self._axis_of_pairs = torch.tensor(spec.axis_of_pairs, dtype=torch.int64, device=self.device)

@@ -24,8 +24,9 @@ from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.encoder_spec import EncoderActivation, EncoderSpec
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import CacheShape, KVScales, LayerRow, Tap, distinct_bytes, rows_by_kind
+from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.pooling import Pooler
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import Source
 
 ACTIVATIONS: dict[EncoderActivation, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -67,6 +68,26 @@ class LayerNorm:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (self.weight, self.bias) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """x [T, H] divided by its root mean square over H; weight float32."""
+
+    ops: Ops
+    weight: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.ops.rms_norm(x, self.weight, self.eps)
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.weight
+
+
+Norm = LayerNorm | RmsNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +230,9 @@ class EncoderLayer:
     """
 
     attention: EncoderAttention
-    attention_norm: LayerNorm | None
+    attention_norm: Norm | None
     mlp: EncoderMlp
-    mlp_norm: LayerNorm
+    mlp_norm: Norm
     norms_first: bool
 
     def forward(self, x: Tensor, texts: Texts) -> Tensor:
@@ -261,7 +282,7 @@ class Encoder:
     kv_shapes: list[CacheShape] = field(default_factory=list)
     kv_windows: list[int | None] = field(default_factory=list)
     ranks: tuple[str, ...] = ()
-    source: SourceShape | None = None
+    source: Source | None = None
     first_layer = 0
     compiles_kernels = False
     capturable = False
@@ -328,14 +349,7 @@ class Encoder:
 
     def _biases(self, runs: Sequence[Run]) -> list[Tensor] | None:
         distances = self.stack.distances
-        if distances is None:
-            return None
-        middle = distances.shape[1] // 2
-        found = []
-        for run in runs:
-            places = torch.arange(run.length)
-            found.append(distances[:, places - places[:, None] + middle])
-        return found
+        return None if distances is None else biases_by_distance(distances, runs)
 
     def forward(self, step: StepInputs, caches: list[Cache], tap: Tap | None = None) -> NoReturn:
         raise NotImplementedError(f"{self.architecture} is an encoder: it has hidden states and no logits")
@@ -372,3 +386,16 @@ class Encoder:
         name = str(self.dtype).removeprefix("torch.")
         rows = rows_by_kind(self.linears())
         return [("embedding", name, "torch"), *rows, ("norms, attention", name, "torch"), *self.pooler.report()]
+
+
+def biases_by_distance(distances: Tensor, runs: Sequence[Run]) -> list[Tensor]:
+    """What is added to the scores of each run's texts, [heads, length, length].
+
+    distances  [heads, 2 * positions - 1], by how far a key is behind its query, its own place in the middle
+    """
+    middle = distances.shape[1] // 2
+    found = []
+    for run in runs:
+        places = torch.arange(run.length)
+        found.append(distances[:, places - places[:, None] + middle])
+    return found

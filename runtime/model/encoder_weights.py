@@ -5,7 +5,6 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.at_load import quantized_at_load
 from octavo.runtime.model.balance import factors, measured_peaks
 from octavo.runtime.model.device import Device
+from octavo.runtime.model.distance_buckets import both_ways
 from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encoder import (
     ACTIVATIONS,
@@ -217,7 +217,7 @@ class EncoderBuilder:
         if not spec.num_buckets:
             return None
         rows = self._tensor(f"{spec.row.names.relative_bias}.weight", (spec.num_buckets, spec.num_heads))
-        buckets = _buckets(torch.arange(-longest + 1, longest), spec.num_buckets)
+        buckets = both_ways(torch.arange(-longest + 1, longest), spec.num_buckets, MAX_DISTANCE)
         return rows[buckets].T.to(self.target.dtype).contiguous()
 
     def _pooler(self, hf_config: Mapping[str, Any]) -> Pooler:
@@ -264,14 +264,3 @@ class EncoderBuilder:
         ]
         if left:
             raise LoadError(f"the checkpoint has tensors that this architecture doesn't: {some(left)}")
-
-
-def _buckets(distances: Tensor, count: int) -> Tensor:
-    """The bucket of each distance: half of them for either direction, near ones alone, far ones by logarithm."""
-    half = count // 2
-    exact = half // 2
-    size = distances.abs()
-    far = exact + (torch.log(size.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)).to(
-        torch.long
-    ).clamp(max=half - 1 - exact)
-    return torch.where(distances > 0, half, 0) + torch.where(size < exact, size, far)

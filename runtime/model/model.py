@@ -18,7 +18,7 @@ from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.pooling import Pooler
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import Source
 from octavo.runtime.vision.towers import VisionTower
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
@@ -83,7 +83,7 @@ class Model(Protocol):
     adapters: ModelAdapters | None
     taps_all_rows: bool
     num_token_types: int
-    source: SourceShape | None
+    source: Source | None
     notes: list[str]
     ranks: tuple[str, ...]
 

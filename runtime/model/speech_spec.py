@@ -9,7 +9,7 @@ from octavo.runtime.model.config_types import Count, ModelConfigError, check_typ
 from octavo.runtime.model.encoder_spec import EncoderActivation, activation_of
 from octavo.runtime.model.families.registry import SPEECH
 from octavo.runtime.model.spec import UnsupportedModelError, stored_dtype
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import AudioSource
 
 SIZES = {
     "vocab_size": Count,
@@ -61,9 +61,9 @@ class SpeechSpec:
     activation: EncoderActivation
     dtype: str | None = None
 
-    def source(self, places: int) -> SourceShape:
+    def source(self, places: int) -> AudioSource:
         """What the encoder reads, where so many sources are kept."""
-        return SourceShape(self.num_mels, STRIDE * self.num_sources, self.num_sources, places)
+        return AudioSource(self.num_mels, STRIDE * self.num_sources, self.num_sources, places)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> SpeechSpec:

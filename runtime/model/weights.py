@@ -35,8 +35,9 @@ from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_transformers
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
+from octavo.runtime.model.encdec_weights import load_with_encoder
 from octavo.runtime.model.encoder_weights import load_encoder
-from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS, SPEECH
+from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS
 from octavo.runtime.model.kernel_plan import check_attention
 from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import (
@@ -77,7 +78,6 @@ from octavo.runtime.model.sources import (
     Source,
 )
 from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
-from octavo.runtime.model.speech_weights import load_speech
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.model.state_mixers import StateSpec
 from octavo.runtime.model.state_weights import read_beside, read_state_mixer
@@ -117,8 +117,8 @@ def load_model(
     """
     hf_config = read_config(Path(config.model))
     device = device or Device.choose(config.device)
-    if hf_config.get("model_type") in SPEECH:
-        return load_speech(config, device, hf_config)
+    if (found := load_with_encoder(config, device, hf_config)) is not None:
+        return found
     pooled = is_pooled(config, hf_config)
     if pooled and config.model_impl == "hf":
         raise LoadError("--model-impl hf: transformers' own code is not served for pooled requests; leave it out")

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.runtime.messages import OffloadStats
 from octavo.runtime.offload.block_file import HEAD, BlockFile
 from octavo.runtime.offload.index import OffloadIndex
 from octavo.runtime.offload.rows import BlockRows
+from octavo.runtime.offload.stats import OffloadStats
 from octavo.runtime.scheduling.plan import StepPlan
 from octavo.runtime.scheduling.prefix_cache import Fetch, PrefixCache
 

@@ -37,7 +37,7 @@ class FairShares:
     def tag(self, request: AddRequest) -> float:
         """Where this request stands among all; called once for each."""
         begin = max(self._served, self._ends.get(request.owner, 0.0))
-        self._ends[request.owner] = begin + len(request.token_ids) + min(request.params.max_tokens, LIKELY_OUTPUT)
+        self._ends[request.owner] = begin + request.num_read + min(request.params.max_tokens, LIKELY_OUTPUT)
         self._num_live[request.owner] += 1
         if self._last_owner not in (None, request.owner):
             self._shared_until = self._served + RECENT

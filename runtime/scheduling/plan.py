@@ -11,6 +11,7 @@ from octavo.runtime.scheduling.kv_groups import Windows
 from octavo.runtime.scheduling.sequence import Sequence
 
 MAX_PROMPT_LOGITS = 256
+MAX_SOURCE_TOKENS = 2048  # of texts that an encoder reads in one step, but for one that is longer by itself
 
 Wants = Literal["token", "pooled", "nothing"]
 """What a step shall bring for a sequence: its next token, its pooled hidden state, or keys and values alone."""
@@ -162,9 +163,17 @@ class Step:
         """Whether a waiting sequence can't begin in it.
 
         An encoder's input is read in the step in which its sequence begins, which answers under way wait for: so one
-        begins at a time.
+        with audio begins at a time, and of texts as many as are short together. Answers to one text share it.
         """
-        return not self.tokens_left or (bool(sequence.features) and any(it.is_new for it in self.scheduled))
+        if not self.tokens_left:
+            return True
+        if sequence.features:
+            return any(it.is_new for it in self.scheduled)
+        if not sequence.source_ids:
+            return False
+        begun = {id(it.sequence.source_ids): len(it.sequence.source_ids) for it in self.scheduled if it.is_new}
+        is_new = bool(begun) and id(sequence.source_ids) not in begun
+        return is_new and sum(begun.values()) + len(sequence.source_ids) > MAX_SOURCE_TOKENS
 
     def as_plan(self, config: SchedulerConfig, num_released: int, *, is_starved: bool) -> StepPlan:
         """The plan as it is now. The other arguments are StepPlan's."""

@@ -50,7 +50,7 @@ class Sequence:
     pooling          what is wanted instead of tokens; None: tokens
     images           of its prompt. at_once: tokens of the largest one that a step may not divide; 0: there is none
     axes             positions of its prompt's tokens where they are no line; for whoever makes steps' inputs alone
-    features         as of AddRequest: read again where it begins again
+    features, source_ids  as of AddRequest: read again where it begins again
     """
 
     __slots__ = (
@@ -91,6 +91,7 @@ class Sequence:
         "root",
         "scheduled_time",
         "slot",
+        "source_ids",
         "tag",
         "token_ids",
     )
@@ -111,6 +112,7 @@ class Sequence:
         self.at_once = tokens_at_once(request.images)
         self.axes: object = None
         self.features = request.features
+        self.source_ids = request.source_ids
         self.token_ids = list(request.token_ids)
         self.num_prompt = request.prompt_length
         self.arrival_time = request.arrival_time

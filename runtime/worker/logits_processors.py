@@ -2,7 +2,7 @@
 
 allowed_token_ids, then bad_words (what would complete one can't come), then min_tokens (nor can stop tokens yet), then
 logit_bias, then the penalties: repetition over prompt and output, frequency and presence over the output, and last a
-speech model's rules. Temperature and truncation come later, in sampling_ops.py.
+model's own rules. Temperature and truncation come later, in sampling_ops.py.
 
 What a request names is turned into arrays once (`LogitChanges`), whatever the number of its answers and steps.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from octavo.runtime.messages import SamplingParams
 from octavo.runtime.scheduling.plan import ScheduledSequence
+from octavo.runtime.worker.answer_rules import keep_rules
 from octavo.runtime.worker.sampling_ops import SamplingOps
-from octavo.runtime.worker.speech_rules import keep_rules
 from octavo.runtime.worker.token_counts import TokenCounts
 
 _NO_BIASES = (np.empty(0, np.int64), np.empty(0, np.float32))
@@ -133,8 +133,8 @@ def change_logits(
     if punished:
         _punish(logits, punished, ops)
     for row, it, state in zip(rows, scheduled, states, strict=True):
-        if (rules := it.sequence.params.speech) is not None:
-            keep_rules(logits[row], _output(it, state), rules)
+        if (rules := it.sequence.params.rules) is not None:
+            keep_rules(logits[row], _output(it, state), rules, it.sequence.params.max_tokens)
 
 
 def _keep_allowed(logits: Tensor, rows: Rows[int], states: Rows[ChangedSequence]) -> None:

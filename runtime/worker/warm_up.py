@@ -21,6 +21,7 @@ from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, PoolingParams, SamplingParams
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.source_messages import AudioSource, TextSource
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.worker import Worker
 
@@ -50,9 +51,11 @@ def run_requests(
         return _run_pooled(engine, model)
     length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
     prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
-    features = b"" if model.source is None else bytes(model.source.num_bytes)
+    source = model.source
+    features = bytes(source.num_bytes) if isinstance(source, AudioSource) else b""
+    text = prompt[: source.positions] if isinstance(source, TextSource) else []
     for name, params in {"greedy": GREEDY, "sampled": EVERYTHING}.items():
-        engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0, features=features))
+        engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0, features=features, source_ids=text))
     problem = None
     while engine.has_work:
         for output in engine.step():

@@ -180,7 +180,7 @@ class MessagesAnswer(Answer):
         if choice.parser.num_reasoning is not None:
             thought["output_tokens_details"] = {"thinking_tokens": choice.parser.num_reasoning}
         return {
-            "input_tokens": len(choice.request.token_ids) - choice.num_cached,
+            "input_tokens": len(choice.request.prompt_ids) - choice.num_cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": choice.num_cached,
             "output_tokens": choice.num_tokens,

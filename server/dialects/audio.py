@@ -116,7 +116,7 @@ class _Transcript:
 
     def _said(self, choice: Choice, delta: Delta) -> Said:
         """An answer behind its marks."""
-        rules = choice.request.params.speech
+        rules = choice.request.params.rules
         num_marks = 0 if rules is None else len(rules.starts)
         return Said(delta.token_ids[num_marks:], delta.logprobs)
 

@@ -29,7 +29,7 @@ from octavo.server.errors import EVENTS, RESPONSES, bad_request, field_error
 from octavo.server.fim import Fim, fim_of, needed_fim, suffix_ids
 from octavo.server.generation import Delta, drafted_of, make_choices, usage_of
 from octavo.server.message.parts import text_of
-from octavo.server.prompts import Prompt, Wanted, check_total, encode, fitted
+from octavo.server.prompts import Prompt, Wanted, check_total, decoder_begin, encode, fitted
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
@@ -51,7 +51,10 @@ def _kind_of_prompt(value: object) -> str:
 
 
 class CompletionRequest(NoReasoning, GenerationRequest):
-    """POST /v1/completions. A list of prompts is answered with n choices for each."""
+    """POST /v1/completions. A list of prompts is answered with n choices for each.
+
+    decoder_prompt: of an encoder-decoder, what its decoder begins all answers with.
+    """
 
     prompt: Annotated[
         TextOption
@@ -65,6 +68,9 @@ class CompletionRequest(NoReasoning, GenerationRequest):
     echo: Flag | None = None
     add_special_tokens: Flag = True
     suffix: Text | None = None
+    decoder_prompt: (
+        Annotated[TextOption | Annotated[TokenIds, Tag("<tokens>")], Discriminator(_kind_of_prompt)] | None
+    ) = None
 
     @property
     def limit(self) -> int:
@@ -138,9 +144,12 @@ def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
         raise bad_request(
             f"{len(parts)} prompts with n {request.num_choices}: a request may ask for {MAX_ANSWERS} answers", "n"
         )
+    if request.echo and model.encoder is not None:
+        raise bad_request("echo: answers of this model, an encoder-decoder, don't continue their prompts", "echo")
     fim = needed_fim(model) if request.suffix else None
     after = suffix_ids(request.suffix or "", model) if fim is not None else []
     wanted = wanted_of(request, fim)
+    begin_ids = None if request.decoder_prompt is None else decoder_begin(request.decoder_prompt, model)
     prompts = []
     for part in parts:
         text = part if isinstance(part, str) else None
@@ -153,7 +162,7 @@ def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
         if fim is not None:
             begin = encode("", "prompt", model, add_special_tokens=request.add_special_tokens, must_fit=False)
             ids = fim.prompt(ids, after, begin)
-        prompts.append(Prompt(fitted(ids, request, wanted, model, "prompt"), text))
+        prompts.append(Prompt(fitted(ids, request, wanted, model, "prompt"), text, decoder_ids=begin_ids))
     check_total(prompts, request, "prompt")
     return prompts
 
@@ -203,7 +212,7 @@ class CompletionAnswer(OpenAIAnswer):
 
     def _choice(self, delta: Delta) -> Json:
         request = self._asked
-        prompt_ids = self.choices[delta.index].request.token_ids
+        prompt_ids = self.choices[delta.index].request.prompt_ids
         text = text_of(delta.parts)
         ids = delta.token_ids
         offsets = delta.offsets

@@ -150,6 +150,8 @@ async def _scored(
 ) -> tuple[list[Scored], Json]:
     """The answers, of the model or the adapter that is asked, and how many tokens were read. Raises ApiError."""
     model = service.model
+    if model.encoder is not None:
+        raise bad_request(f"the model {model.name!r}, an encoder-decoder, doesn't go on from a question", "model")
     variables = _without_thinking(body.chat_template_kwargs or {}, model)
     asked: list[Asked] = []
     total = 0

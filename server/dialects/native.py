@@ -124,6 +124,11 @@ def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owner
         """Complete one prompt or several."""
         service.check(None, http)
         asked = None if body.session_params is None else body.session_params.continuation()
+        if asked is not None and model.encoder is not None:
+            raise bad_request(
+                "session_params: answers of this model, an encoder-decoder, don't continue their prompts",
+                "session_params",
+            )
         if asked is not None:
             return await in_session(body, asked, http)
         images = await images_of(body, model)
@@ -244,7 +249,7 @@ class NativeAnswer(Answer):
         about: Json = {
             "id": self._rids[delta.index],
             "finish_reason": self._finish_reason(delta, choice),
-            "prompt_tokens": len(choice.request.token_ids),
+            "prompt_tokens": len(choice.request.prompt_ids),
             "completion_tokens": len(delta.token_ids),
             "cached_tokens": choice.num_cached,
             "weight_version": self._model.weights.name,

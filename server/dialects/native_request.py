@@ -296,7 +296,7 @@ def choices_of(items: Sequence[Item], model: ServedModel, images: Sequence[Seque
             raise bad_request(f"lora_path: the adapter {item.request.model[:80]!r} is not loaded", "lora_path")
         prompt = _prompt_of(item.request, own_images, model)
         total += len(prompt.token_ids) * item.request.num_choices
-        room = model.max_model_len - len(prompt.token_ids)
+        room = prompt.room(model)
         limit = room if item.limit is None else min(room, item.limit)
         _check_logprob_start(item, len(prompt.token_ids))
         wanted = replace(wanted_of(item.request), max_tokens=limit, named_beside=True)

@@ -63,7 +63,7 @@ def routes(service: Service) -> APIRouter:
 
     async def answered(body: ChatRequest | GenerateRequest, http: Request, kind: type[OllamaAnswer]) -> Response:
         service.check(ollama_models.plain_name(body.model, model), http)
-        if isinstance(body, GenerateRequest) and (body.raw or body.suffix):
+        if isinstance(body, GenerateRequest) and (body.raw or body.suffix or _is_for_encoder(body, model)):
             weight = 16 if body.format else 1  # a schema is rewritten and compiled
             with in_words_of(OPENAI_NAMES):
                 choices = await service.off_loop(http, lambda: _raw_choices(body, model), weight)
@@ -100,6 +100,12 @@ def _loaded(body: GenerationFields, http: Request, service: Service, empty: Json
     return JsonResponse(encode_json({**_head(body.model), **empty, "done_reason": reason, "done": True}))
 
 
+def _is_for_encoder(body: GenerateRequest, model: ServedModel) -> bool:
+    """Whether a prompt is what an encoder reads, as it is: few of those models have a chat template."""
+    needs_template = bool(body.system or body.think is not None or body.images)
+    return model.encoder is not None and not model.renderer.template.templates and not needs_template
+
+
 def _is_zero(duration: object) -> bool:
     """Of keep_alive: a number of seconds, or a text as Go writes durations."""
     if isinstance(duration, str):
@@ -119,7 +125,7 @@ def _raw_choices(body: GenerateRequest, model: ServedModel) -> list[Choice]:
     except ValidationError as error:
         raise bad_request(*explain(error.errors(include_url=False), fields)) from None
     [prompt] = prompts_of(request, model)
-    room = model.max_model_len - len(prompt.token_ids)
+    room = prompt.room(model)
     fim = fim_of(model) if request.suffix else None
     wanted = replace(wanted_of(request, fim), max_tokens=min(room, limit or room))
     return make_choices([prompt], request, wanted, model)
@@ -196,7 +202,7 @@ class OllamaAnswer(Answer):
             "done_reason": "length" if delta.finish_reason in ("length", "repetition") else "stop",
             "total_duration": _nanoseconds(times.arrival, time.time()),
             "load_duration": 0,
-            "prompt_eval_count": len(choice.request.token_ids),
+            "prompt_eval_count": len(choice.request.prompt_ids),
             "prompt_eval_duration": _nanoseconds(times.scheduled or times.arrival, times.first),
             "eval_count": choice.num_tokens,
             "eval_duration": _nanoseconds(times.first, times.last),

@@ -109,7 +109,7 @@ class ChatAnswer(OpenAIAnswer):
 
     def _about_prompt(self, delta: Delta) -> Json:
         """Beside the choices, which share their prompt."""
-        return about_prompt(self.request, delta, self.choices[delta.index].request.token_ids, self._model)
+        return about_prompt(self.request, delta, self.choices[delta.index].request.prompt_ids, self._model)
 
 
 def _last_words(request: ChatCompletionRequest) -> str:

@@ -152,7 +152,7 @@ class Responses:
         """The tokens of a prompt. Raises ApiError."""
         before, own = await self._items(body, f"resp_{'0' * 32}", owner_of(http))
         [choice] = await self._begin(body, [*before, *own], http)
-        return len(choice.request.token_ids)
+        return len(choice.request.prompt_ids)
 
     async def get(self, response_id: str, http: Request) -> Json:
         """The response object. Raises ApiError."""

@@ -36,7 +36,7 @@ class Chooser:
         names: list[bytes] = []
         if router.uses_names and self._caches:
             names = piece_names(request.token_ids, salted_root(request.cache_salt, request.adapter))
-        choice = router.route(request.request_id, len(request.token_ids), names, len(request.request_ids))
+        choice = router.route(request.request_id, request.num_read, names, len(request.request_ids))
         if choice is None:
             return None
         chosen = self._members[choice.engine]

@@ -266,7 +266,7 @@ class Fleet:
             request = self._seeds.seeded(given)
             answers = [OpenAnswer(request, number, stream) for number in range(1 + len(request.other_ids))]
             self._open |= {answer.request_id: answer for answer in answers}
-            self._silent |= dict.fromkeys(request.request_ids, len(request.token_ids))
+            self._silent |= dict.fromkeys(request.request_ids, request.num_read)
             member = self.chooser.choose(request)
             if member is not None:
                 self._put(member, answers, request)

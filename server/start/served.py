@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import Ready
+from octavo.runtime.source_messages import AudioSource, TextSource
 from octavo.runtime.vision.recipes import VisionModel
 from octavo.server.draft_metrics import DraftReports
+from octavo.server.encoder_text import read_encoder_text
 from octavo.server.fleet.adapters import AdapterNames
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.media.images import Images
@@ -34,6 +36,7 @@ def served_model(
 ) -> ServedModel:
     """The model as the server sees it. names: ServedModel's server_name and response_ending."""
     most_logprobs = options.text.max_logprobs
+    source = ready.source
     return ServedModel(
         names=text.names,
         root=model_of(options.model),
@@ -65,7 +68,8 @@ def served_model(
         adapters=adapters,
         pooled=None if ready.pooled is None else read_pooled_text(text.directory, ready.pooled),
         images=None if ready.vision is None else _images(options, text, ready.vision),
-        speech=None if ready.source is None else read_speech_text(text.directory, ready.source, text.tokenizer),
+        speech=read_speech_text(text.directory, source, text.tokenizer) if isinstance(source, AudioSource) else None,
+        encoder=read_encoder_text(text.directory, source, ready.vocab_size) if isinstance(source, TextSource) else None,
     )
 
 

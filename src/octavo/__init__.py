@@ -7,6 +7,7 @@ from octavo.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM as AsyncLLM
+    from octavo.inputs import ExplicitEncoderDecoderPrompt as ExplicitEncoderDecoderPrompt
     from octavo.inputs import PromptType as PromptType
     from octavo.inputs import TextPrompt as TextPrompt
     from octavo.inputs import TokensPrompt as TokensPrompt
@@ -56,6 +57,7 @@ _PLACES = {
     "ScoringOutput": "octavo.outputs",
     "ScoringRequestOutput": "octavo.outputs",
     "PromptType": "octavo.inputs",
+    "ExplicitEncoderDecoderPrompt": "octavo.inputs",
     "TextPrompt": "octavo.inputs",
     "TokensPrompt": "octavo.inputs",
 }

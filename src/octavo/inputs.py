@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NotRequired, TypedDict, TypeGuard
 
 KNOWN = ("prompt", "prompt_token_ids", "cache_salt", "multi_modal_data")
+OF_BOTH = ("encoder_prompt", "decoder_prompt")
 
 
 class TextPrompt(TypedDict):
@@ -28,17 +29,29 @@ class TokensPrompt(TypedDict):
     cache_salt: NotRequired[str]
 
 
-PromptType = str | list[int] | TextPrompt | TokensPrompt
+class ExplicitEncoderDecoderPrompt(TypedDict):
+    """What an encoder-decoder's encoder reads, and what its decoder begins with; None: with what the model says."""
+
+    encoder_prompt: str | list[int] | TextPrompt | TokensPrompt
+    decoder_prompt: NotRequired[str | list[int] | TextPrompt | TokensPrompt | None]
+
+
+PromptType = str | list[int] | TextPrompt | TokensPrompt | ExplicitEncoderDecoderPrompt
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One prompt: a text, or token ids and perhaps their text. images: of the text, as Pillow has them."""
+    """One prompt: a text, or token ids and perhaps their text. images: of the text, as Pillow has them.
+
+    names_encoder: it is said to be for an encoder. decoder: what its decoder begins with then; None: nothing is said.
+    """
 
     text: str | None = None
     token_ids: list[int] | None = None
     cache_salt: str | None = None
     images: tuple[Any, ...] = ()
+    names_encoder: bool = False
+    decoder: Given | None = None
 
 
 def prompts_of(prompts: object) -> list[Given]:
@@ -58,6 +71,8 @@ def _prompt_of(prompt: Any, place: str) -> Given:
     if not isinstance(prompt, Mapping):
         raise ValueError(f"{place}: {type(prompt).__name__} is no prompt; a string, token ids or a dictionary is")
     given = {key: value for key, value in prompt.items() if value not in (None, {})}
+    if "encoder_prompt" in given:
+        return _prompt_of_both(given, place)
     unknown = next((key for key in given if key not in KNOWN), None)
     if unknown is not None:
         raise ValueError(f"{place}: octavo does not support {unknown!r}; {', '.join(KNOWN)} work")
@@ -84,6 +99,23 @@ def _images_of(data: Any, place: str) -> tuple[Any, ...]:
         raise ValueError(f"{place}: multi_modal_data has {unknown!r}, and 'image' alone is read")
     images = wanted.get("image", ())
     return tuple(images) if _is_list(images) else (images,)
+
+
+def _prompt_of_both(given: Mapping[str, Any], place: str) -> Given:
+    unknown = next((key for key in given if key not in OF_BOTH), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{place}: octavo does not support {unknown!r} beside 'encoder_prompt'; 'decoder_prompt' works"
+        )
+    encoder, decoder = (
+        None if given.get(key) is None else _prompt_of(given[key], f"{place}[{key!r}]") for key in OF_BOTH
+    )
+    assert encoder is not None
+    if encoder.names_encoder or (decoder is not None and decoder.names_encoder):
+        raise ValueError(f"{place}: a prompt in 'encoder_prompt' or 'decoder_prompt' has none of these itself")
+    if decoder is not None and decoder.images:
+        raise ValueError(f"{place}['decoder_prompt']: a decoder's beginning has no images")
+    return replace(encoder, names_encoder=True, decoder=decoder)
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

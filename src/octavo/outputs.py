@@ -90,6 +90,8 @@ class RequestOutput:
 
     num_cached_tokens: of the prompt, those that the prefix cache had; None until the first token has come. metrics: of
     an answer that has ended.
+    Of an encoder-decoder, encoder_prompt and its ids are what the encoder has read, and prompt is what the decoder has
+    begun with.
     """
 
     request_id: str
@@ -100,8 +102,8 @@ class RequestOutput:
     finished: bool
     metrics: RequestStateStats | None = None
     lora_request: LoRARequest | None = None
-    encoder_prompt: None = None
-    encoder_prompt_token_ids: None = None
+    encoder_prompt: str | None = None
+    encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
     kv_transfer_params: None = None
 

@@ -13,7 +13,7 @@ from forked_commands import forked_commands
 
 from octavo.calibration.layers import QuantizeError
 from octavo.jobs.quantize import quantize
-from octavo.kernels.attention.step import SourceRows, StepInputs
+from octavo.kernels.attention.step import NewSource, SourceRows, StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.weights import load_model
@@ -42,7 +42,9 @@ def logits_of(directory: Path, dtype: str = "float32") -> torch.Tensor:
     caches = kv_cache.allocate(model, 1, 16, model.dtype)
     step = StepInputs.prefill([len(TOKENS)], 16, token_ids=TOKENS, logits_index=torch.arange(len(TOKENS)))
     heard = torch.randn(tiny_whisper.NUM_MELS, 2 * tiny_whisper.POSITIONS, generator=torch.Generator().manual_seed(0))
-    return model.forward(replace(step, sources=SourceRows((0,), ((0, heard),))), caches)
+    return model.forward(
+        replace(step, sources=SourceRows((0,), (tiny_whisper.POSITIONS,), (NewSource((0,), heard),))), caches
+    )
 
 
 @pytest.mark.parametrize("scheme", LEAST)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from octavo.kernels.attention import reference
-from octavo.kernels.attention.cross import cross_attention
+from octavo.kernels.attention.cross import Sources, cross_attention
 
 HEADS = 3
 DIM = 16
 STARTS = [0, 1, 8, 9]
 PLACES = [4, 0, 2]  # the sequences' own, in any order
+LENGTHS = [37, 1, 20]
+SOURCES = Sources(STARTS, PLACES, LENGTHS)
 
 
 def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -23,17 +25,18 @@ def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def test_the_reference_is_a_softmax_over_all_positions() -> None:
     q, keys, values = tensors(torch.float64)
-    found = reference.cross_attention(q.float(), keys.float(), values.float(), STARTS, PLACES, 0.25)
+    found = reference.cross_attention(q.float(), keys.float(), values.float(), SOURCES, 0.25)
     for token in range(len(q)):
         sequence = sum(token >= end for end in STARTS[1:])
         for head in range(HEADS):
             columns = slice(head * DIM, (head + 1) * DIM)
-            scores = keys[PLACES[sequence], head] @ q[token, columns] * 0.25
-            truth = scores.exp() @ values[PLACES[sequence], head] / scores.exp().sum()
+            seen = slice(LENGTHS[sequence])
+            scores = keys[PLACES[sequence], head, seen] @ q[token, columns] * 0.25
+            truth = scores.exp() @ values[PLACES[sequence], head, seen] / scores.exp().sum()
             torch.testing.assert_close(found[token, columns].double(), truth, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_it_is_the_reference(dtype: torch.dtype, most: float) -> None:
-    given = (*tensors(dtype), STARTS, PLACES, DIM**-0.5)
+    given = (*tensors(dtype), SOURCES, DIM**-0.5)
     torch.testing.assert_close(cross_attention(*given), reference.cross_attention(*given), atol=most, rtol=most)

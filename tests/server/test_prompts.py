@@ -21,7 +21,7 @@ def served(max_model_len: int) -> Any:
     endless = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([endless, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
-    return SimpleNamespace(max_model_len=max_model_len, tokenizer=Tokenizer(backend, {}))
+    return SimpleNamespace(max_prompt_len=max_model_len, tokenizer=Tokenizer(backend, {}))
 
 
 def refusal(text: str, model: Any, *, must_fit: bool) -> ApiError:

@@ -10,13 +10,13 @@ import tiny_whisper
 from tiny_whisper import END, FIRST_TIME, IDS
 
 from octavo.audio.facts import Piece
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import AudioSource
 from octavo.server.speech_text import SpeechText, read_speech_text
 from octavo.server.transcript import Said, Segment, segments_of, srt_of, text_of, vtt_of
 from octavo.server.transcription import Asked, marks_of
 from octavo.text.tokenizer import Tokenizer
 
-SHAPE = SourceShape(tiny_whisper.NUM_MELS, 2 * tiny_whisper.POSITIONS, tiny_whisper.POSITIONS, 1)
+SHAPE = AudioSource(tiny_whisper.NUM_MELS, 2 * tiny_whisper.POSITIONS, tiny_whisper.POSITIONS, 1)
 PLAIN = Asked("transcribe", "de", (), 0.0, has_times=False, measures=False)
 
 

@@ -14,8 +14,8 @@ from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.model.model import KVShape
 from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.source_messages import Source
 from octavo.runtime.speculation.speculation import Speculation
-from octavo.runtime.speech_messages import SourceShape
 from octavo.runtime.worker.worker import Worker
 
 VOCAB = 61
@@ -48,7 +48,7 @@ class ToyModel:
     pooler = None
     num_token_types = 0
     tower = None
-    source: SourceShape | None = None
+    source: Source | None = None
     num_layers = 1
     dtype = torch.float32
     device = torch.device("cpu")

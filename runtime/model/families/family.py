@@ -15,6 +15,7 @@ from octavo.kernels.moe.reference import Routing
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index, Positive
 from octavo.runtime.model.families.encoding import EncoderArchitecture
+from octavo.runtime.model.families.translating import EncDecArchitecture
 from octavo.runtime.model.rope import RopeError
 from octavo.runtime.model.state_mixers import BesideSpec, StateSpec
 
@@ -292,6 +293,7 @@ class Family:
     tied_outside    of these vision checkpoints' heads, config.json says whether they are tied, and text_config nothing
     encoders        those that read a whole text at once, by model_type
     speech          model types that turn audio into text
+    encoder_decoders  those that read a whole text, and write another one, by model_type
     """
 
     architectures: Mapping[str, Architecture]
@@ -300,3 +302,4 @@ class Family:
     tied_outside: tuple[str, ...] = ()
     encoders: Mapping[str, EncoderArchitecture] = field(default_factory=dict)
     speech: tuple[str, ...] = ()
+    encoder_decoders: Mapping[str, EncDecArchitecture] = field(default_factory=dict)

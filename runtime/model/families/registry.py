@@ -11,6 +11,7 @@ from octavo.quant.model_layout import Layouts, ModelLayout
 from octavo.runtime.model import families
 from octavo.runtime.model.families.encoding import EncoderArchitecture
 from octavo.runtime.model.families.family import Architecture, Family
+from octavo.runtime.model.families.translating import EncDecArchitecture
 
 
 def find_families() -> Iterator[Family]:
@@ -32,6 +33,9 @@ VISION: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {outer: texts for family in FAMILIES for outer, texts in family.vision.items()}
 )
 SPEECH = frozenset(model_type for family in FAMILIES for model_type in family.speech)
+ENCODER_DECODERS: Mapping[str, EncDecArchitecture] = MappingProxyType(
+    {model_type: row for family in FAMILIES for model_type, row in family.encoder_decoders.items()}
+)
 
 
 TEXT_DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
@@ -64,5 +68,5 @@ LAYOUTS: Layouts = MappingProxyType(
     {model_type: _layout(row) for model_type, row in ARCHITECTURES.items()}
     | {outer: _layout(ARCHITECTURES[texts[0]]) for outer, texts in VISION.items()}
     | dict.fromkeys(ENCODERS, ModelLayout(blocks_alike=True, is_encoder=True))
-    | dict.fromkeys(SPEECH, ModelLayout(has_encoder=True))
+    | dict.fromkeys((*SPEECH, *ENCODER_DECODERS), ModelLayout(has_encoder=True))
 )

@@ -29,7 +29,7 @@ from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import some
-from octavo.runtime.speech_messages import SourceShape
+from octavo.runtime.source_messages import Source
 
 
 class HFModel:
@@ -44,7 +44,7 @@ class HFModel:
     pooler = None
     num_token_types = 0
     tower = None
-    source: SourceShape | None = None
+    source: Source | None = None
     first_layer = 0
     compiles_kernels = False
     capturable = False

@@ -183,7 +183,7 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
     """
     from octavo.quant.scheme import SchemeError
     from octavo.runtime.model.config_types import ModelConfigError
-    from octavo.runtime.model.families.registry import ENCODERS, SPEECH
+    from octavo.runtime.model.families.registry import ENCODER_DECODERS, ENCODERS, SPEECH
     from octavo.runtime.model.kernel_plan import plan_kernels
     from octavo.runtime.model.names import required_modules
     from octavo.runtime.model.sources import CheckpointSource, LoadError
@@ -204,6 +204,8 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
             }, {}
         if e.model_type in SPEECH:
             return {"weight_bytes": weights, "note": _of_speech(checkpoint.config)}, {}
+        if e.model_type in ENCODER_DECODERS:
+            return {"weight_bytes": weights, "note": _of_encoder_decoder(checkpoint.config)}, {}
         note = f"{e.model_type} is served in transformers' own code, if that has it"
         return {"weight_bytes": weights, "note": note}, {}
     except (UnsupportedModelError, ModelConfigError, LoadError, SchemeError) as e:
@@ -226,18 +228,39 @@ def _of_speech(config: dict[str, Any]) -> str:
     import torch
 
     from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.encdec_parts import source_bytes
     from octavo.runtime.model.spec import UnsupportedModelError
-    from octavo.runtime.model.speech import source_bytes
     from octavo.runtime.model.speech_spec import SpeechSpec
 
     try:
         spec = SpeechSpec.from_hf(config)
     except (UnsupportedModelError, ModelConfigError) as e:
         return f"not served: {e}"
-    megabytes = source_bytes(spec, torch.bfloat16) / 1e6
+    layers = spec.decoder.num_layers
+    megabytes = source_bytes(layers, spec.num_sources, spec.hidden_size, torch.bfloat16) / 1e6
     return (
         f"{spec.architecture} writes down what it hears: each request under way takes {megabytes:.1f} MB for keys and "
         f"values of its audio in bfloat16, and has {spec.max_position} tokens"
+    )
+
+
+def _of_encoder_decoder(config: dict[str, Any]) -> str:
+    """What an encoder-decoder does and needs, or why it isn't served."""
+    import torch
+
+    from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.encdec_parts import source_bytes
+    from octavo.runtime.model.encdec_spec import EncDecSpec
+    from octavo.runtime.model.spec import UnsupportedModelError
+
+    try:
+        spec = EncDecSpec.from_hf(config)
+    except (UnsupportedModelError, ValueError, ModelConfigError) as e:
+        return f"not served: {e}"
+    kilobytes = source_bytes(spec.decoder.num_layers, 1, spec.width, torch.bfloat16) / 1e3
+    return (
+        f"{spec.architecture} reads a prompt with its encoder, and its decoder writes: each request under way takes "
+        f"{kilobytes:.1f} kB in bfloat16 for keys and values of each token of its prompt"
     )
 
 

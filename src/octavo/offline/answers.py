@@ -67,9 +67,12 @@ class GrowingRequest:
         self._first = choices[0].index
         self._whole = [self._said(Delta(choice.index, [], [], [], [])) for choice in choices]
         self._num_open = len(choices)
-        self._output = RequestOutput(
-            request_id, given.text, choices[0].request.token_ids, None, self._whole, finished=False
-        )
+        request = choices[0].request
+        self._output = RequestOutput(request_id, given.text, request.token_ids, None, self._whole, finished=False)
+        if request.source_ids:
+            self._output.prompt = None if given.decoder is None else given.decoder.text
+            self._output.encoder_prompt = given.text
+            self._output.encoder_prompt_token_ids = request.source_ids
         self._output.lora_request = asked.adapter
 
     @property

@@ -93,7 +93,7 @@ class Batch:
 
     def _most_tokens(self, ready: Ready) -> int:
         model = self._model.model
-        return ready.job.asked.wanted.limit(model.max_model_len - len(ready.prompt.token_ids), model)
+        return ready.job.asked.wanted.limit(ready.prompt.room(model), model)
 
     def _prompts_of(self, jobs: Sequence[Job], texts: Sequence[Written]) -> list[Ready]:
         return [self._ready(job, text) for job, text in zip(jobs, texts, strict=True)]

@@ -29,7 +29,7 @@ from octavo.server.generation import Choice, make_choices
 from octavo.server.media.images import NO_IMAGES
 from octavo.server.media.prompt import ReadImage
 from octavo.server.media.sources import ImageSource
-from octavo.server.prompts import Prompt, Wanted, encode, fitted
+from octavo.server.prompts import Prompt, Wanted, decoder_begin, encode, fitted
 from octavo.server.reading import Reading
 from octavo.server.served_model import ServedModel
 from octavo.server.template_renderer import RenderRequest
@@ -199,10 +199,21 @@ def tokenized(found: Written, asked: Asked, model: ServedModel) -> Prompt:
             text = model.images.expanded(text, images, "prompt")
         must_fit = request.truncate_prompt_tokens is None
         ids = encode(text, "prompt", model, add_special_tokens=adds_special, must_fit=must_fit)
-    prompt = Prompt(fitted(ids, request, asked.wanted, model, "prompt"), given.text)
+    fitting = fitted(ids, request, asked.wanted, model, "prompt")
+    prompt = Prompt(fitting, given.text, decoder_ids=_begin_of(given, model))
     if images and model.images is not None:
         prompt = replace(prompt, images=model.images.placed(prompt.token_ids, images, "prompt"))
     return prompt
+
+
+def _begin_of(given: Given, model: ServedModel) -> list[int] | None:
+    """What an encoder-decoder's decoder begins with, where the prompt says it: its start comes first, as in vLLM."""
+    if given.names_encoder and model.encoder is None:
+        raise bad_request("encoder_prompt: this model has no encoder, and goes on from a prompt", "encoder_prompt")
+    decoder = given.decoder
+    if decoder is None:
+        return None
+    return decoder_begin(decoder.token_ids or decoder.text or [], model)
 
 
 def reading_for(given: Given | Conversation, prompt: Prompt, asked: Asked, model: ServedModel) -> Reading | None:

@@ -15,21 +15,22 @@ from safetensors.torch import save_file
 from tiny_whisper import END, FIRST_TIME, IDS, NUM_MELS, POSITIONS
 from torch import Tensor
 
-from octavo.kernels.attention.step import SourceRows, StepInputs
+from octavo.kernels.attention.step import NewSource, SourceRows, StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.model.encdec import EncoderDecoder
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import UnsupportedModelError
-from octavo.runtime.model.speech import SpeechModel
 from octavo.runtime.model.weights import load_model
-from octavo.runtime.speech_messages import SpeechRules
+from octavo.runtime.source_messages import AnswerRules
 from octavo.runtime.startup import load_engine
 from octavo.runtime.worker import kv_cache
 
 START = IDS["startoftranscript"]
 PLAIN = ((IDS["en"],), (IDS["transcribe"],), (IDS["notimestamps"],))
+BOTH = (POSITIONS, POSITIONS)
 Truth = transformers.WhisperForConditionalGeneration
 
 
@@ -66,10 +67,10 @@ def run(engine: Engine, requests: list[AddRequest]) -> dict[str, list[int]]:
     return found
 
 
-def request(name: str, of: Tensor, rules: SpeechRules, prompt: list[int] | None = None, **params: object) -> AddRequest:
+def request(name: str, of: Tensor, rules: AnswerRules, prompt: list[int] | None = None, **params: object) -> AddRequest:
     forbidden = tuple((token,) for token in tiny_whisper.SUPPRESSED)
     given = {"max_tokens": 30, "temperature": 0.0, "stop_token_ids": (END,), "forbidden": forbidden} | params
-    sampling = SamplingParams(**given, speech=rules)  # type: ignore[arg-type]
+    sampling = SamplingParams(**given, rules=rules)  # type: ignore[arg-type]
     return AddRequest(name, prompt or [START], sampling, 0.0, features=sent(of))
 
 
@@ -77,7 +78,7 @@ def test_logits_are_those_of_transformers(made: tuple[Path, Truth]) -> None:
     """A step in which two sequences begin, one of them with a long prompt, and a step of single tokens."""
     directory, theirs = made
     model = load_model(config_of(directory))
-    assert isinstance(model, SpeechModel)
+    assert isinstance(model, EncoderDecoder)
     caches = kv_cache.allocate(model, 8, 16, torch.float32)
     ids = [[START, *PLAIN[0], 5, 77, 140], list(range(20, 40))]
     heard = [features(0), features(1)]
@@ -85,10 +86,10 @@ def test_logits_are_those_of_transformers(made: tuple[Path, Truth]) -> None:
     flat = [token for one in ids for token in one]
     step = StepInputs.prefill(lengths, 16, token_ids=flat, logits_index=torch.arange(len(flat)))
     places = (2, 0)
-    new = tuple(zip(places, heard, strict=True))
-    first = model.forward(_with(step, SourceRows(places, new)), caches)
+    new = tuple(NewSource((place,), one) for place, one in zip(places, heard, strict=True))
+    first = model.forward(_with(step, SourceRows(places, BOTH, new)), caches)
     longer = StepInputs.decode([length + 1 for length in lengths], 16, token_ids=[9, 10], tables=step.block_tables)
-    second = model.forward(_with(longer, SourceRows(places, ())), caches)
+    second = model.forward(_with(longer, SourceRows(places, BOTH, ())), caches)
     ends = np.cumsum(lengths)
     for place, (tokens, audio) in enumerate(zip(ids, heard, strict=True)):
         with torch.inference_mode():
@@ -111,7 +112,7 @@ def test_answers_of_a_batch_are_those_that_transformers_generates(made: tuple[Pa
     assert ready.source.places == 4
     first = FIRST_TIME if has_times else None
     starts = PLAIN[:2] if has_times else PLAIN
-    rules = SpeechRules(starts, tuple(tiny_whisper.NEVER_FIRST), first, FIRST_TIME + 25 if has_times else None, END)
+    rules = AnswerRules(starts, tuple(tiny_whisper.NEVER_FIRST), first, FIRST_TIME + 25 if has_times else None, END)
     also = ((IDS["notimestamps"],),) if has_times else ()
     forbidden = (*((token,) for token in tiny_whisper.SUPPRESSED), *also)
     heard = [features(seed) for seed in range(5)]
@@ -139,7 +140,7 @@ def test_the_language_is_the_one_that_transformers_detects(made: tuple[Path, Tru
     engine, _ = load_engine(config_of(directory), 0.0)
     languages = tuple(IDS[code] for code in ("en", "de", "haw"))
     heard = [features(seed) * (1 + seed % 3) + 2.0 * (seed - 6) for seed in range(12)]
-    rules = SpeechRules((languages,))
+    rules = AnswerRules((languages,))
     found = run(engine, [request(str(i), one, rules, max_tokens=1) for i, one in enumerate(heard)])
     truth = theirs.detect_language(torch.stack(heard)).tolist()
     assert [found[str(i)][0] for i in range(len(heard))] == truth
@@ -150,7 +151,7 @@ def test_a_forced_token_is_the_likeliest_of_its_list(made: tuple[Path, Truth]) -
     directory, theirs = made
     engine, _ = load_engine(config_of(directory), 0.0)
     heard = [features(seed) * (1 + seed % 3) + 2.0 * (seed - 6) for seed in range(12)]
-    rules = SpeechRules((tuple(range(20)), (1,)))
+    rules = AnswerRules((tuple(range(20)), (1,)))
     found = run(engine, [request(str(i), one, rules, max_tokens=2, temperature=9.0) for i, one in enumerate(heard)])
     with torch.inference_mode():
         logits = theirs(input_features=torch.stack(heard), decoder_input_ids=torch.full((12, 1), START)).logits.clone()
@@ -165,14 +166,14 @@ def test_one_begins_at_a_time(made: tuple[Path, Truth]) -> None:
     directory, _ = made
     engine, _ = load_engine(config_of(directory), 0.0)
     for place in range(3):
-        assert engine.add(request(str(place), features(place), SpeechRules(PLAIN))) == []
+        assert engine.add(request(str(place), features(place), AnswerRules(PLAIN))) == []
     plans = [engine.scheduler.plan() for _ in range(3)]
     assert [sum(it.is_new for it in plan.scheduled) for plan in plans] == [1, 1, 1]
 
 
 def test_a_sequence_that_gives_its_blocks_back_is_read_again(made: tuple[Path, Truth]) -> None:
     directory, _ = made
-    rules = SpeechRules(PLAIN, tuple(tiny_whisper.NEVER_FIRST), None, None, END)
+    rules = AnswerRules(PLAIN, tuple(tiny_whisper.NEVER_FIRST), None, None, END)
     wanted = [request(str(i), features(i), rules, max_tokens=40, stop_token_ids=()) for i in range(3)]
     roomy, _ = load_engine(config_of(directory, block_size=4), 0.0)
     tight, _ = load_engine(config_of(directory, block_size=4, num_blocks=17), 0.0)
@@ -191,7 +192,7 @@ def test_weights_are_rounded_at_load(made: tuple[Path, Truth], dtype: str) -> No
     caches = kv_cache.allocate(model, 1, 16, model.dtype)
     tokens = [START, 5, 77, 140]
     step = StepInputs.prefill([4], 16, token_ids=tokens, logits_index=torch.arange(4))
-    own = model.forward(_with(step, SourceRows((0,), ((0, features(0)),))), caches)
+    own = model.forward(_with(step, SourceRows((0,), (POSITIONS,), (NewSource((0,), features(0)),))), caches)
     with torch.inference_mode():
         truth = theirs(input_features=features(0)[None], decoder_input_ids=torch.tensor([tokens])).logits[0]
     assert torch.cosine_similarity(own.flatten(), truth.flatten(), dim=0) > (0.9 if dtype == "int4" else 0.98)
@@ -206,9 +207,9 @@ def test_what_a_request_lacks_is_said(made: tuple[Path, Truth]) -> None:
     assert "reads 80 x 100 numbers" in missing.error
     twice = engine.add(AddRequest("b", [START], params, 0.0, features=sent(features(0)), other_ids=["b2"]))
     assert [output.error for output in twice] == ["other_ids: a request with features has one answer"] * 2
-    empty = SamplingParams(max_tokens=1, speech=SpeechRules(((),)))
+    empty = SamplingParams(max_tokens=1, rules=AnswerRules(((),)))
     (refused,) = engine.add(AddRequest("c", [START], empty, 0.0, features=sent(features(0))))
-    assert refused.error == "speech.starts has an empty list of tokens"
+    assert refused.error == "rules.starts has an empty list of tokens"
 
 
 REFUSED = {

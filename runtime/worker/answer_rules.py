@@ -1,8 +1,8 @@
-"""Whisper's rules for an answer: what its first tokens are, and where timestamps stand (SpeechRules).
+"""Rules of a model for its answers: what the first and last tokens are, and Whisper's for timestamps (AnswerRules).
 
-As OpenAI's decoding has them (arXiv 2212.04356, section 4.5, and its code): timestamps come in pairs around text, never
-go back, begin the answer, and are taken where all of them together are likelier than any single token of text.
-Tokens of text have ids below `end_id`, timestamps from `first_timestamp` on.
+Of the latter, as OpenAI's decoding has them (arXiv 2212.04356, section 4.5, and its code): timestamps come in pairs
+around text, never go back, begin the answer, and are taken where all of them together are likelier than any single
+token of text. Tokens of text have ids below `end_id`, timestamps from `first_timestamp` on.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from octavo.runtime.speech_messages import SpeechRules
+from octavo.runtime.source_messages import AnswerRules
 
 NEVER = float("-inf")
 
 
-def keep_rules(logits: Tensor, output: Sequence[int], rules: SpeechRules) -> None:
+def keep_rules(logits: Tensor, output: Sequence[int], rules: AnswerRules, max_tokens: int) -> None:
     """Change the logits [vocab] of the token behind `output`, an answer's tokens so far, in place."""
     num_starts = len(rules.starts)
+    if rules.last_id is not None and len(output) == max_tokens - 1:
+        _take_likeliest(logits, (rules.last_id,))
+        return
     if len(output) < num_starts:
         _take_likeliest(logits, rules.starts[len(output)])
         return
@@ -37,7 +40,7 @@ def _take_likeliest(logits: Tensor, tokens: tuple[int, ...]) -> None:
     logits[best] = 0.0
 
 
-def _keep_times(logits: Tensor, said: Sequence[int], rules: SpeechRules, first: int) -> None:
+def _keep_times(logits: Tensor, said: Sequence[int], rules: AnswerRules, first: int) -> None:
     if not said:
         logits[:first] = NEVER
         if rules.latest_start is not None:

@@ -1,0 +1,157 @@
+"""The features of one encoder-decoder of text, as a value read from its config.json; the counterpart of `DecoderSpec`.
+
+Whatever changes the computation and isn't known here is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.runtime.model.config_types import Count, Index, ModelConfigError, Positive, check_types, config_struct
+from octavo.runtime.model.encoder_spec import EncoderActivation, activation_of
+from octavo.runtime.model.families.registry import ENCODER_DECODERS
+from octavo.runtime.model.families.translating import EncDecArchitecture, EncDecNames
+from octavo.runtime.model.spec import UnsupportedModelError, stored_dtype
+
+NORM_EPS = 1e-5  # torch's own default for LayerNorm, where no key says it
+
+
+@dataclass(frozen=True)
+class TextStackSpec:
+    """The encoder's layers, or the decoder's."""
+
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class EncDecSpec:
+    """An encoder over a text's tokens, and a decoder with attention to its output; one embedding serves both.
+
+    row            what its family says; names: of its modules
+    max_position   of a text, on either side, as the config says; bounds_positions: no longer one can be computed
+    first_position  the row of the position tables, or the position of the sines, that a text's first token has
+    scale          what scores are multiplied by
+    embedding_factor, head_factor  what embeddings, and logits, are multiplied by
+    num_buckets    of the bias by distance, and the distance at which they end; 0: there is none
+    dtype          the type that the config names, or None
+    """
+
+    architecture: str
+    row: EncDecArchitecture
+    names: EncDecNames
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    encoder: TextStackSpec
+    decoder: TextStackSpec
+    max_position: int
+    first_position: int
+    bounds_positions: bool
+    activation: EncoderActivation
+    gated: bool
+    norm_eps: float
+    scale: float
+    embedding_factor: float
+    head_factor: float
+    num_buckets: int
+    farthest: int
+    dtype: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Of all heads of the decoder's keys, or values."""
+        return self.decoder.num_heads * self.head_dim
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> EncDecSpec:
+        """Read a config.json; raises UnsupportedModelError on what isn't known, ModelConfigError on what can't be."""
+        name = str(config.get("model_type"))
+        if name not in ENCODER_DECODERS:
+            raise UnsupportedModelError(
+                f"model_type {name!r} is no encoder-decoder of text here; known are {', '.join(ENCODER_DECODERS)}"
+            )
+        row = ENCODER_DECODERS[name]
+        classes = config.get("architectures") or []
+        if classes and classes[0] not in row.classes:
+            raise UnsupportedModelError(f"architecture {classes[0]!r} writes no texts; {row.classes[0]} does")
+        types: dict[str, Any] = {key: _TYPES.get(size, Count) for size, keys in row.keys.items() for key in keys}
+        check_types(config, config_struct({**types, row.activation: str, "pad_token_id": Index}))
+        _check_neutral(row, config, name)
+        settings = ChainMap({key: value for key, value in config.items() if value is not None}, dict(row.defaults))
+        sizes = {size: _size(settings, keys, name) for size, keys in row.keys.items()}
+        hidden = sizes["hidden_size"]
+        head_dim = sizes.get("head_dim") or hidden // sizes["decoder_heads"]
+        _check_heads(row, sizes, head_dim)
+        _check_buckets(row, sizes)
+        kind = str(settings[row.activation])
+        gated = kind.startswith("gated-")
+        # the gated one is the tanh approximation, as its first code had it
+        act = activation_of("gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"))
+        scales_embedding = bool(row.scale_embedding and settings.get(row.scale_embedding))
+        return cls(
+            architecture=name,
+            row=row,
+            names=row.names(gated),
+            vocab_size=_size(settings, ("vocab_size",), name),
+            hidden_size=hidden,
+            head_dim=head_dim,
+            encoder=TextStackSpec(sizes["encoder_layers"], sizes["encoder_heads"], sizes["encoder_inner"]),
+            decoder=TextStackSpec(sizes["decoder_layers"], sizes["decoder_heads"], sizes["decoder_inner"]),
+            max_position=sizes["max_position"],
+            first_position=settings["pad_token_id"] + 1 if row.sines else row.first_position,
+            bounds_positions=bool(row.names(gated).positions),
+            activation=act,
+            gated=gated,
+            norm_eps=float(sizes.get("norm_eps", NORM_EPS)),
+            scale=head_dim**-0.5 if row.scales else 1.0,
+            embedding_factor=hidden**0.5 if scales_embedding else 1.0,
+            head_factor=hidden**-0.5 if row.scales_head(config) else 1.0,
+            num_buckets=sizes.get("num_buckets", 0),
+            farthest=sizes.get("farthest", 0),
+            dtype=stored_dtype(config),
+        )
+
+
+_TYPES = {"norm_eps": Positive, "num_buckets": Index}
+
+
+def _check_neutral(row: EncDecArchitecture, config: Mapping[str, Any], name: str) -> None:
+    for key, neutral in row.neutral.items():
+        if config.get(key) not in neutral:
+            raise UnsupportedModelError(
+                f"{name}: {key} = {config[key]!r} changes the computation in a way that isn't known here"
+            )
+
+
+def _check_buckets(row: EncDecArchitecture, sizes: Mapping[str, Any]) -> None:
+    buckets = sizes.get("num_buckets")
+    if buckets is not None and not 4 <= buckets < 2 * sizes["farthest"]:
+        most = f"twice {row.keys['farthest'][0]}, {sizes['farthest']}"
+        raise ModelConfigError(f"config.json: {row.keys['num_buckets'][0]} {buckets} is not between 4 and {most}")
+
+
+def _size(settings: Mapping[str, Any], keys: tuple[str, ...], name: str) -> Any:
+    """The first of these keys that is there, of whose type `check_types` has made sure."""
+    key = next((key for key in keys if key in settings), None)
+    if key is None:
+        raise ModelConfigError(f"config.json has no {keys[0]}, which {name} needs")
+    return settings[key]
+
+
+def _check_heads(row: EncDecArchitecture, sizes: Mapping[str, Any], head_dim: int) -> None:
+    """Heads of one size in both stacks, together as wide as the hidden states where no key says their size."""
+    if "head_dim" in row.keys:
+        return
+    hidden = sizes["hidden_size"]
+    for stack in ("encoder", "decoder"):
+        heads = sizes[f"{stack}_heads"]
+        if heads * head_dim != hidden:
+            raise ModelConfigError(
+                f"config.json: {row.keys[f'{stack}_heads'][0]} {heads} times heads of {head_dim} is not d_model "
+                f"{hidden}; both stacks have heads of one size here"
+            )

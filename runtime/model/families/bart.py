@@ -1,0 +1,104 @@
+"""BART (arXiv 1910.13461), mBART (arXiv 2001.08210), and M2M-100 and NLLB (arXiv 2010.11125, 2207.04672).
+
+LayerNorm and biases everywhere; positions are learned, but those of M2M-100 and NLLB, which are sines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from octavo.runtime.model.families.family import Family
+from octavo.runtime.model.families.translating import EncDecArchitecture, EncDecNames
+
+
+def _names(_gated: bool) -> EncDecNames:
+    return EncDecNames(
+        words="model.shared",
+        copies=("model.encoder.embed_tokens", "model.decoder.embed_tokens"),
+        layer="model.{}.layers.{}.",
+        own="self_attn.",
+        cross="encoder_attn.",
+        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+        attention_norm="self_attn_layer_norm",
+        cross_norm="encoder_attn_layer_norm",
+        encoder_mlp="",
+        decoder_mlp="",
+        up=("fc1",),
+        down="fc2",
+        mlp_norm="final_layer_norm",
+        positions="model.{}.embed_positions",
+        embedding_norm="model.{}.layernorm_embedding",
+        head_bias="final_logits_bias",
+        unused=("model.encoder.version", "model.decoder.version"),
+    )
+
+
+def _mbart_names(gated: bool) -> EncDecNames:
+    return replace(_names(gated), final_norm="model.{}.layer_norm")
+
+
+def _m2m_names(gated: bool) -> EncDecNames:
+    return replace(_mbart_names(gated), positions="", embedding_norm="", head_bias="")
+
+
+BART = EncDecArchitecture(
+    names=_names,
+    classes=("BartForConditionalGeneration",),
+    keys={
+        "hidden_size": ("d_model",),
+        "encoder_layers": ("encoder_layers",),
+        "decoder_layers": ("decoder_layers",),
+        "encoder_heads": ("encoder_attention_heads",),
+        "decoder_heads": ("decoder_attention_heads",),
+        "encoder_inner": ("encoder_ffn_dim",),
+        "decoder_inner": ("decoder_ffn_dim",),
+        "max_position": ("max_position_embeddings",),
+    },
+    defaults={"activation_function": "gelu", "max_position_embeddings": 1024},
+    neutral={
+        "normalize_before": (None, False),
+        "normalize_embedding": (None, True),
+        "add_final_layer_norm": (None, False),
+        "add_bias_logits": (None, False),
+        "static_position_embeddings": (None, False),
+        "extra_pos_embeddings": (None, 2),
+    },
+    norm="layer",
+    norms="post",
+    has_bias=True,
+    scales=True,
+    activation="activation_function",
+    scale_embedding="scale_embedding",
+    first_position=2,
+)
+
+_PRE_NORM: Mapping[str, tuple[Any, ...]] = {
+    **BART.neutral,
+    "normalize_before": (None, True),
+    "add_final_layer_norm": (None, True),
+}
+
+FAMILY = Family(
+    architectures={},
+    encoder_decoders={
+        "bart": BART,
+        "mbart": replace(
+            BART,
+            names=_mbart_names,
+            classes=("MBartForConditionalGeneration",),
+            norms="pre",
+            neutral=_PRE_NORM,
+        ),
+        "m2m_100": replace(
+            BART,
+            names=_m2m_names,
+            classes=("M2M100ForConditionalGeneration",),
+            defaults={**BART.defaults, "activation_function": "relu", "scale_embedding": True, "pad_token_id": 1},
+            norms="pre",
+            neutral={**_PRE_NORM, "normalize_embedding": (None, False)},
+            sines=True,
+        ),
+    },
+)
