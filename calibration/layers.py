@@ -19,7 +19,7 @@ from octavo.quant.mtp_names import is_mtp, mtp_patterns
 from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 from octavo.quant.split_experts import LAYOUTS
 
-BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)(?P<list>layers?)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
+BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)(?P<list>layers?|block)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
 ROUTER = re.compile(
     r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$|^altup\."
@@ -29,10 +29,13 @@ EXPANSION = re.compile(r"(^|\.)kv_b_proj$")
 GATES = re.compile(r"(^|\.)linear_attn\.in_proj_(ba|b|a)$")
 """What makes a state's decays, which all later tokens are multiplied by: a few rows, which engines don't quantize."""
 EXPERT = re.compile(r"\.experts\.\d+\.")
-EMBEDDING = re.compile(r"embed(?!.*projection)|wte|wpe")
+EMBEDDING = re.compile(r"embed(?!.*projection)|wte|wpe|^shared$|\.shared$")
+DISTANCES = re.compile(r"\.relative_attention_bias\.weight$")
+"""Numbers of each head for buckets of distances, which have two dimensions as well."""
 MOST_LAYERS = 10_000
 WIDEST_KERNEL = 16  # positions or channels of a convolution within a block, which has three dimensions as well
 NUM_LAYERS = ("num_hidden_layers", "n_layers", "n_layer")  # names of the key, the last two of encoders
+OF_BOTH = ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")  # of an encoder and a decoder
 FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -109,7 +112,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
                     f"{name} {list(spec.shape)}: experts fused into one tensor are split where their layout is known, "
                     f"of {', '.join(LAYOUTS)}; model_type {checkpoint.config.get('model_type')!r} is none of them"
                 )
-            if len(spec.shape) != 2 or not name.endswith(".weight"):
+            if len(spec.shape) != 2 or not name.endswith(".weight") or DISTANCES.search(name):
                 continue
             module = name.removesuffix(".weight")
             match = BLOCK.match(name)
@@ -143,7 +146,8 @@ def _check_blocks(checkpoint: Checkpoint, found: list[LinearLayer]) -> None:
     text = config.get("text_config") or config
     count = next((text[name] for name in NUM_LAYERS if name in text), None)
     if checkpoint.layout.has_encoder:
-        count = max(config["encoder_layers"], config["decoder_layers"])
+        counts = [config[name] for name in OF_BOTH if type(config.get(name)) is int]
+        count = max(counts, default=None)
     if not config.get("model_type") or type(count) is not int:
         raise QuantizeError("config.json lacks model_type or num_hidden_layers: not a decoder that transformers wrote")
     if not 1 <= count <= MOST_LAYERS:

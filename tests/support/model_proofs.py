@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import encoder_oracle
+import tiny_encdec
 import torch
 from calibrated import calibration
 from divided import Pretended
@@ -30,6 +31,7 @@ from octavo.quant.dequantized import open_dequantized
 from octavo.quant.scheme import PRESETS
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.encdec import EncoderDecoder
 from octavo.runtime.model.encoder import Encoder
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.kernel_plan import check_attention
@@ -83,10 +85,13 @@ def prove(tiny: TinyModel, directory: Path) -> Proven:
     source = directory / "source"
     truth = tiny.write(source)
     config = json.loads((source / "config.json").read_text())
-    difference = _encoder_difference(source, truth) if tiny.is_encoder else _decoder_difference(source, truth)
+    if tiny.reads_source:
+        difference = _answer_difference(source, truth)
+    else:
+        difference = (_encoder_difference if tiny.is_encoder else _decoder_difference)(source, truth)
     original = _numbers(source)
     served: list[str] = []
-    refused = _refused_options(source, config, is_encoder=tiny.is_encoder)
+    refused = _refused_options(source, config, is_decoder=tiny.is_decoder)
     for name, spelled in schemes().items():
         for algorithm in _algorithms(tiny, name):
             recipe = Recipe(spelled, algorithm=algorithm)
@@ -159,9 +164,21 @@ def _encoder_difference(source: Path, truth: Truth) -> float:
     return difference
 
 
+def _answer_difference(source: Path, truth: Truth) -> float:
+    """Of an encoder-decoder's logits: what its decoder reads as a whole, in chunks, and token by token."""
+    model = load_model(EngineConfig(model=str(source), dtype="float32"))
+    assert isinstance(model, EncoderDecoder)
+    theirs = [truth(ids) for ids in prompts()]
+    text = tiny_encdec.texts(1)[0]
+    ways = [[tiny_encdec.computed(model, text, ids, size) for ids in prompts()] for size in (64, 7, 1)]
+    difference = max(_relative(ours, theirs) for ours in ways)
+    assert difference < BOUND, difference
+    return difference
+
+
 def _algorithms(tiny: TinyModel, scheme: str) -> tuple[Algorithm, ...]:
     """In the order of trying: rtn where a model can't be calibrated."""
-    return ("rtn",) if tiny.is_encoder or scheme not in CALIBRATED else (CALIBRATED[scheme], "rtn")
+    return ("rtn",) if not tiny.is_decoder or scheme not in CALIBRATED else (CALIBRATED[scheme], "rtn")
 
 
 def quantize(tiny: TinyModel, source: Path, out: Path, recipe: Recipe, original: Tensor) -> None:
@@ -171,7 +188,7 @@ def quantize(tiny: TinyModel, source: Path, out: Path, recipe: Recipe, original:
     they are, they say more of the original's than its mean does.
     """
     ready = None
-    if recipe.needs_data and not tiny.is_encoder:
+    if recipe.needs_data and tiny.is_decoder:
         ready = calibration(source, torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(4)))
     quantize_model(prepare(source, out, recipe, calibration=ready, layouts=LAYOUTS))
     found = _numbers(out)
@@ -193,19 +210,21 @@ def _numbers(directory: Path) -> Tensor:
     model = load_model(EngineConfig(model=str(directory), dtype="float32"))
     if isinstance(model, Encoder):
         return encoder_oracle.computed(model, encoder_oracle.texts([23]))[0]
+    if isinstance(model, EncoderDecoder):
+        return tiny_encdec.computed(model, tiny_encdec.texts(1)[0], prompts()[1])
     return scattered_logits(model, [prompts()[1]])[0]
 
 
-def _refused_options(source: Path, config: dict[str, object], *, is_encoder: bool) -> dict[str, str]:
+def _refused_options(source: Path, config: dict[str, object], *, is_decoder: bool) -> dict[str, str]:
     """What of serving this model type doesn't have, with what octavo says."""
     parallel = ParallelConfig(tensor_parallel_size=2)
     asked: dict[str, Callable[[], object]] = {
         "--deterministic": lambda: load_model(EngineConfig(model=str(source), dtype="bfloat16", deterministic=True)),
         "-tp 2": lambda: load_model(
-            EngineConfig(model=str(source), parallel=parallel), group=ALONE if is_encoder else Pretended(2)
+            EngineConfig(model=str(source), parallel=parallel), group=Pretended(2) if is_decoder else ALONE
         ),
     }
-    if not is_encoder:
+    if is_decoder:
         asked["--device cuda"] = lambda: check_attention(DecoderSpec.from_hf(config), GPU)
     reasons = {}
     for option, ask in asked.items():

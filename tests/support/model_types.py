@@ -14,6 +14,7 @@ from typing import Any
 
 import encoder_oracle
 import hf_oracle
+import tiny_encdec
 import torch
 from torch import Tensor
 
@@ -42,6 +43,11 @@ class TinyModel:
     model_type: str
     is_encoder: bool
     write: Callable[[Path], Truth]
+    reads_source: bool = False
+
+    @property
+    def is_decoder(self) -> bool:
+        return not (self.is_encoder or self.reads_source)
 
 
 def _write_decoder(name: str, directory: Path) -> Truth:
@@ -78,16 +84,26 @@ def _write_encoder(name: str, directory: Path) -> Truth:
     return lambda ids: encoder_oracle.expected(model, ids).last_hidden_state[0]
 
 
+def _write_encoder_decoder(name: str, directory: Path) -> Truth:
+    """Logits of what the decoder reads; the encoder has read the first of `tiny_encdec.texts`."""
+    directory.mkdir()
+    model = tiny_encdec.make(name, directory)
+    return lambda ids: tiny_encdec.logits(model, tiny_encdec.texts(1)[0], ids)
+
+
 def _all() -> dict[str, TinyModel]:
     decoders = {name: partial(_write_decoder, name) for name in hf_oracle.CASES if "-" not in name}
     encoders = {name: partial(_write_encoder, name) for name in encoder_oracle.CASES if "," not in name}
     for name, (same, _) in ALIASES.items():
         (encoders if same in encoders else decoders)[name] = partial(_write_alias, name)
-    return {
+    found = {
         name: TinyModel(name, is_encoder, write)
         for is_encoder, writers in ((False, decoders), (True, encoders))
         for name, write in sorted(writers.items())
     }
+    for name in sorted(tiny_encdec.NAMES):
+        found[name] = TinyModel(name, False, partial(_write_encoder_decoder, name), reads_source=True)
+    return found
 
 
 MODEL_TYPES = _all()

@@ -99,9 +99,11 @@ def _check(options: EvalOptions) -> None:
 def _of_tasks(options: EvalOptions, directory: Path, console: Console) -> int:
     """The exit code of --tasks."""
     from octavo.commands.eval_tasks import measure_tasks
-    from octavo.jobs.embedding_quality import is_encoder
+    from octavo.jobs.embedding_quality import is_encoder, unmeasured
     from octavo.quant.hub import resolve_model
 
+    if (where := unmeasured(directory)) is not None:
+        raise EvalError(f"--tasks: quality is not measured here: {where}")
     if is_encoder(directory):
         raise EvalError("an encoder answers no tasks of lm-eval; --against ORIGINAL alone compares its embeddings")
     original = None if options.against is None else resolve_model(options.against, options.against_revision)
@@ -120,12 +122,12 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
 
 def _of_encoder(options: EvalOptions, directory: Path, console: Console) -> bool:
     """Whether the model is an encoder, whose cosines to the original are printed then."""
-    from octavo.jobs.embedding_quality import UNMEASURED, is_encoder, is_speech, measure_embeddings
+    from octavo.jobs.embedding_quality import is_encoder, measure_embeddings, unmeasured
     from octavo.quant.hub import model_name, resolve_model
     from octavo.report.files import write_whole
 
-    if is_speech(directory):
-        raise EvalError(f"quality is not measured here: {UNMEASURED}")
+    if (where := unmeasured(directory)) is not None:
+        raise EvalError(f"quality is not measured here: {where}")
     if not is_encoder(directory):
         return False
     if options.against is None:

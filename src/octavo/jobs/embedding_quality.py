@@ -18,13 +18,14 @@ from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.messages import PoolingParams
 from octavo.runtime.model.encoder import Encoder
-from octavo.runtime.model.families.registry import ENCODERS, SPEECH
+from octavo.runtime.model.families.registry import ENCODER_DECODERS, ENCODERS, SPEECH
 from octavo.runtime.model.weights import load_model
 from octavo.text.tokenizer import Tokenizer
 
 WORDS = (6, 12, 25, 50, 100)  # of the texts, in turns
 NUM_TEXTS = 100
-UNMEASURED = "a speech model's shows in transcripts of recordings, beside those of the original"
+OF_SPEECH = "a speech model's shows in transcripts of recordings, beside those of the original"
+OF_ANSWERS = "an encoder-decoder's shows in its answers, beside those of the original"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ def is_encoder(directory: Path) -> bool:
     return read_config(directory).get("model_type") in ENCODERS
 
 
-def is_speech(directory: Path) -> bool:
-    """Whether a checkpoint is one whose loss nothing here measures."""
-    return read_config(directory).get("model_type") in SPEECH
+def unmeasured(directory: Path) -> str | None:
+    """Where the loss of a checkpoint shows that nothing here measures; None: something does."""
+    model_type = read_config(directory).get("model_type")
+    return OF_SPEECH if model_type in SPEECH else OF_ANSWERS if model_type in ENCODER_DECODERS else None
 
 
 def measure_embeddings(original: Path, quantized: Path, *, dtype: Dtype = "auto") -> EmbeddingQuality:

@@ -421,7 +421,7 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     from octavo.calibration.report.report import rounded
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError
-    from octavo.jobs.embedding_quality import UNMEASURED, is_encoder, is_speech
+    from octavo.jobs.embedding_quality import is_encoder, unmeasured
     from octavo.jobs.quality import recorded
     from octavo.runtime.config import EngineConfig
 
@@ -429,8 +429,8 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     begin = time.perf_counter()
     if is_encoder(source):
         return _with_cosine(job, source, report)
-    if is_speech(source):
-        return replace(report, warnings=(*report.warnings, f"quality was not measured: {UNMEASURED}"))
+    if (where := unmeasured(source)) is not None:
+        return replace(report, warnings=(*report.warnings, f"quality was not measured: {where}"))
     progress = job.listener.progress
     config = EngineConfig(model=str(source))
     with ExitStack() as stack:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from octavo.calibration.layers import QuantizeError
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.config_types import ModelConfigError
+from octavo.runtime.model.encdec_spec import EncDecSpec
 from octavo.runtime.model.encoder_spec import EncoderSpec, UnsupportedEncoderError
+from octavo.runtime.model.families.registry import SPEECH
 from octavo.runtime.model.inventory import check_dense
 from octavo.runtime.model.rope import RopeError
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import UnsupportedModelError
 from octavo.runtime.model.speech_spec import SpeechSpec
+
+_WHAT = {
+    "encoder": "is an encoder",
+    "speech": "hears, and is calibrated on no text",
+    "encoder-decoder": "has an encoder before its decoder",
+}
 
 
 def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
@@ -18,20 +26,23 @@ def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
 
     runs_blocks: the job does, as calibration has it.
     """
+    is_speech = checkpoint.config.get("model_type") in SPEECH
     try:
         layout = checkpoint.layout
         if layout.is_decoder:
             check_dense(checkpoint)
         elif runs_blocks:
-            what = "is an encoder" if layout.is_encoder else "hears, and is calibrated on no text"
+            kind = "encoder" if layout.is_encoder else "speech" if is_speech else "encoder-decoder"
             raise QuantizeError(
-                f"calibration runs a decoder's blocks, and this model {what}; algorithm rtn with a scheme whose "
+                f"calibration runs a decoder's blocks, and this model {_WHAT[kind]}; algorithm rtn with a scheme whose "
                 "activations are dynamic, such as W8A8 or W8A16, needs no model"
             )
         elif layout.is_encoder:
             EncoderSpec.from_hf(checkpoint.config)
-        else:
+        elif is_speech:
             SpeechSpec.from_hf(checkpoint.config)
+        else:
+            EncDecSpec.from_hf(checkpoint.config)
     except (UnsupportedModelError, UnsupportedEncoderError, RopeError) as e:
         if runs_blocks:
             raise QuantizeError(

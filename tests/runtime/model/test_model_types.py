@@ -9,12 +9,12 @@ import pytest
 from model_proofs import BOUND, prove
 from model_types import HALVES, MODEL_TYPES
 
-from octavo.runtime.model.families.registry import ARCHITECTURES, ENCODERS
+from octavo.runtime.model.families.registry import ARCHITECTURES, ENCODER_DECODERS, ENCODERS
 
 
 def test_every_model_type_has_a_tiny_checkpoint_and_a_row() -> None:
     """`python tests/support/models_table.py NAME` proves one more."""
-    assert set(MODEL_TYPES) | HALVES == {*ARCHITECTURES, *ENCODERS}
+    assert set(MODEL_TYPES) | HALVES == {*ARCHITECTURES, *ENCODERS, *ENCODER_DECODERS}
     assert list(models_table.rows()) == list(MODEL_TYPES)
     assert all(float(cells[2]) < BOUND for cells in models_table.rows().values())
 
