@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD = -1  # malloc.h
+_M_MMAP_THRESHOLD = -3
 _MOST_KEPT = 1 << 30
 _LARGEST_PIECE = 32 << 20  # the most that older ones know
 
