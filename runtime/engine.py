@@ -103,7 +103,7 @@ class Engine:
             tower = self.worker.model.tower
             problem = NO_IMAGES if tower is None else tower.problem_of(request.token_ids, request.images)
             if problem is None and tower is not None and request.params.prompt_logprobs is not None:
-                problem = tower.problem_of_logits(self.scheduler.config.max_prompt_logits)
+                problem = tower.problem_of_logits(request.images, self.scheduler.config.max_prompt_logits)
         if problem is not None:
             return [TokenOutput(request_id, [], finish_reason="error", error=problem) for request_id in wanted]
         chosen = frozenset(wanted)

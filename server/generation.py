@@ -23,6 +23,7 @@ from octavo.server.draft_metrics import DraftMetrics, request_metrics
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.media.images import WITHOUT_IMAGE
 from octavo.server.message.constrain import constraint_field
 from octavo.server.message.parse import FormatParser, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
@@ -224,6 +225,8 @@ def make_choices(
             if request.use_beam_search:
                 raise bad_request("use_beam_search: prompts with images are not searched", "use_beam_search")
             sent = msgspec.structs.replace(sent, images=prompt.images)
+        elif model.images is not None and model.images.wants_one:
+            raise bad_request(WITHOUT_IMAGE)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
             parser = (

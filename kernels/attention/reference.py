@@ -139,13 +139,13 @@ def attention_ahead(
     less ahead. qkv and the others are RopeAndAttention's, which has written the cache.
     """
     out = hidden.clone()
-    for s, begin, end, length, in_windows in inputs.ahead:
+    for s, begin, end, length, in_windows, past_windows in inputs.ahead:
         if in_windows and shape.window is None:
             continue
         positions = inputs.positions[begin:end]
         rows = None if cos_sin is None else cos_sin[positions]
         q = _positioned(qkv[begin:end, : shape.num_heads * shape.head_dim], q_norm, rows, cache, shape, eps)
-        first = first_key(int(positions[0]), shape.span) // cache.block_size
+        first = 0 if past_windows else first_key(int(positions[0]), shape.span) // cache.block_size
         table = inputs.block_tables[s, first : -(-length // cache.block_size)].long()
         first *= cache.block_size
         k, v = (
@@ -155,7 +155,7 @@ def attention_ahead(
         groups = q.to(qkv.dtype).float().view(end - begin, shape.num_kv_heads, -1, shape.head_dim).permute(1, 2, 0, 3)
         scores = groups @ k.unsqueeze(1).transpose(2, 3) * shape.scale  # [Hkv, group, n, L]
         seen = torch.ones(end - begin, length - first, dtype=torch.bool, device=q.device)
-        if shape.window is not None:
+        if shape.window is not None and not past_windows:
             keys = torch.arange(first, length, device=q.device)
             seen = keys > positions.unsqueeze(1) - shape.window
         weights = weigh(scores, seen, shape)

@@ -69,7 +69,8 @@ class SourceRows(NamedTuple):
 
 class Ahead(NamedTuple):
     """Tokens that see some behind them: rows begin .. end of a step are of this sequence, and see its first `length`
-    tokens, of which all are in the cache. in_windows: in layers with a window alone.
+    tokens, of which all are in the cache. in_windows: in layers with a window alone. past_windows: no window hides any
+    of these from them.
     """
 
     sequence: int
@@ -77,6 +78,7 @@ class Ahead(NamedTuple):
     end: int
     length: int
     in_windows: bool = False
+    past_windows: bool = False
 
 
 @dataclass(frozen=True)

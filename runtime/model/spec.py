@@ -17,7 +17,14 @@ from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
 from octavo.runtime.model.families.family import Architecture, Config, QKNorm
 from octavo.runtime.model.families.family import UnsupportedModelError as UnsupportedModelError
 from octavo.runtime.model.families.keys import DEFAULTS, HARMLESS, NEUTRAL, SIZES
-from octavo.runtime.model.families.registry import ARCHITECTURES, OF_IMAGES, TEXT_DEFAULTS, TIED_OUTSIDE, VISION
+from octavo.runtime.model.families.registry import (
+    ARCHITECTURES,
+    OF_IMAGES,
+    TEXT_DEFAULTS,
+    TEXT_OF_IMAGES,
+    TIED_OUTSIDE,
+    VISION,
+)
 from octavo.runtime.model.layer_kinds import (
     LayerRopes,
     heads_of,
@@ -291,6 +298,7 @@ def _select(config: dict[str, Any], *, is_pooled: bool) -> tuple[dict[str, Any],
         config = defaults | {key: config[key] for key in outer if key in config} | dict(text)
         if name in TIED_OUTSIDE:
             config["tie_word_embeddings"] = is_tied
+        config = {key: value for key, value in config.items() if key not in TEXT_OF_IMAGES.get(name, ())}
         inner = str(config.get("model_type", VISION[name][0]))
         if inner not in VISION[name]:
             raise UnknownArchitectureError(inner)
@@ -349,6 +357,7 @@ def _bias(settings: Config, rule: str) -> bool:
 
 def _activation(settings: Config, row: Architecture) -> Activation:
     name = settings[row.activation_key]
+    name = row.activations.get(name, name)
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UnsupportedModelError(f"{row.activation_key} {name!r} is unknown; known are {known}")

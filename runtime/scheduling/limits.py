@@ -24,7 +24,13 @@ def refusal_of(request: AddRequest, config: SchedulerConfig, most_blocks: Callab
     most = min(num_prompt + request.params.max_tokens, config.max_model_len) - 1  # the last one is never computed
     if request.pooling is not None:
         most = num_prompt
-    needed = most_blocks(most, tokens_at_once(request.images))
+    at_once = tokens_at_once(request.images)
+    if at_once > config.max_num_batched_tokens:
+        return (
+            f"{at_once} tokens of the prompt see each other, and are computed in one step, which has "
+            f"{config.max_num_batched_tokens} at most (--max-num-batched-tokens)"
+        )
+    needed = most_blocks(most, at_once)
     if needed > config.num_blocks:
         return (
             f"the request may need {most} tokens of KV cache, {needed} blocks of {config.block_size}; the cache "

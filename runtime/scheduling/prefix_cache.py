@@ -222,7 +222,8 @@ class PrefixCache:
 
     def _needs_all(self, sequence: Sequence) -> bool:
         """Whether every token of its prompt is to be computed."""
-        return sequence.wants_prompt_logprobs or self._config.pools_all_of(sequence.pooling)
+        sees_all = sequence.at_once >= sequence.num_prompt  # a prompt's later tokens change its earlier ones
+        return sees_all or sequence.wants_prompt_logprobs or self._config.pools_all_of(sequence.pooling)
 
     def _hashes(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         size = self._config.block_size

@@ -16,6 +16,7 @@ from octavo.runtime.vision.modules import (
     InternModule,
     LlavaModule,
     Mistral3Module,
+    PaliGemmaModule,
     QwenModule,
 )
 from octavo.runtime.vision.preprocessing import (
@@ -195,6 +196,20 @@ def of_several(recipe: Recipe, config: Any, given: Preprocessing) -> Recipe | No
     return Squared(recipe.side, (red, green, blue), recipe.resample, recipe.patches**2 + 1)
 
 
+def _paligemma(config: Any, given: Preprocessing) -> tuple[WholeImage, MakeModule]:
+    given.check_kind(SIGLIP_PROCESSORS)
+    vision = config.vision_config
+    side = vision.image_size
+    size = given.size("size")
+    if vision.model_type != "siglip_vision_model" or (size.get("width"), size.get("height")) != (side, side):
+        raise UnreadImagesError(
+            f"preprocessor_config.json: size {size} with a vision tower of type {vision.model_type} is not supported; "
+            f"{side} x {side}, as the tower sees it, and siglip are"
+        )
+    count = (side // vision.patch_size) ** 2
+    return WholeImage((side, side), None, given.resample, count), PaliGemmaModule
+
+
 def _gemma4(config: Any, given: Preprocessing) -> tuple[WithinBudget, MakeModule]:
     given.check_kind(GEMMA4_PROCESSORS)
     vision = config.vision_config
@@ -218,8 +233,8 @@ def _gemma4(config: Any, given: Preprocessing) -> tuple[WithinBudget, MakeModule
 
 def sight_of(config: Any) -> Sight:
     """What an image's tokens see in this model's text half."""
-    if config.model_type == "gemma3":
-        return "image"
+    if config.model_type in ("gemma3", "paligemma"):
+        return "image" if config.model_type == "gemma3" else "prompt"
     is_gemma4 = config.model_type == "gemma4" and config.text_config.use_bidirectional_attention == "vision"
     return "image_in_windows" if is_gemma4 else "past"
 
@@ -241,6 +256,7 @@ MAKERS: dict[str, Maker] = {
     "mistral3": _mistral3,
     "internvl": _internvl,
     "gemma3": _gemma3,
+    "paligemma": _paligemma,
     "gemma4": _gemma4,
 }
 """By model type: what is made of a checkpoint's config and its preprocessing."""

@@ -77,7 +77,8 @@ def load_tower(
         raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
     mark = config.boi_token_index if config.model_type == "gemma3" else config.image_token_id
     several = of_several(recipe, config, given)
-    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sight_of(config), several)
+    begins_with = given.token("bos_token", "<bos>") if config.model_type == "paligemma" else None
+    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sight_of(config), several, begins_with)
     _fill(module, source)
     tower = VisionTower(facts, module.to(device), given.mean, given.std)
     if problem := tower.problem(config.get_text_config().hidden_size):

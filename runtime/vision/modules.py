@@ -146,6 +146,23 @@ class GemmaModule(nn.Module):
         return projected.flatten(0, 1)
 
 
+class PaliGemmaModule(nn.Module):
+    """PaliGemma's SigLIP tower, whose patches are projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoModel
+        from transformers.models.paligemma.modeling_paligemma import PaliGemmaMultiModalProjector
+
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = PaliGemmaMultiModalProjector(config)
+
+    def forward(self, image: SeenImage) -> Tensor:
+        seen = self.vision_tower(pixel_values=torch.stack(image.frames), return_dict=True).last_hidden_state
+        projected: Tensor = self.multi_modal_projector(seen)
+        return projected.flatten(0, 1)
+
+
 class Gemma4Module(nn.Module):
     """Gemma 4's tower: patches of any number, averaged by squares, normed and projected."""
 

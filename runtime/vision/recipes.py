@@ -330,8 +330,9 @@ class Squared(msgspec.Struct, frozen=True, tag="squared"):
 
 
 Recipe = WholeImage | WholePatches | Tiles | Lines | Grid | WithinBudget | AnyResolution | Squared
-Sight = Literal["past", "image", "image_in_windows"]
-"""What an image's tokens see: those before them; all of the image, too; the same in layers with a window alone."""
+Sight = Literal["past", "image", "image_in_windows", "prompt"]
+"""What an image's tokens see: those before them; all of the image, too; the same in layers with a window alone; all of
+the prompt, as the prompt's text does."""
 FAKE = "<fake_token_around_image>"
 
 
@@ -357,6 +358,7 @@ class VisionModel(msgspec.Struct, frozen=True):
 
     placeholder_id: the token in whose places an image's embeddings go. mark_id: what chat templates write once for an
     image. most_images: of a prompt. sight: what its tokens see.
+    begins_with: what stands behind the images, with which prompts of such a model begin; None: images stand anywhere.
     of_several: the recipe for images of prompts that have more than one; None: the same.
     """
 
@@ -366,6 +368,7 @@ class VisionModel(msgspec.Struct, frozen=True):
     most_images: int
     sight: Sight = "past"
     of_several: Recipe | None = None
+    begins_with: str | None = None
 
     def recipe_for(self, num_images: int) -> Recipe:
         """Of the images of a prompt that has so many."""

@@ -30,7 +30,7 @@ def with_images(inputs: StepInputs, plan: StepPlan, tower: VisionTower) -> StepI
     if not any(it.sequence.images for it in plan.scheduled):
         return inputs
     inputs = _with_positions(inputs, plan, tower)
-    in_windows = tower.facts.sight == "image_in_windows"
+    sight = tower.facts.sight
     rows = []
     values = []
     ahead = []
@@ -42,14 +42,12 @@ def with_images(inputs: StepInputs, plan: StepPlan, tower: VisionTower) -> StepI
             if first < last:
                 rows.append(places[first:last] - it.start + begin)
                 values.append(tower.embed(image)[first:last])
-                if image.is_whole:
-                    own = rows[-1]
-                    length = image.start + image.length
-                    ahead.append(Ahead(number, int(own[0]), int(own[-1]) + 1, length, in_windows=in_windows))
+            if image.is_whole:
+                end = image.start + image.length
+                own = begin - it.start + max(it.start, image.start), begin - it.start + min(it.end, end)
+                ahead.append(Ahead(number, *own, end, sight == "image_in_windows", sight == "prompt"))
         begin += it.end - it.start
-    if not rows:
-        return inputs
-    images = ImageRows(torch.from_numpy(np.concatenate(rows)), torch.cat(values))
+    images = ImageRows(torch.from_numpy(np.concatenate(rows)), torch.cat(values)) if rows else None
     return replace(inputs, images=images, ahead=tuple(ahead))
 
 

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from octavo.runtime.vision.modules import SeenImage
-from octavo.runtime.vision.recipes import Layout, PromptImage, Size, VisionModel, WholePatches
+from octavo.runtime.vision.recipes import (
+    Layout,
+    PromptImage,
+    Size,
+    VisionModel,
+    WholePatches,
+    tokens_at_once,
+)
 
 MAX_KEPT_BYTES = 256 << 20
 
@@ -56,15 +63,17 @@ class VisionTower:
                 return f"image {number}: {len(image.pixels)} bytes are not those of its frames {image.frames}"
             if image.is_whole != self.facts.sees_ahead:
                 return f"image {number}: whether one step computes it is not as the model wants it"
+            if self.facts.sight == "prompt" and (image.start, len(images)) != (0, 1):
+                return f"image {number}: it isn't what all of a prompt begins with"
             wanted = self._num_embeddings(image, len(images))
             found = len(self.places(token_ids, image))
             if found != wanted:
                 return f"image {number}: {found} placeholders in the prompt for {wanted} embeddings"
         return None
 
-    def problem_of_logits(self, most: int) -> str | None:
+    def problem_of_logits(self, images: Sequence[PromptImage], most: int) -> str | None:
         """What is wrong with prompt_logprobs of a prompt with images, where a step may have so many rows of logits."""
-        least = self.facts.most_at_once
+        least = tokens_at_once(images)
         if least <= most:
             return None
         return f"prompt_logprobs: an image's {least} tokens are computed in one step, which may list {most}"
@@ -75,7 +84,9 @@ class VisionTower:
             layout = self.facts.recipe_for(num_images).layout(image.size, "")
         except (ValueError, ArithmeticError):
             return -1
-        return layout.num_placeholders if image.frames == tuple(view.frame for view in layout.views) else -1
+        frames = tuple(view.frame for view in layout.views)
+        count = len(image.frames) // len(frames) if self.facts.sight == "prompt" else 1  # all of its images in one
+        return count * layout.num_placeholders if image.frames == count * frames else -1
 
     def grid(self, image: PromptImage) -> Size | None:
         """Columns and rows of an image's placeholders, by which they are rotated; None: they are text to the rope."""

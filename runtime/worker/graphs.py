@@ -69,7 +69,7 @@ class StepGraphs:
 
     def _size_of(self, inputs: StepInputs) -> Size | None:
         """The least bucket that holds a step; one with prompts in it takes one sequence more, for what is left over."""
-        if inputs.images is not None or inputs.axes is not None:
+        if inputs.images is not None or inputs.axes is not None or inputs.ahead:
             return None
         tokens, seqs, rows = (x.shape[0] for x in (inputs.token_ids, inputs.seq_lens, inputs.logits_index))
         if inputs.max_query_len == 1:

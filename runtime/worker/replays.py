@@ -106,7 +106,7 @@ class StepReplays:
             return None
         if inputs.adapters is not None and not self._records_adapters:
             return None
-        if inputs.images is not None or inputs.axes is not None:
+        if inputs.images is not None or inputs.axes is not None or inputs.ahead:
             return None
         if inputs.states is not None and not inputs.states.goes_on:
             return None

@@ -326,7 +326,8 @@ def _prompt_of(request: CompletionRequest, images: Sequence[ReadImage], model: S
     if model.images is None or not images:
         return prompts_of(request, model)[0]
     text = model.images.expanded(str(request.prompt), images, "text")
-    [prompt] = prompts_of(request.model_copy(update={"prompt": text}), model)
+    own = {"add_special_tokens": False} if model.images.wants_one else {}
+    [prompt] = prompts_of(request.model_copy(update={"prompt": text, **own}), model)
     return replace(prompt, images=model.images.placed(prompt.token_ids, images, "text"))
 
 

@@ -19,6 +19,7 @@ from octavo.server.media.sources import ImageSource, content_of
 
 DECODE_SECONDS = 20.0
 NO_IMAGES = "this model reads text alone: leave images out, or serve a model that sees"
+WITHOUT_IMAGE = "this model's prompts begin with an image, and this one has none"
 MOST_SENT = 3 * MAX_PIXELS + (1 << 16)  # bytes of an answer
 _GONE = Refused("it takes too much memory or time to decode")
 
@@ -37,6 +38,11 @@ class Images:
         self._directory = directory
         self._process = FrameProcess("octavo.server.media.process")
         self._lock = asyncio.Lock()
+
+    @property
+    def wants_one(self) -> bool:
+        """Whether prompts begin with images, and there is none without."""
+        return self.vision.begins_with is not None
 
     async def read(self, sources: Sequence[ImageSource]) -> list[ReadImage]:
         """The images of one prompt. Raises ApiError, which names the image."""

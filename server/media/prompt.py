@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,8 @@ def expanded(text: str, images: Sequence[ReadImage], vision: VisionModel, mark: 
 
     mark: what the template writes once for each image.
     """
+    if vision.begins_with is not None:
+        text = _begun(text, len(images), mark, vision.begins_with)
     pieces = text.split(mark)
     if len(pieces) != len(images) + 1:
         raise PlacesError(
@@ -47,7 +50,24 @@ def placed(token_ids: Sequence[int], images: Sequence[ReadImage], vision: Vision
     if sum(counts) != len(places):
         raise PlacesError(f"the prompt has {len(places)} placeholders for the {sum(counts)} that its images take")
     left = iter(places)
+    if vision.sight == "prompt":
+        return (_together(images, len(token_ids)),)
     return tuple(_placed(images, counts, left, is_whole=vision.sees_ahead))
+
+
+def _begun(text: str, num_images: int, mark: str, begins_with: str) -> str:
+    """As PaliGemma's processor puts a prompt together: images, the beginning token, the text, and a line's end."""
+    text = text if mark in text else mark * num_images + text
+    behind = text.rfind(mark) + len(mark)
+    return f"{text[:behind]}{begins_with}{text[behind:]}\n"
+
+
+def _together(images: Sequence[ReadImage], length: int) -> PromptImage:
+    """All images of a prompt, whose tokens all see each other."""
+    digest = hashlib.sha256(b"".join(image.digest for image in images)).digest()
+    frames = tuple(frame for image in images for frame in image.frames)
+    pixels = b"".join(image.pixels for image in images)
+    return PromptImage(digest, 0, length, images[0].size, frames, pixels, is_whole=True)
 
 
 def _placed(

@@ -120,6 +120,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {"partial_rotary_factor": 0.75, "rope_scaling": LONGROPE, "original_max_position_embeddings": 40},
     ),
+    "gemma": ("Gemma", {"head_dim": 24, "attention_bias": True, "hidden_act": "gelu"}),
     "gemma2": (
         "Gemma2",
         {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 10}

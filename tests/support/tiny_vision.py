@@ -26,6 +26,7 @@ PLACEHOLDERS = {
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm"), "<image>"),
     "mistral3": "[IMG]",
     "gemma3": "<image_soft_token>",
+    **dict.fromkeys(("paligemma", "paligemma-2"), "<image>"),
     **dict.fromkeys(("gemma4", "gemma4-small"), "<|image|>"),
     "internvl": "<IMG_CONTEXT>",
     **dict.fromkeys(QWENS, "<|image_pad|>"),
@@ -79,7 +80,8 @@ class TinyVision:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             for name in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
                 types = inputs[name]
-                inputs[name] = torch.cat((types, types.new_zeros(1, len(more))), dim=1)
+                is_suffix = int(self.kind.startswith("paligemma"))
+                inputs[name] = torch.cat((types, types.new_full((1, len(more)), is_suffix)), dim=1)
         return self.model(**inputs, use_cache=False).logits[0]
 
     def greedy(self, inputs: Any, count: int) -> list[int]:
@@ -255,6 +257,30 @@ def _gemma3(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
     return config, GemmaProcessor(images, tokenizer)
 
 
+def _paligemma(kind: str, tokenizer: Any) -> tuple[Any, Any]:
+    text = TEXT | {"head_dim": 16}
+    made = transformers.GemmaConfig
+    if kind == "paligemma-2":
+        text |= {"sliding_window": 10, "query_pre_attn_scalar": 10, "final_logit_softcapping": 3.0}
+        made = transformers.Gemma2Config
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.chat_template = None  # as it is published
+    tokenizer.image_token = "<image>"
+    tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    images = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 16
+    processor = transformers.PaliGemmaProcessor(images, tokenizer)
+    config = transformers.PaliGemmaConfig(
+        text_config=made(**text, vocab_size=len(tokenizer)),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=28, patch_size=7, vision_use_head=False),
+        image_token_index=tokenizer.image_token_id,
+        projection_dim=64,
+        hidden_size=64,
+        vocab_size=len(tokenizer),
+    )
+    return config, PaliGemmaProcessor(processor, tokenizer)
+
+
 def _gemma4(kind: str, tokenizer: Any) -> tuple[Any, Any]:
     tokens = ["<|image|>", "<|image>", "<image|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
@@ -317,6 +343,7 @@ MAKERS = {
     **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
     "mistral3": _mistral3,
     "gemma3": _gemma3,
+    **dict.fromkeys(("paligemma", "paligemma-2"), _paligemma),
     **dict.fromkeys(("gemma4", "gemma4-small"), _gemma4),
     "internvl": _internvl,
 }
@@ -350,6 +377,20 @@ class GemmaProcessor(WithoutVideos):
         tokens = self.tokens(text[0], "<start_of_image>", [stand] * len(images or ()))
         image = self.tokenizer.convert_tokens_to_ids("<image_soft_token>")
         return {**found, **tokens, "token_type_ids": (tokens["input_ids"] == image).int()}
+
+
+class PaliGemmaProcessor(WithoutVideos):
+    """PaliGemma's own, with whose images a prompt begins; a prompt without any is none."""
+
+    def save_pretrained(self, directory: Path) -> None:
+        self.images.save_pretrained(directory)
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None, return_tensors: str) -> Any:
+        found = dict(self.images(text=text, images=[images]))  # its labels of tensors are nothing that numpy 2 likes
+        found.pop("labels")
+        made = {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
+        assert return_tensors == "pt"
+        return made
 
 
 class Gemma4Processor(WithoutVideos):

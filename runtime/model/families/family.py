@@ -177,6 +177,7 @@ class Architecture:
                in layers that rotate, and multiplied by nothing. Where the config has a use_qk_norm that the
                architecture reads, if that is on
     qkv_bias, o_bias, mlp_bias  always, never, or the config key that says it
+    activations  names that mean another activation in this architecture's configs
     windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named.
                chunks: `attention_chunk_size` on those named, or else on those that rotate; it doesn't slide
     fused_qkv  qkv_proj is one tensor on disk
@@ -238,6 +239,7 @@ class Architecture:
     qkv_bias: BiasRule = "never"
     o_bias: BiasRule = "never"
     mlp_bias: BiasRule = "never"
+    activations: Mapping[str, str] = field(default_factory=dict)
     windows: WindowRule = "none"
     activation_key: str = "hidden_act"
     sqrt_embedding_scale: bool = False
@@ -290,6 +292,7 @@ class Family:
     vision          model types of vision checkpoints whose `text_config` is one of the architectures, and which; the
                     first one where it has no model_type. One without a text_config has that one's keys itself
     text_defaults   what keys mean that their text_config leaves out, where it isn't what the architecture has
+    of_images       keys of their text_config that say of images alone, and what a prompt's tokens see around them
     tied_outside    of these vision checkpoints' heads, config.json says whether they are tied, and text_config nothing
     encoders        those that read a whole text at once, by model_type
     speech          model types that turn audio into text
@@ -299,6 +302,7 @@ class Family:
     architectures: Mapping[str, Architecture]
     vision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     text_defaults: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    of_images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied_outside: tuple[str, ...] = ()
     encoders: Mapping[str, EncoderArchitecture] = field(default_factory=dict)
     speech: tuple[str, ...] = ()

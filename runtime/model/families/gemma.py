@@ -1,6 +1,6 @@
-"""Gemma 2 and 3: norms around the sublayers, whose weights are stored less 1, and windows on most layers.
+"""Gemma, whose norms' weights are stored less 1; and Gemma 2 and 3: norms around the sublayers, windows on most layers.
 
-Gemma 3 has a rope for each kind of layer.
+Gemma 3 has a rope for each kind of layer. PaliGemma's text half is a Gemma or a Gemma 2.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ def _all_but_every_nth(settings: Config, rotates: list[bool]) -> list[bool]:
 
 FAMILY = Family(
     architectures={
+        "gemma": Architecture(
+            defaults=_GEMMA
+            | {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16}
+            | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+            norm_offset=1.0,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            activations={"gelu": "gelu_pytorch_tanh"},
+            sqrt_embedding_scale=True,
+            reads={"attention_bias": bool, "hidden_activation": str},
+        ),
         "gemma2": Architecture(
             defaults=_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
             norms="sandwich",
@@ -78,5 +89,6 @@ FAMILY = Family(
             ropes_stretch_max_position=False,
         ),
     },
-    vision={"gemma3": ("gemma3_text",)},
+    vision={"gemma3": ("gemma3_text",), "paligemma": ("gemma", "gemma2")},
+    of_images={"paligemma": ("num_image_tokens", "use_bidirectional_attention")},
 )

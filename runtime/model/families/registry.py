@@ -42,6 +42,9 @@ TEXT_DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {outer: defaults for family in FAMILIES for outer, defaults in family.text_defaults.items()}
 )
 TIED_OUTSIDE = frozenset(outer for family in FAMILIES for outer in family.tied_outside)
+TEXT_OF_IMAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {outer: keys for family in FAMILIES for outer, keys in family.of_images.items()}
+)
 OF_IMAGES = frozenset(
     {
         "image_token_id",

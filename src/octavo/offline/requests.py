@@ -197,6 +197,7 @@ def tokenized(found: Written, asked: Asked, model: ServedModel) -> Prompt:
         text = given.text or ""
         if images and model.images is not None:
             text = model.images.expanded(text, images, "prompt")
+            adds_special = adds_special and not model.images.wants_one
         must_fit = request.truncate_prompt_tokens is None
         ids = encode(text, "prompt", model, add_special_tokens=adds_special, must_fit=must_fit)
     fitting = fitted(ids, request, asked.wanted, model, "prompt")

@@ -33,6 +33,16 @@ _CONTINUE_HERE = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
+WITHOUT_TEMPLATE = {
+    "paligemma": (
+        "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+}
+"""Of model types that are published without one: what the messages say, one behind the other, as vLLM has it."""
+
+
 class ChatTemplateError(ValueError):
     """No template, or one that refuses these messages or fails on them."""
 
@@ -75,6 +85,10 @@ class ChatTemplate:
             if file.exists():
                 templates[name] = _read_template(file)
                 origins[name] = str(file.relative_to(directory))
+        model_type = str(read_object_if_any(directory / "config.json").get("model_type"))
+        if not templates and model_type in WITHOUT_TEMPLATE:
+            templates["default"] = WITHOUT_TEMPLATE[model_type]
+            origins["default"] = f"octavo's for {model_type}"
         return cls(templates, special_tokens, origins)
 
     def check(self) -> None:

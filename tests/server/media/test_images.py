@@ -123,6 +123,8 @@ def test_other_models_by_the_openai_client(kind: str, tmp_path: Path) -> None:
             messages = [{"role": "user", "content": content}]
             answer = client.chat.completions.create(model=str(tmp_path), messages=messages, **GREEDY)
             text = f"user: what is {MARKS[kind] * len(pictures)} here?\nassistant: "
+            if kind.startswith("paligemma"):  # which is published without a template
+                text = f"what is {MARKS[kind] * len(pictures)} here?"
             inputs = tiny.inputs(text, pictures)
             expected = tiny.processor.tokenizer.decode(tiny.greedy(inputs, NUM_TOKENS), skip_special_tokens=True)
             assert answer.choices[0].message.content == expected
