@@ -20,6 +20,9 @@ from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 from octavo.quant.split_experts import LAYOUTS
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)(?P<list>layers?|block)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
+TOWER_BLOCK = re.compile(
+    r"^(?:\w+\.)*(?:vision_tower|vision_model|visual)\.(?:\w+\.)*(?:layers?|blocks?)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$"
+)
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
 ROUTER = re.compile(
     r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$|^altup\."
@@ -98,6 +101,26 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
         raise QuantizeError("nothing is left to quantize: every linear layer is ignored")
     heads = mtp_patterns(checkpoint.names, checkpoint.config)
     return Selection(linears, ignore + [o for o in others if o != "lm_head"] + heads)
+
+
+def select_towers(checkpoint: Checkpoint, patterns: list[str]) -> dict[str, LinearLayer]:
+    """The linear layers in the blocks of a vision tower but those that a pattern names, by module.
+
+    Raises QuantizeError where there are none.
+    """
+    found = {}
+    for file in checkpoint.files.values():
+        for name, spec in file.specs.items():
+            match = TOWER_BLOCK.match(name)
+            if match is None or len(spec.shape) != 2 or spec.dtype not in FLOATS:
+                continue
+            module = name.removesuffix(".weight")
+            kind = f"tower.{match['kind']}"
+            if not any(means_layer(p, module, kind) for p in patterns):
+                found[module] = LinearLayer(module, int(match["index"]), kind, *spec.shape)
+    if not found:
+        raise QuantizeError("towers: the checkpoint has no vision tower with linear layers that are to be quantized")
+    return found
 
 
 def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:

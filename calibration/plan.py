@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 
 from octavo.calibration.gguf_output import fitted, layout_of
-from octavo.calibration.layers import BLOCK, LinearLayer, QuantizeError, Selection, check_group_size, select_linears
+from octavo.calibration.layers import (
+    BLOCK,
+    LinearLayer,
+    QuantizeError,
+    Selection,
+    check_group_size,
+    select_linears,
+    select_towers,
+)
 from octavo.calibration.output import make_format
 from octavo.calibration.recipe import Recipe, RecipeError, means_layer
 from octavo.quant.checkpoint import SINGLE, Checkpoint
@@ -99,8 +107,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> P
     selection, schemes = _schemes(select_linears(checkpoint, list(recipe.ignore)), recipe)
     for scheme in dict.fromkeys(schemes.values()):
         check_group_size(scheme, {m: x for m, x in selection.linears.items() if schemes[m] == scheme})
+    towers: Mapping[str, LinearLayer] = {}
+    if recipe.of_towers is not None:
+        towers = select_towers(checkpoint, list(recipe.ignore))
+        check_group_size(recipe.of_towers, towers)
+        schemes |= dict.fromkeys(towers, recipe.of_towers)
+        selection = Selection(selection.linears, [name for name in selection.ignore if name not in towers])
     layout = layout_of(checkpoint, recipe, selection.linears, schemes) if recipe.format == "gguf" else None
-    units = _units(checkpoint, recipe, selection, schemes, {} if layout is None else layout.specs)
+    units = _units(checkpoint, recipe, selection, towers, schemes, {} if layout is None else layout.specs)
     shards = _shards(units, max_shard_bytes) if layout is None else {GGUF: layout.specs}
     return Plan(units, shards, selection, schemes, layout)
 
@@ -125,10 +139,14 @@ def _units(
     checkpoint: Checkpoint,
     recipe: Recipe,
     selection: Selection,
+    towers: Mapping[str, LinearLayer],
     schemes: Mapping[str, QuantScheme],
     changed: Mapping[str, TensorSpec],
 ) -> tuple[Unit, ...]:
-    """All tensors in the source's order, by block; changed: what tensors that aren't quantized become."""
+    """All tensors in the source's order, by block; changed: what tensors that aren't quantized become. Layers of towers
+    are outside.
+    """
+    linears = {**selection.linears, **towers}
     blocks = {linear.module.partition(f".{linear.index}.")[0]: None for linear in selection.linears.values()}
     members: dict[int | None, list[Item]] = {None: []}
     for file in checkpoint.files.values():
@@ -137,7 +155,7 @@ def _units(
             inside = match is not None and f"{match['prefix']}{match['list']}" in blocks
             is_own = inside and not is_mtp(name, checkpoint.config)
             index = int(match["index"]) if match is not None and is_own else None
-            linear = selection.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             members.setdefault(index, []).append(_item(name, file, changed.get(name, spec), recipe, linear, schemes))
     outside = Unit(OUTSIDE, None, tuple(members.pop(None)), {})
     prefix = next(iter(blocks))

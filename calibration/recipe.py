@@ -155,6 +155,14 @@ class Recipe(msgspec.Struct, frozen=True):
     transform_seed: Annotated[
         int, Meta(ge=0, description="seed of random-hadamard's signs", extra={"metavar": "N"})
     ] = 0
+    towers: Annotated[
+        str | None,
+        Meta(
+            description="round the linear layers in a vision tower's blocks, too, by a scheme without calibration: "
+            "W8A16, FP8_DYNAMIC; --format compressed-tensors. octavo serves them dequantized",
+            extra={"group": WHAT, "metavar": "SCHEME", "default": "leave towers as they are"},
+        ),
+    ] = None
     kv_cache: Annotated[
         str | None,
         Meta(
@@ -168,6 +176,7 @@ class Recipe(msgspec.Struct, frozen=True):
         _check_values(self)
         _check_tuning(self)
         _check_format(self)
+        _check_towers(self)
 
     @property
     def default(self) -> QuantScheme:
@@ -176,6 +185,10 @@ class Recipe(msgspec.Struct, frozen=True):
     @property
     def kv(self) -> KVScheme | None:
         return None if self.kv_cache is None else parse_kv(self.kv_cache)
+
+    @property
+    def of_towers(self) -> QuantScheme | None:
+        return None if self.towers is None else parse_scheme(self.towers)
 
     @property
     def solver(self) -> Literal["rtn", "gptq"]:
@@ -229,7 +242,8 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def with_rtn(self) -> Recipe:
         """The same schemes for the same layers, rounded to nearest."""
-        return Recipe(self.scheme, "rtn", self.format, self.layers, self.ignore, self.search, kv_cache=self.kv_cache)
+        made = Recipe(self.scheme, "rtn", self.format, self.layers, self.ignore, self.search, kv_cache=self.kv_cache)
+        return msgspec.structs.replace(made, towers=self.towers)
 
     def scheme_of(self, module: str, kind: str) -> QuantScheme | None:
         """A linear layer's scheme by its full name and its name in the block; None: left as it is."""
@@ -330,6 +344,17 @@ def _check_tuning(recipe: Recipe) -> None:
             raise RecipeError(
                 f"algorithm tune doesn't know the scales of blocks, which {scheme} has; FP8_DYNAMIC works"
             )
+
+
+def _check_towers(recipe: Recipe) -> None:
+    """Refuse a scheme that would need images, or that the output format can't say of them."""
+    scheme = recipe.of_towers
+    if scheme is None:
+        return
+    if scheme.activation is not None and scheme.activation.has_stored_scale:
+        raise RecipeError(f"towers: {scheme} has scales of inputs, for which images would be needed; FP8_DYNAMIC works")
+    if recipe.format != "compressed-tensors":
+        raise RecipeError(f"towers: format {recipe.format} has no towers; --format compressed-tensors has")
 
 
 def _check_format(recipe: Recipe) -> None:
