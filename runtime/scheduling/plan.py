@@ -113,7 +113,7 @@ class StepPlan:
     """The scheduler's decision: the sequences of one step, in the order in which their tokens stand in the batch.
 
     num_prompt_logits  rows of logits that are spent on prompt_logprobs
-    is_starved         a prompt under way lacked blocks, so that no request may be admitted
+    is_starved         a prompt under way lacked blocks, or tokens for an image, so that no request may be admitted
     num_released       how many times sequences had given their blocks back when this was planned
     """
 
@@ -145,7 +145,8 @@ class StepResult:
 class Step:
     """A plan while it is being made: what it holds, and what is left of its budgets.
 
-    limits: what is left to the prompts of some owners; the others are bound by tokens_left alone.
+    limits: what is left to the prompts of some owners; the others are bound by tokens_left alone. image_waits: one that
+    no step may divide has too few tokens left in this one.
     """
 
     tokens_left: int
@@ -153,6 +154,7 @@ class Step:
     drafts_left: int = 0
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     limits: dict[str, int] = field(default_factory=dict)
+    image_waits: bool = False
 
     def count(self, owner: str, num_tokens: int) -> None:
         """So many tokens of a prompt of this owner are in the plan."""
@@ -181,6 +183,6 @@ class Step:
             self.scheduled,
             num_tokens=config.max_num_batched_tokens - self.tokens_left,
             num_prompt_logits=config.max_prompt_logits - self.prompt_logits_left,
-            is_starved=is_starved,
+            is_starved=is_starved or self.image_waits,
             num_released=num_released,
         )

@@ -143,7 +143,7 @@ class Scheduler:
             self._preempt(self.running[-1])
             starved = self._plan_prefills(step, columns_kept)
         step.tokens_left += tokens_kept
-        self._admit(step, due, due_alone=starved)
+        self._admit(step, due, due_alone=starved or step.image_waits)  # others would take the room that it waits for
         return step.as_plan(self.config, self._num_released, is_starved=starved)
 
     def extend(self, plan: StepPlan) -> StepPlan:
@@ -243,6 +243,7 @@ class Scheduler:
             remaining = sequence.length - sequence.num_planned
             size = self._chunk(step, sequence, remaining)
             if remaining == 1 or size == 0:
+                step.image_waits |= remaining > 1 and step.tokens_left < sequence.at_once
                 continue
             self._groups.give_back_unseen(sequence.blocks, sequence.first_uncertain)
             columns = len(sequence.blocks) + max(0, self._groups.num_free_columns - columns_kept)

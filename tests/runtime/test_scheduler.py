@@ -26,6 +26,7 @@ from octavo.runtime.scheduling.plan import (
 )
 from octavo.runtime.scheduling.scheduler import Scheduler
 from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.vision.recipes import PromptImage
 
 STOP = 7
 
@@ -69,6 +70,21 @@ def test_each_step_s_tokens_are_told_once_be_there_outputs_or_none() -> None:
     assert told == [8, 8, 4, 1]
     it.plan()  # nothing is left to do
     assert it.stats().step_tokens == 0
+
+
+def test_an_image_that_no_step_may_divide_is_not_passed_by_for_ever() -> None:
+    """By prompts that keep coming, whose answers leave each step too few tokens for it."""
+    it = scheduler(max_num_batched_tokens=12, num_blocks=64, max_num_seqs=8)
+    for number in range(6):
+        it.add(request(f"first {number}", [1, 2], max_tokens=30))
+    step(it)
+    image = PromptImage(b"seen", 2, 8, (1, 1), ((1, 1),), bytes(3), is_whole=True)
+    it.add(structs.replace(request("image", list(range(12)), max_tokens=1), images=(image,)))
+    answered: list[str] = []
+    for number in range(60):
+        it.add(request(f"later {number}", [1, 2], max_tokens=6))
+        answered += [output.request_id for output in step(it)[1]]
+    assert "image" in answered
 
 
 class Device:
