@@ -83,6 +83,7 @@ def test_images_of_other_modes(seeing: LLM, tiny: TinyVision) -> None:
     assert said(outputs) == [truth(tiny, "see <image>", one) for one in (*cases, upright)]
 
 
+@pytest.mark.slow
 def test_answers_that_come_one_by_one(seeing: LLM, tiny: TinyVision, small: dict[str, Any]) -> None:  # noqa: ARG001
     async def last() -> str:
         async with AsyncLLM(str(tiny.directory), **small | SIZES) as llm:
