@@ -14,6 +14,7 @@ from octavo.runtime.vision.modules import (
     GemmaModule,
     IdeficsModule,
     InternModule,
+    Llama4Module,
     LlavaModule,
     Mistral3Module,
     PaliGemmaModule,
@@ -27,6 +28,7 @@ from octavo.runtime.vision.preprocessing import (
     HALF,
     IDEFICS_PROCESSORS,
     INTERN_PROCESSORS,
+    LLAMA4_PROCESSORS,
     PIXTRAL_PROCESSORS,
     QWEN_PROCESSORS,
     SIGLIP_PROCESSORS,
@@ -35,6 +37,7 @@ from octavo.runtime.vision.preprocessing import (
 )
 from octavo.runtime.vision.recipes import (
     AnyResolution,
+    Canvas,
     Grid,
     Lines,
     Recipe,
@@ -231,6 +234,29 @@ def _gemma4(config: Any, given: Preprocessing) -> tuple[WithinBudget, MakeModule
     return WithinBudget(factor, most, given.resample, before, behind), Gemma4Module
 
 
+def _llama4(config: Any, given: Preprocessing) -> tuple[Canvas, MakeModule]:
+    given.check_kind(LLAMA4_PROCESSORS)
+    vision = config.vision_config
+    side = vision.image_size
+    size = given.size("size") or {"height": side, "width": side}
+    most = int(given.values.get("max_patches") or 16)
+    if (size.get("width"), size.get("height")) != (side, side) or not 0 < most <= MOST_SQUARES:
+        raise UnreadImagesError(
+            f"preprocessor_config.json: size {size} with max_patches {most} is not supported; squares of {side}, as "
+            f"the tower sees them, and {MOST_SQUARES} at most are"
+        )
+    count = (side // vision.patch_size) ** 2 // round(1 / vision.pixel_shuffle_ratio**2)
+    grows = bool(given.values.get("resize_to_max_canvas"))
+    return Canvas(side, most, grows, given.resample, count), Llama4Module
+
+
+def mark_of(config: Any, given: Preprocessing) -> int:
+    """The token that chat templates write once for an image."""
+    if config.model_type == "llama4":
+        return given.token_id("<|image|>")
+    return int(config.boi_token_index if config.model_type == "gemma3" else config.image_token_id)
+
+
 def sight_of(config: Any) -> Sight:
     """What an image's tokens see in this model's text half."""
     if config.model_type in ("gemma3", "paligemma"):
@@ -255,6 +281,7 @@ MAKERS: dict[str, Maker] = {
     "smolvlm": _idefics,
     "mistral3": _mistral3,
     "internvl": _internvl,
+    "llama4": _llama4,
     "gemma3": _gemma3,
     "paligemma": _paligemma,
     "gemma4": _gemma4,

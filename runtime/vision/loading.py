@@ -15,7 +15,7 @@ from torch import nn
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
-from octavo.runtime.vision.kinds import MAKERS, of_several, sight_of
+from octavo.runtime.vision.kinds import MAKERS, mark_of, of_several, sight_of
 from octavo.runtime.vision.preprocessing import Preprocessing, UnreadImagesError
 from octavo.runtime.vision.recipes import VisionModel
 from octavo.runtime.vision.towers import VisionTower
@@ -70,16 +70,16 @@ def load_tower(
         _check_sizes(config)
         recipe, made = MAKERS[config.model_type](config, given)
         with no_init_weights():
-            module = made(config).to(dtype)
+            module = made(config)
     except UnreadImagesError:
         raise
     except Exception as error:  # of transformers' code, of any type, where numbers mean nothing to it
         raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
-    mark = config.boi_token_index if config.model_type == "gemma3" else config.image_token_id
+    mark = mark_of(config, given)
     several = of_several(recipe, config, given)
     begins_with = given.token("bos_token", "<bos>") if config.model_type == "paligemma" else None
     facts = VisionModel(recipe, config.image_token_id, mark, most_images, sight_of(config), several, begins_with)
-    _fill(module, source)
+    _fill(module, source, dtype)
     tower = VisionTower(facts, module.to(device), given.mean, given.std)
     if problem := tower.problem(config.get_text_config().hidden_size):
         raise UnreadImagesError(f"the tower can't see an image: {problem}")
@@ -98,10 +98,13 @@ def _check_sizes(config: Any) -> None:
             raise UnreadImagesError(f"config.json: {key} {getattr(config, key)} is no token of the vocabulary")
 
 
-def _fill(module: nn.Module, source: CheckpointSource) -> None:
-    """Copy the checkpoint's weights into a tower; those of quantized layers dequantized. Raises LoadError."""
+def _fill(module: nn.Module, source: CheckpointSource, dtype: torch.dtype) -> None:
+    """Copy the checkpoint's weights into a tower, in this type; those of quantized layers dequantized. What it computes
+    at start itself, such as frequencies, stays in the type that it has. Raises LoadError.
+    """
     missing = []
     for name, parameter in module.state_dict(keep_vars=True).items():
+        parameter.data = parameter.data.to(dtype)
         found = next((one for one in _spellings(name) if source.has(one.rpartition(".")[0])), None)
         if found is None:
             missing.append(name)

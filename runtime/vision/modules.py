@@ -146,6 +146,22 @@ class GemmaModule(nn.Module):
         return projected.flatten(0, 1)
 
 
+class Llama4Module(nn.Module):
+    """Llama 4's tower over squares, whose patches are put together by fours and projected."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers.models.llama4.modeling_llama4 import Llama4MultiModalProjector, Llama4VisionModel
+
+        self.vision_model = Llama4VisionModel._from_config(config.vision_config)
+        self.multi_modal_projector = Llama4MultiModalProjector(config)
+
+    def forward(self, image: SeenImage) -> Tensor:
+        seen = self.vision_model(torch.stack(image.frames), return_dict=True).last_hidden_state
+        projected: Tensor = self.multi_modal_projector(seen)
+        return projected.flatten(0, 1)
+
+
 class PaliGemmaModule(nn.Module):
     """PaliGemma's SigLIP tower, whose patches are projected."""
 

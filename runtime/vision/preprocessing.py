@@ -20,6 +20,7 @@ SIGLIP_PROCESSORS = ("SiglipImageProcessor",)
 CLIP_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
 QWEN_PROCESSORS = ("Qwen2VLImageProcessor",)
 PIXTRAL_PROCESSORS = ("PixtralImageProcessor",)
+LLAMA4_PROCESSORS = ("Llama4ImageProcessor",)
 GEMMA4_PROCESSORS = ("Gemma4ImageProcessor",)
 GEMMA_PROCESSORS = ("Gemma3ImageProcessor",)
 ANY_RESOLUTION_PROCESSORS = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
@@ -51,12 +52,12 @@ class Preprocessing:
         pads = (*IDEFICS_PROCESSORS, *PIXTRAL_PROCESSORS, *ANY_RESOLUTION_PROCESSORS)  # batches of images
         if found.get("do_pad") and self.kind not in pads:
             raise UnreadImagesError("preprocessor_config.json: do_pad true is not supported")
-        is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS + GEMMA_PROCESSORS
+        is_half = self.kind in SIGLIP_PROCESSORS + IDEFICS_PROCESSORS + GEMMA_PROCESSORS + LLAMA4_PROCESSORS
         self.mean = self._channels("image_mean", HALF if is_half else CLIP_MEAN)
         self.std = self._channels("image_std", HALF if is_half else CLIP_STD)
         resample = found.get("resample")
         default = LANCZOS if self.kind in IDEFICS_PROCESSORS else BICUBIC
-        default = BILINEAR if self.kind in GEMMA_PROCESSORS else default
+        default = BILINEAR if self.kind in GEMMA_PROCESSORS + LLAMA4_PROCESSORS else default
         self.resample = default if resample is None else resample
         if self.resample not in range(FILTERS):
             raise UnreadImagesError(f"preprocessor_config.json: resample {resample!r} is none of Pillow's filters")
@@ -71,6 +72,14 @@ class Preprocessing:
         """A token that the tokenizer knows by a name: `boi_token`."""
         found = read_object_if_any(self._directory / "tokenizer_config.json").get(name) or default
         return str(found.get("content") if isinstance(found, dict) else found)
+
+    def token_id(self, name: str) -> int:
+        """Of a token that tokenizer.json lists beside the vocabulary. Raises UnreadImagesError."""
+        added = read_object_if_any(self._directory / "tokenizer.json").get("added_tokens") or []
+        found = next((token["id"] for token in added if token.get("content") == name), None)
+        if found is None:
+            raise UnreadImagesError(f"tokenizer.json has no token {name}, which stands for an image in chats")
+        return int(found)
 
     def check_kind(self, known: Sequence[str]) -> None:
         if self.kind not in known:

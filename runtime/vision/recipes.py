@@ -311,6 +311,60 @@ class AnyResolution(msgspec.Struct, frozen=True, tag="any"):
         return Kept((across, down), left, made)
 
 
+class Canvas(msgspec.Struct, frozen=True, tag="canvas"):
+    """Squares of the canvas that the image, which keeps its shape, fills best from its corner on, and behind several of
+    them the whole image in one: Llama 4's.
+
+    side: of a square. most: squares of a canvas. grows: the image is enlarged to fill its canvas. count: placeholders
+    of each square.
+    """
+
+    side: int
+    most: int
+    grows: bool
+    resample: int
+    count: int
+
+    def layout(self, size: Size, placeholder: str) -> Layout:
+        """Of an image of this size."""
+        square = (self.side, self.side)
+        columns, rows = self._canvas(size)
+        canvas = (columns * self.side, rows * self.side)
+        room = canvas
+        if not self.grows:
+            room = (min(max(size[0], self.side), canvas[0]), min(max(size[1], self.side), canvas[1]))
+        across, down = (most / length for most, length in zip(room, size, strict=True))
+        resized = (room[0], min(math.floor(size[1] * across), room[1]))
+        if across >= down:
+            resized = (min(math.floor(size[0] * down), room[0]), room[1])
+        sizes = ((max(1, resized[0]), max(1, resized[1])),)
+        places = [(self.side * column, self.side * row) for row in range(rows) for column in range(columns)]
+        views = [View(sizes, square, place) for place in places]
+        text = ""
+        if len(views) > 1:
+            views.append(View((square,), square))
+            line = "<|tile_x_separator|>".join([placeholder * self.count] * columns) + "<|tile_y_separator|>"
+            text = line * rows
+        text = f"<|image_start|>{text}<|image|>{placeholder * self.count}<|image_end|>"
+        return Layout(tuple(views), text, len(views) * self.count)
+
+    def _canvas(self, size: Size) -> Size:
+        """Columns and rows of the least canvas among those by which the image is enlarged least, or else reduced
+        least; with `grows`, enlarged most.
+        """
+        found = [
+            (min(columns * self.side / size[0], rows * self.side / size[1]), columns, rows)
+            for columns in range(1, self.most + 1)
+            for rows in range(1, self.most // columns + 1)
+        ]
+        larger = [scale for scale, _, _ in found if scale >= 1]
+        wanted = max(scale for scale, _, _ in found)
+        if larger and not self.grows:
+            wanted = min(larger)
+        best = [(columns, rows) for scale, columns, rows in found if scale == wanted]
+        return min(best, key=lambda grid: grid[0] * grid[1])
+
+
 class Squared(msgspec.Struct, frozen=True, tag="squared"):
     """The whole image in one square, between bars of a color: LLaVA-OneVision's, where a prompt has several images.
 
@@ -329,7 +383,7 @@ class Squared(msgspec.Struct, frozen=True, tag="squared"):
         return Layout((View((square,), square, squared=self.color),), placeholder * self.count, self.count)
 
 
-Recipe = WholeImage | WholePatches | Tiles | Lines | Grid | WithinBudget | AnyResolution | Squared
+Recipe = WholeImage | WholePatches | Tiles | Lines | Grid | WithinBudget | AnyResolution | Squared | Canvas
 Sight = Literal["past", "image", "image_in_windows", "prompt"]
 """What an image's tokens see: those before them; all of the image, too; the same in layers with a window alone; all of
 the prompt, as the prompt's text does."""

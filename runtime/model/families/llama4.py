@@ -1,6 +1,6 @@
 """Llama 4's text: attention in chunks with every fourth layer over all tokens and without positions, and mixtures.
 
-Its vision tower isn't loaded. Keys and queries are normed behind their rotation; a rotation keeps lengths, so they are
+Keys and queries are normed behind their rotation; a rotation keeps lengths, so they are
 normed before it here, as other architectures' are.
 """
 

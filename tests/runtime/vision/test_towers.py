@@ -36,7 +36,7 @@ from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
 OTHERS = ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
-OTHERS += ("paligemma", "paligemma-2", "gemma4", "gemma4-small", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+OTHERS += ("llama4", "paligemma", "paligemma-2", "gemma4", "gemma4-small", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 KINDS = ("llava", "qwen2_5_vl", "gemma3", *map(slow, OTHERS))
 IN_CHUNKS = [
     *((kind, 7) for kind in ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm")),
@@ -45,7 +45,7 @@ IN_CHUNKS = [
 ]
 OTHERWISE = [
     *((kind, 7) for kind in ("llava_next", "qwen2_vl", "idefics3", "mistral3", "internvl")),
-    *((kind, 7) for kind in ("qwen3_vl_moe", "qwen3_5_moe")),
+    *((kind, 7) for kind in ("llama4", "qwen3_vl_moe", "qwen3_5_moe")),
     ("gemma4", 23),
     ("llava", 1),
     ("qwen2_5_vl", 1),
@@ -53,7 +53,7 @@ OTHERWISE = [
 ]
 BLOCK = 4
 HAS_STATES = ("qwen3_5", "qwen3_5_moe")
-NUM_LINEARS = {"gemma4": 28, "gemma4-small": 32, "qwen3_vl_moe": 48, "qwen3_5": 19, "qwen3_5_moe": 55}
+NUM_LINEARS = {"llama4": 57, "gemma4": 28, "gemma4-small": 32, "qwen3_vl_moe": 48, "qwen3_5": 19, "qwen3_5_moe": 55}
 """Linear layers of text halves that don't have 3 layers with 7 each."""
 FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
 MakeEngine = Callable[..., Engine]
@@ -66,7 +66,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def engine_of(directory: Path, chunk: int = 2048, **options: object) -> Engine:
     limits = {"num_blocks": 200, "block_size": BLOCK, "max_model_len": 200, "max_num_batched_tokens": chunk}
-    return load_engine(EngineConfig(model=str(directory), dtype="float32", **limits | options), time.time())[0]
+    return load_engine(EngineConfig(model=str(directory), **{"dtype": "float32"} | limits | options), time.time())[0]
 
 
 def mark_of(tiny: TinyVision) -> str:
@@ -92,7 +92,7 @@ def request_of(
         text_of(tiny, len(pictures)),
         read,
         facts,
-        tiny.placeholder if tiny.model.config.model_type.startswith("qwen") else mark_of(tiny),
+        tiny.placeholder if tiny.kind.startswith("qwen") else mark_of(tiny),
         tiny.placeholder,
     )
     ids = tiny.processor.tokenizer(text)["input_ids"]
@@ -159,7 +159,7 @@ def test_a_prefix_ends_where_another_image_begins(tiny: TinyVision) -> None:
     assert found == (0 if has_states else request.images[0].start // BLOCK * BLOCK)
 
 
-@pytest.mark.parametrize("tiny", [kind for kind in KINDS if "gemma" not in str(kind)], indirect=True)
+@pytest.mark.parametrize("tiny", [kind for kind in KINDS if not re.search("gemma|llama4", str(kind))], indirect=True)
 def test_who_gives_its_blocks_back_sees_its_image_again(tiny: TinyVision) -> None:
     """Without a prefix cache, and with room for two prompts and half of their answers."""
     count = 24
@@ -421,3 +421,25 @@ def test_what_is_no_recipe_of_a_tower_is_refused(tiny: TinyVision, tmp_path: Pat
     ):
         with pytest.raises(ValueError, match=says):
             prepare(tiny.directory, tmp_path / "out", Recipe("W4A16@32", **options), layouts=LAYOUTS)
+
+
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl", *map(slow, ("llama4", "qwen3_5", "gemma4", "mistral3"))], indirect=True)
+def test_embeddings_in_bfloat16_are_those_of_transformers(tiny: TinyVision) -> None:
+    """Whose towers keep the frequencies of their rotations in float32."""
+    engine = engine_of(tiny.directory, dtype="bfloat16")
+    ours = engine.worker.model.tower.embed(request_of(tiny, engine, [FIRST]).images[0])
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny.directory, dtype=torch.bfloat16).eval()
+    inputs = {
+        name: x
+        for name, x in tiny.inputs(mark_of(tiny), [FIRST]).items()
+        if name in ("pixel_values", "image_grid_thw", "image_position_ids", "image_sizes")
+    }
+    if tiny.kind == "llama4":
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with torch.inference_mode():
+        seen = model.get_image_features(**inputs, return_dict=True)
+        if tiny.kind == "llama4":
+            theirs = model.multi_modal_projector(seen.last_hidden_state.flatten(0, 1))
+        else:
+            theirs = torch.cat(tuple(seen.pooler_output))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=float(theirs.abs().max()) / 128)

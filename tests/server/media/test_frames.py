@@ -14,6 +14,7 @@ from tiny_vision import SOFT_TOKENS, picture
 from octavo.runtime.vision.recipes import (
     MAX_PIXELS,
     AnyResolution,
+    Canvas,
     Grid,
     Lines,
     Squared,
@@ -156,3 +157,22 @@ def test_how_many_tokens_an_image_of_any_resolution_is() -> None:
         for width, height in [(width, height) for width in range(1, 200, 7) for height in range(1, 200, 11)]:
             wanted = whole._get_number_of_features(height, width, 28, 28)
             assert recipe.layout((width, height), "").num_placeholders == wanted
+
+
+CANVASES = {
+    (50, 37): (2, 2), (31, 90): (2, 3), (28, 28): (1, 1), (300, 20): (6, 1), (7, 11): (1, 1), (640, 427): (3, 2),
+    (100, 100): (2, 2), (57, 56): (3, 2), (1, 200): (1, 6), (84, 28): (3, 1), (29, 28): (2, 1), (40, 300): (1, 6),
+}  # fmt: skip
+"""Columns and rows of Llama 4's squares of 28 pixels by image size, as transformers 5.19 with torchvision has them."""
+
+
+def test_canvases_of_llama_4() -> None:
+    """Pillow's pixels are those of torchvision but for a level here and there, which is why no processor is asked."""
+    recipe = Canvas(28, 6, False, 2, 4)
+    for size, (columns, rows) in CANVASES.items():
+        made = frames_of(file_of(picture(1, *size)), recipe)
+        assert len(made.frames) == columns * rows + (columns * rows > 1)
+        separators = recipe.layout(size, "*").text.split("<|image|>")[0]
+        assert separators.count("<|tile_y_separator|>") == (rows if columns * rows > 1 else 0)
+        assert separators.count("<|tile_x_separator|>") == (columns - 1) * rows
+    assert Canvas(28, 6, True, 2, 4).layout((20, 20), "").views[0].sizes == ((56, 56),)
