@@ -22,6 +22,7 @@ from octavo.runtime.model.names import (
     state_tensors,
     stored_name,
 )
+from octavo.runtime.model.sentence_files import MODULES
 from octavo.runtime.model.sources import UNUSED_SUFFIXES, CheckpointSource
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, UnsupportedModelError
 
@@ -78,6 +79,9 @@ class _Map:
             "a residual stream of several parts": spec.streams is not None,
             "inputs of each layer beside the residual stream": spec.per_layer is not None,
             "a vision tower, which writes into the residual stream": spec.text_only,
+            f"{MODULES} of sentence-transformers, and embeddings are made of the last norm's output": (
+                self.source.checkpoint.directory / MODULES
+            ).exists(),
         }
         for reason, holds in reasons.items():
             if holds:

@@ -161,6 +161,14 @@ def test_what_stands_beside_the_layers_is_refused(fixtures: Path, tmp_path: Path
         rotated_copy(source, tmp_path / "rotated", Recipe("W4A16", rotations=("R1",)))
 
 
+def test_embeddings_are_made_of_what_is_rotated(tmp_path: Path) -> None:
+    """sentence-transformers takes them behind the last norm, whose weight the head would have."""
+    source = save(make_hf(*CASES["qwen3"]), tmp_path / "model")
+    (source / "modules.json").write_text("[]")
+    with pytest.raises(QuantizeError, match=r"R1: qwen3 has modules.json of sentence-transformers"):
+        rotated_copy(source, tmp_path / "rotated", Recipe("W4A16", rotations=("R1",)))
+
+
 def test_an_architecture_that_is_not_known_is_refused(fixtures: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(fixtures / "tiny")
     source = tmp_path / "model"
