@@ -80,7 +80,8 @@ class _Config(msgspec.Struct):
     layer_quant_config: dict[str, object] | None = None
     layer_type_quant_config: dict[str, object] | None = None
     kv_cache_quant_config: dict[str, object] | None = None
-    algo_config: object = None
+    softmax_quant_spec: dict[str, object] | None = None
+    algo_config: list[dict[str, object]] | dict[str, object] | None = None
     export: _Export | None = None
 
 
@@ -159,9 +160,12 @@ class QuarkConfig:
 def parse_quark(raw: Mapping[str, Any]) -> QuarkConfig:
     """A `quantization_config` with quant_method quark. Raises FormatError for what isn't supported."""
     config = check_types(raw, _Config)
-    for key in ("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config"):
+    for key in ("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config", "softmax_quant_spec"):
         if getattr(config, key):
-            raise FormatError(f"Quark's {key} is not supported: one scheme for all layers, and no KV cache's, is")
+            raise FormatError(
+                f"Quark's {key} is not supported: one scheme for all layers, and none of attention or its cache, is"
+            )
+    _check_algorithms([config.algo_config] if isinstance(config.algo_config, dict) else config.algo_config or [])
     layer = config.global_quant_config
     if layer.weight is None or layer.output_tensors is not None:
         raise FormatError("Quark's global_quant_config needs a weight, and outputs that aren't quantized")
@@ -171,6 +175,23 @@ def parse_quark(raw: Mapping[str, Any]) -> QuarkConfig:
     except SchemeError as e:
         raise FormatError(str(e)) from e
     return QuarkConfig(found, tuple(config.exclude or ()))
+
+
+def _check_algorithms(algorithms: list[dict[str, object]]) -> None:
+    """Refuse rotations of inputs; those that are folded into weights, and other algorithms, change stored numbers.
+
+    r3 rotates queries and keys alike, which changes nothing. quarot is an older name of rotations that are all on.
+    """
+    for algorithm in algorithms:
+        is_older = algorithm.get("name") == "quarot"
+        if not is_older and algorithm.get("name") != "rotation":
+            continue
+        for key, usual in (("online_r1_rotation", False), ("r4", is_older)):
+            if algorithm.get(key, usual):
+                raise FormatError(
+                    f"Quark's algo_config has {algorithm['name']} with {key}, which rotates inputs while the model "
+                    "runs: that is not supported; r1 and r2, folded into weights, are"
+                )
 
 
 def _format(weight: _Spec, inputs: _Spec | None, pack_method: str) -> QuantFormat:

@@ -247,6 +247,24 @@ def test_other_inputs_of_mxfp4_are_refused_by_name(inputs: dict[str, Any]) -> No
         parse_quantization({"quant_method": "quark", "global_quant_config": {"weight": MXFP4, "input_tensors": inputs}})
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"algo_config": [{"name": "rotation", "r1": True, "online_r1_rotation": True}]}, "with online_r1_rotation"),
+        ({"algo_config": [{"name": "awq"}, {"name": "rotation", "r1": False, "r4": True}]}, "rotation with r4"),
+        ({"algo_config": {"name": "quarot"}}, "quarot with r4"),
+        ({"softmax_quant_spec": {"dtype": "fp8_e4m3"}}, "Quark's softmax_quant_spec is not supported"),
+    ],
+)
+def test_what_quark_computes_while_a_model_runs_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
+    config = {"quant_method": "quark", "global_quant_config": {"weight": MXFP4}}
+    folded = {"name": "rotation", "r1": True, "r2": True, "r3": True, "r4": False, "online_r1_rotation": False}
+    harmless = {"algo_config": [{"name": "gptq"}, folded], "softmax_quant_spec": None}
+    assert parse_quantization(config | harmless).format_of(Q)
+    with pytest.raises(FormatError, match=message):
+        parse_quantization(config | changed)
+
+
 def test_a_decoded_checkpoint_says_so(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is quantized as any other, and converted into nothing: it has no integers."""
     source = whole(fixtures / "tiny--bnb-nf4-double", tmp_path)
