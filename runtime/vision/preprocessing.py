@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ BICUBIC = 3
 LANCZOS = 1
 BILINEAR = 2
 FILTERS = 6  # of Pillow, by number
+MOST = 1e6  # of what a color has for its mean or deviation
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -47,8 +47,9 @@ class Preprocessing:
         for key in ("do_resize", "do_rescale", "do_normalize"):
             if found.get(key) is False and (key != "do_normalize" or self.kind not in GEMMA4_PROCESSORS):
                 raise UnreadImagesError(f"preprocessor_config.json: {key} false is not supported")
-        if abs(float(found.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
-            raise UnreadImagesError(f"preprocessor_config.json: rescale_factor {found['rescale_factor']} isn't 1 / 255")
+        factor = found.get("rescale_factor") or 1 / 255
+        if not isinstance(factor, float) or not abs(factor * 255 - 1) <= 1e-6:
+            raise UnreadImagesError(f"preprocessor_config.json: rescale_factor {factor!r} isn't 1 / 255")
         pads = (*IDEFICS_PROCESSORS, *PIXTRAL_PROCESSORS, *ANY_RESOLUTION_PROCESSORS)  # batches of images
         if found.get("do_pad") and self.kind not in pads:
             raise UnreadImagesError("preprocessor_config.json: do_pad true is not supported")
@@ -59,12 +60,13 @@ class Preprocessing:
         default = LANCZOS if self.kind in IDEFICS_PROCESSORS else BICUBIC
         default = BILINEAR if self.kind in GEMMA_PROCESSORS + LLAMA4_PROCESSORS else default
         self.resample = default if resample is None else resample
-        if self.resample not in range(FILTERS):
+        if type(self.resample) is not int or self.resample not in range(FILTERS):
             raise UnreadImagesError(f"preprocessor_config.json: resample {resample!r} is none of Pillow's filters")
 
     def _channels(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         found = self.values.get(key) or default
-        if len(found) != 3 or not all(isinstance(one, int | float) and math.isfinite(one) for one in found):
+        is_list = isinstance(found, list | tuple)
+        if not is_list or len(found) != 3 or not all(isinstance(one, int | float) and abs(one) < MOST for one in found):
             raise UnreadImagesError(f"preprocessor_config.json: {key} {found} isn't a number for each channel")
         return tuple(found)
 

@@ -325,6 +325,11 @@ def test_a_gpu_reads_the_text_half(tiny: TinyVision) -> None:
     [
         ("qwen2_5_vl", "pre", {"image_mean": [0.5]}, "image_mean [0.5] isn't a number for each channel"),
         ("qwen2_5_vl", "pre", {"image_std": [0, 0, 0]}, "it makes numbers that are not finite"),
+        ("qwen2_5_vl", "pre", {"image_mean": 5}, "image_mean 5 isn't a number for each channel"),
+        ("qwen2_5_vl", "pre", {"image_mean": [1e308, 0, 0]}, "isn't a number for each channel"),
+        ("qwen2_5_vl", "pre", {"rescale_factor": "a"}, "rescale_factor 'a' isn't 1 / 255"),
+        ("qwen2_5_vl", "pre", {"rescale_factor": float("nan")}, "rescale_factor nan isn't 1 / 255"),
+        ("llava", "pre", {"resample": 2.0}, "resample 2.0 is none of Pillow's filters"),
         ("qwen2_5_vl", "config", {"depth": 10**9}, "depth 1000000000; 1000 is the most"),
         ("llava", "pre", {"resample": 99}, "resample 99 is none of Pillow's filters"),
         ("llava", "pre", {"size": {"shortest_edge": 10**9}}, "67108864 pixels are the most"),
