@@ -370,7 +370,10 @@ def _per_layer(settings: Config, row: Architecture) -> PerLayerSpec | None:
     size = settings.get("hidden_size_per_layer_input") if "hidden_size_per_layer_input" in row.reads else None
     if not size:
         return None
-    return PerLayerSpec(size, settings["vocab_size_per_layer_input"], settings.get("pad_token_id") or 0)
+    of_images = settings.get("pad_token_id") or 0
+    if not isinstance(of_images, int) or of_images < 0:
+        raise UnsupportedModelError(f"pad_token_id {of_images!r} is no token, whose inputs those of images have")
+    return PerLayerSpec(size, settings["vocab_size_per_layer_input"], of_images)
 
 
 def _streams(settings: Config, row: Architecture) -> StreamSpec | None:

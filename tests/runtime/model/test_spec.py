@@ -106,6 +106,8 @@ def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str)
         ({"model_type": "gemma2", "sliding_window": None}, "layers have a sliding window, but sliding_window is None"),
         ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "3 rotating elements can't be paired"),
         ({"head_dim": 7, "rope_scaling": YARN}, "7 rotating elements can't be paired"),
+        ({"model_type": "gemma4_text", "pad_token_id": -1}, "pad_token_id -1 is no token"),
+        ({"model_type": "gemma4_text", "pad_token_id": "0"}, "pad_token_id '0' is no token"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -126,6 +128,8 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: 
         ({"num_hidden_layers": 10**30}, "Expected `int` <= 10000 - at `num_hidden_layers`"),
         ({"rms_norm_eps": math.nan}, "Expected `float` > 0.0 - at `rms_norm_eps`"),
         ({"rope_theta": math.inf}, "at `rope_theta`"),
+        ({"ssm_multipliers": [1.0, math.nan]}, "at `ssm_multipliers[1]`"),
+        ({"mlp_multipliers": [math.inf]}, "at `mlp_multipliers[0]`"),
         ({"tie_word_embeddings": "yes"}, "Expected `bool | null`, got `str` - at `tie_word_embeddings`"),
         ({"rope_scaling": ["linear"]}, "Expected `object | null`, got `array` - at `rope_scaling`"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "got `str` - at `rope_scaling.factor`"),
