@@ -57,8 +57,8 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
         if settings[key] is None:
             raise ModelConfigError(f"config.json has no {key}, which {num_experts} experts need")
     top_k = settings[row.top_k_key]
-    if top_k > num_experts:
-        raise ModelConfigError(f"config.json: {row.top_k_key} {top_k} is more than the {num_experts} experts")
+    if not 1 <= top_k <= num_experts:
+        raise ModelConfigError(f"config.json: {row.top_k_key} {top_k} isn't 1 to {num_experts}, the number of experts")
     layers = settings["num_hidden_layers"]
     if layers * num_experts > MOST_EXPERTS:
         raise ModelConfigError(

@@ -240,6 +240,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         GRANITE
         | {
             "num_local_experts": 0,
+            "num_experts_per_tok": 0,
             "shared_intermediate_size": 72,
             "mamba_n_groups": 2,
             "position_embedding_type": "rope",

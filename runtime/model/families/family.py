@@ -58,7 +58,7 @@ SHARED_MOE_KEYS: Keys = {
     "first_k_dense_replace": Index,
 }
 """DeepSeek's, and those of who follows it."""
-MOE_KEYS: Keys = {"num_experts": Index, "num_local_experts": Index, "num_experts_per_tok": Count}
+MOE_KEYS: Keys = {"num_experts": Index, "num_local_experts": Index, "num_experts_per_tok": Index}
 
 
 class UnsupportedModelError(ValueError):
