@@ -25,7 +25,7 @@ TOWER_BLOCK = re.compile(
 )
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
 ROUTER = re.compile(
-    r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$|^altup\."
+    r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe|mixer)\.(gate|router)$|router|shared_expert_gate$|^altup\."
 )
 EXPANSION = re.compile(r"(^|\.)kv_b_proj$")
 """What makes keys and values of latents: engines multiply queries by it, and serve it dequantized."""
@@ -168,6 +168,9 @@ def _check_blocks(checkpoint: Checkpoint, found: list[LinearLayer]) -> None:
     config = checkpoint.config
     text = config.get("text_config") or config
     count = next((text[name] for name in NUM_LAYERS if name in text), None)
+    kinds = text.get("layers_block_type")
+    if count is None and isinstance(kinds, list):
+        count = len(kinds)
     if checkpoint.layout.has_encoder:
         counts = [config[name] for name in OF_BOTH if type(config.get(name)) is int]
         count = max(counts, default=None)

@@ -70,6 +70,6 @@ def _bytes_read(plan: Plan) -> tuple[int, int]:
             "--target-size and --bits-budget work"
         )
     has_head = any(name.endswith("lm_head.weight") for name in names)
-    unread = ("embed_tokens.weight",) if has_head else ()
+    unread = ("embed_tokens.weight", "embeddings.weight") if has_head else ()
     read = [item for unit in plan.units for item in unit.items if not (unread and item.name.endswith(unread))]
     return sum(item.spec.nbytes for item in read), sum(item.spec.nbytes for item in read if item.linear is None)

@@ -303,6 +303,11 @@ def check_states(config: EngineConfig, model: Model) -> None:
     for flag, (given, why) in refused.items():
         if given is not None:
             raise ValueError(f"{flag}: layers of {model.architecture} have states, and {why}; leave it out")
+    if config.kv_cache_dtype != "auto" and all(isinstance(shape, StateShape) for shape in model.kv_shapes):
+        raise ValueError(
+            f"--kv-cache-dtype {config.kv_cache_dtype}: all layers of {model.architecture} have states, which are "
+            "float32, and there are no keys and values; leave it out"
+        )
 
 
 def check_machine(config: EngineConfig, free_bytes: int) -> None:

@@ -61,6 +61,12 @@ def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float, input_quant: Act
     return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
 
 
+def relu2(up: Tensor, input_quant: ActivationQuant | None = None) -> Tensor:
+    """[T, I] -> [T, I]: what is above 0, squared, and 0 else. Of MLPs without a gate."""
+    refuse_input_quant(input_quant)
+    return F.relu(up).square()
+
+
 def gelu_tanh_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Tensor:
     """[T, 2 I] -> [T, I]: tanh-approximated gelu(first half) * second half."""
     refuse_input_quant(input_quant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.kernels.norm import reference as norm_reference
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.runtime.model.operators import GatedActivation, Ops
 from octavo.runtime.model.spec import DecoderSpec
@@ -29,6 +30,8 @@ def _activation_of(ops: Ops, spec: DecoderSpec) -> GatedActivation:
             return ops.silu_and_mul
         case "gelu_tanh":
             return ops.gelu_tanh_and_mul
+        case "relu2":
+            return norm_reference.relu2
         case "clamped_swiglu":
             return lambda gate_up, input_quant=None: ops.clamped_swiglu(
                 gate_up, spec.swiglu_alpha, spec.swiglu_limit, input_quant

@@ -24,8 +24,8 @@ HEAD = "lm_head"
 EMBEDDING = "embed_tokens"
 
 # A text model's layers, in a model by itself or in one that sees, too.
-_LAYER = re.compile(r"((?:(?:model|language_model|text_model)\.)*)(layers\.\d+\..+)")
-_ENDS = re.compile(rf"(?:(?:model|language_model|text_model)\.)*({HEAD}|{EMBEDDING})")
+_LAYER = re.compile(r"((?:(?:model|language_model|text_model|backbone)\.)*)(layers\.\d+\..+)")
+_ENDS = re.compile(rf"(?:(?:model|language_model|text_model|backbone)\.)*({HEAD}|{EMBEDDING})")
 _EXPERT = re.compile(r"(layers\.\d+)(?:\.(\w+))?\.experts\.(\d+)\.(\w+)")
 _STACK = re.compile(r"(layers\.\d+)(?:\.(\w+))?\.experts(?:\.base_layer)?")
 

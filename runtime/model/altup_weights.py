@@ -10,9 +10,9 @@ from torch import Tensor
 from octavo.quant.linear import Linear
 from octavo.runtime.model.altup import AltUp, AltUpLayer, Laurel, Streams
 from octavo.runtime.model.attention_weights import LayerReader
+from octavo.runtime.model.layer_spec import StreamSpec
 from octavo.runtime.model.layers import DecoderLayer
 from octavo.runtime.model.names import STREAM_ENDS, layer_linears, stream_tensors
-from octavo.runtime.model.spec import StreamSpec
 
 
 def read_streams(builder: LayerReader, spec: StreamSpec) -> Streams:

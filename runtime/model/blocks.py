@@ -1,6 +1,6 @@
 """A decoder's blocks, one at a time: for calibration, which holds one block's weights and many samples' hidden states.
 
-A block is a DecoderLayer, and runs through its `forward` as in serving, so that what is measured is what will be
+A block is a decoder's layer, and runs through its `forward` as in serving, so that what is measured is what will be
 served. Only the loop differs: all samples go through one block before the next one is built.
 """
 
@@ -28,11 +28,11 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.differentiable import DifferentiableBlock
 from octavo.runtime.model.dtypes import choose_dtype
-from octavo.runtime.model.layers import DecoderLayer
 from octavo.runtime.model.names import (
     BEFORE_EXPERTS,
     NORMS,
     LinearParts,
+    embedding_name,
     head_name,
     layer_linears,
     routers,
@@ -40,8 +40,9 @@ from octavo.runtime.model.names import (
     stored_name,
 )
 from octavo.runtime.model.side_by_side import SideBySide
+from octavo.runtime.model.single_layers import AnyLayer, MixerLayer
 from octavo.runtime.model.sources import LoadError
-from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, NoMixer
 from octavo.runtime.model.state_layers import StateMixing
 from octavo.runtime.model.weights import DecoderBuilder
 
@@ -103,7 +104,7 @@ class BlockRunner:
 
     @property
     def embedding_name(self) -> str:
-        return f"{self._prefix}embed_tokens.weight"
+        return f"{embedding_name(self.spec, self._prefix)}.weight"
 
     def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
         """token_ids [B, T], embedding [vocab, H] as stored -> the first block's input [B, T, H]."""
@@ -122,17 +123,17 @@ class BlockRunner:
             head = self._builder.head(weight.to(self.device, self.dtype))
         return lambda hidden: head.forward(norm.norm(hidden), None)
 
-    def build(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
+    def build(self, index: int, tensors: Mapping[str, Tensor]) -> AnyLayer:
         """Block `index` out of its tensors by their names in the checkpoint, all of them dense."""
         with self._source.holding(tensors):
             self._parts[index] = layer_linears(self.spec, index, self._prefix, self._source.has)
             self._routers[index] = routers(self.spec, index, self._prefix, self._source.has)
-            layer = self._builder.layer(index)
-        num_experts = layer.mlp.observable_experts
+            layer = self._builder.any_layer(index)
+        num_experts = 0 if layer.mlp is None else layer.mlp.observable_experts
         self.expert_counts = torch.zeros(num_experts, dtype=torch.int64, device=self.device) if num_experts else None
         return layer
 
-    def groups(self, index: int, layer: DecoderLayer) -> list[InputGroup]:
+    def groups(self, index: int, layer: AnyLayer) -> list[InputGroup]:
         """The block's linear layers by the input that they share, in the order of computing."""
         groups: dict[str, list[str]] = {}
         for name in layer.linears():
@@ -143,11 +144,11 @@ class BlockRunner:
         """The checkpoint's modules of each linear layer of a block that was built, by the layer's name in it."""
         return {name: tuple(parts.modules) for name, parts in self._parts[index].items()}
 
-    def differentiable(self, layer: DecoderLayer, rounds: Mapping[str, Round] = NO_ROUNDING) -> DifferentiableBlock:
+    def differentiable(self, layer: AnyLayer, rounds: Mapping[str, Round] = NO_ROUNDING) -> DifferentiableBlock:
         """The layer's forward over whole sequences with other weights, which have gradients, and inputs rounded so."""
         return DifferentiableBlock(layer, self.spec, rounds)
 
-    def rounding(self, layer: DecoderLayer, rounds: Mapping[str, Round]) -> DecoderLayer:
+    def rounding(self, layer: AnyLayer, rounds: Mapping[str, Round]) -> AnyLayer:
         """The layer with the inputs of some of its linear layers rounded, by these layers' names in it."""
         return layer.map_linears(lambda name, linear: _Rounding(linear, rounds[name]) if name in rounds else linear)
 
@@ -160,7 +161,9 @@ class BlockRunner:
         width = spec.num_heads * mixer.head_dim
         kv_width = mixer.num_kv_heads * mixer.head_dim
         folds = []
-        if before_attention is not None:
+        if isinstance(mixer, NoMixer):
+            before_mlp = before_attention
+        elif before_attention is not None:
             group = next(iter(self._parts[index]))  # whose input the norm makes
             gates = tuple(state_gates(spec, index, self._prefix))
             norm = stored_name(spec, f"{name}.{before_attention}")
@@ -179,6 +182,8 @@ class BlockRunner:
             folds.append(Fold(group, f"{name}.{state.owner}.{state.out_norm}", "norm"))
         if isinstance(mixer, LatentSpec) and mixer.q_rank is not None:
             folds.append(Fold("q_b", f"{name}.self_attn.q_a_layernorm", "norm", offset=spec.norm_offset))
+        if not spec.layers[index].has_mlp:
+            return folds
         sparse = spec.layers[index].sparse
         has_both = spec.has_both_mlps(index)
         also = () if has_both else tuple(self._routers[index])
@@ -188,7 +193,7 @@ class BlockRunner:
             group = "experts.gate_up" if sparse and not has_both else "gate_up"
             norm = stored_name(spec, f"{name}.{before_mlp}")
             folds.append(Fold(group, norm, "norm", offset=spec.norm_offset, also=also))
-        if spec.activation == "clamped_swiglu":  # is not linear in what up gives
+        if spec.activation in ("clamped_swiglu", "relu2"):  # which aren't linear in what up gives
             return folds
         if sparse:
             folds += self._expert_folds(index)
@@ -210,7 +215,7 @@ class BlockRunner:
 
     @torch.inference_mode()
     def forward(
-        self, layer: DecoderLayer, hidden: Tensor, record: Record | None = None, record_kv: RecordKV | None = None
+        self, layer: AnyLayer, hidden: Tensor, record: Record | None = None, record_kv: RecordKV | None = None
     ) -> Tensor:
         """hidden [B, T, H] through one block -> [B, T, H]; inputs of its linear layers go to `record` on the way.
 
@@ -227,9 +232,9 @@ class BlockRunner:
             record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (keys.key, keys.value)))
         return residual.view(batch, length, width)
 
-    def _recorded(self, layer: DecoderLayer, record: Record) -> DecoderLayer:
+    def _recorded(self, layer: AnyLayer, record: Record) -> AnyLayer:
         """The layer with each group's first linear layer showing its input."""
-        if self.expert_counts is not None:
+        if self.expert_counts is not None and not isinstance(layer, MixerLayer):
             layer = replace(layer, mlp=layer.mlp.observed(self.expert_counts))
         shown: set[str] = set()
 
@@ -242,9 +247,11 @@ class BlockRunner:
 
         return layer.map_linears(change)
 
-    def _cache(self, batch: int, layer: DecoderLayer) -> MixerCache:
+    def _cache(self, batch: int, layer: AnyLayer) -> MixerCache:
         """One block of the cache for each sequence, or one row of states, or both."""
         attention = layer.attention
+        if attention is None:
+            return StateCache(())
         if isinstance(attention, StateMixing):
             return self._state_cache(batch, attention)
         if isinstance(attention, SideBySide):

@@ -24,7 +24,7 @@ from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.model.adapter_modules import ModelModules
 from octavo.runtime.model.adapters import AdaptedParts, ModelAdapters
 from octavo.runtime.model.altup import AltUpLayer, Streams
-from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
+from octavo.runtime.model.layers import AddNorm, Embedding, GroupedExperts, Head
 from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.per_layer import PerLayerInputs
@@ -33,6 +33,7 @@ from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.side_by_side import SideBySide
+from octavo.runtime.model.single_layers import AnyLayer
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
 from octavo.runtime.model.state_layers import GatedDelta, StateMixer, StateMixing
@@ -51,7 +52,7 @@ class Stack:
     """
 
     embedding: Embedding | Received
-    layers: Sequence[DecoderLayer | AltUpLayer]
+    layers: Sequence[AnyLayer | AltUpLayer]
     final_norm: AddNorm
     head: Head | RankHead | HandedOn | NoHead
     first_layer: int = 0
@@ -61,7 +62,7 @@ class Stack:
 
 
 class Decoder:
-    """A `Model` (runtime/model/model.py) made of DecoderLayers."""
+    """A `Model` (runtime/model/model.py) made of layers."""
 
     gives_hidden = True
 
@@ -124,16 +125,17 @@ class Decoder:
 
     @property
     def capturable(self) -> bool:
-        return self.ops.compiles_kernels and all(layer.mlp.capturable for layer in self._layers)
+        return self.ops.compiles_kernels and all(layer.mlp is None or layer.mlp.capturable for layer in self._layers)
 
     @property
     def recordable(self) -> bool:
         known = all(_is_recordable(layer) for layer in self._layers)
-        return self.ops.recordable and known and not self.spec.scales_queries
+        return self.ops.recordable and known and self.spec.has_gates and not self.spec.scales_queries
 
     @property
     def mixtures(self) -> list[GroupedExperts]:
-        return [mixture for layer in self._layers if (mixture := layer.mlp.grouped) is not None]
+        mlps = [layer.mlp for layer in self._layers if layer.mlp is not None]
+        return [mixture for mlp in mlps if (mixture := mlp.grouped) is not None]
 
     @property
     def token_table(self) -> Tensor:
@@ -207,7 +209,7 @@ class Decoder:
 
     def _with_rotation(self, step: StepInputs, axes: Tensor) -> StepInputs:
         """The step with the rotation of its own tokens: each of M-RoPE's pairs turns by the position of its axis."""
-        others = (layer.attention for layer in self._layers)
+        others = (layer.attention for layer in self._layers if layer.attention is not None)
         table = next(it.cos_sin for it in others if not isinstance(it, StateMixing | SideBySide))
         assert table is not None
         half = table.shape[1] // 2
@@ -268,12 +270,12 @@ class Decoder:
 
 
 def _places(spec: DecoderSpec, stack: Stack) -> list[int]:
-    """Of each layer of a stack, which of the stack's caches it reads, or the first of two."""
+    """Of each layer of a stack, which of the stack's caches it reads, or the first of two; any, if it has no mixer."""
     numbers = range(stack.first_layer, stack.first_layer + len(stack.layers))
     sources = [spec.layers[number].mixer.source for number in numbers]
     owners = [number if source is None else source for number, source in zip(numbers, sources, strict=True)]
     cached = [number for number, _ in spec.caches if number in numbers]
-    return [cached.index(owner) for owner in owners]
+    return [cached.index(owner) if owner in cached else 0 for owner in owners]
 
 
 def _pair(caches: list[Cache], place: int) -> BothCaches:
@@ -283,9 +285,11 @@ def _pair(caches: list[Cache], place: int) -> BothCaches:
     return BothCaches(keys, state)
 
 
-def _cache_shapes(layer: DecoderLayer | AltUpLayer) -> list[CacheShape]:
+def _cache_shapes(layer: AnyLayer | AltUpLayer) -> list[CacheShape]:
     """Of the caches that a layer has, one, or two side by side, or none."""
     attention = layer.attention
+    if attention is None:
+        return []
     if isinstance(attention, StateMixing):
         return [attention.state]
     shape = attention.shape
@@ -294,9 +298,10 @@ def _cache_shapes(layer: DecoderLayer | AltUpLayer) -> list[CacheShape]:
     return [KVShape(shape.num_kv_heads, shape.head_dim, attention.caches_latents)] if shape.written_heads > 0 else []
 
 
-def _is_recordable(layer: DecoderLayer | AltUpLayer) -> bool:
+def _is_recordable(layer: AnyLayer | AltUpLayer) -> bool:
     if isinstance(layer.attention, StateMixer | SideBySide):  # asks in Python which sequences begin (`states.taken`)
         return False
-    return layer.mlp.capturable and (
-        isinstance(layer.attention, GatedDelta) or layer.attention.shape.head_dim % 16 == 0
-    )
+    if layer.mlp is not None and not layer.mlp.capturable:
+        return False
+    attention = layer.attention
+    return attention is None or isinstance(attention, GatedDelta) or attention.shape.head_dim % 16 == 0

@@ -1,6 +1,6 @@
 """One block's forward in operators that back-propagate, for calibration that learns from the block's output.
 
-The block is the `DecoderLayer` that serves, and so are its norms, rotation and router; only its linear layers' weights
+The block is the layer that serves, and so are its norms, rotation and router; only its linear layers' weights
 are the caller's, who wants their gradients. The serving operators write into a cache and have no gradients. The type
 is that of the hidden states: in float32 the output is that of `BlockRunner.forward` but for rounding. Inputs of linear
 layers are rounded as the caller says; gradients pass through that as they come.
@@ -19,21 +19,22 @@ from octavo.kernels.attention.latent import rotate_part
 from octavo.kernels.hadamard.reference import hadamard
 from octavo.kernels.linear_attention.gated_delta import whole_sequences
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.norm.reference import add_rms_norm, clamped_swiglu, rms_norm
+from octavo.kernels.norm.reference import add_rms_norm, clamped_swiglu, relu2, rms_norm
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
 from octavo.runtime.model.layers import (
     AddNorm,
     Attention,
-    DecoderLayer,
     GatedMlp,
     LatentAttention,
     Mixing,
+    Mlp,
     split_gate,
 )
 from octavo.runtime.model.moe import MlpAndMoe, MoeMlp
 from octavo.runtime.model.rotated_inputs import RotatedActivation
 from octavo.runtime.model.side_by_side import SideBySide
+from octavo.runtime.model.single_layers import AnyLayer, MixerLayer, MlpLayer
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.state_layers import GatedDelta, StateMixer
 
@@ -44,7 +45,7 @@ class DifferentiableBlock:
     rounds  how the inputs of some of them are rounded, by the same names
     """
 
-    def __init__(self, layer: DecoderLayer, spec: DecoderSpec, rounds: Mapping[str, Round]) -> None:
+    def __init__(self, layer: AnyLayer, spec: DecoderSpec, rounds: Mapping[str, Round]) -> None:
         self._layer = layer
         self._linears = layer.linears()
         self._spec = spec
@@ -55,8 +56,12 @@ class DifferentiableBlock:
         layer = self._layer
         enter = layer.enter
         x = hidden if enter.weight is None else rms_norm(hidden, enter.weight, enter.eps)
+        if isinstance(layer, MlpLayer):
+            return _add_norm(layer.leave, self._mlp(layer.mlp, x, weights), hidden)[1]
+        if isinstance(layer, MixerLayer):
+            return _add_norm(layer.leave, self._attention(layer.attention, x, weights), hidden)[1]
         middle, residual = _add_norm(layer.middle, self._attention(layer.attention, x, weights), hidden)
-        return _add_norm(layer.leave, self._mlp(middle, weights), residual)[1]
+        return _add_norm(layer.leave, self._mlp(layer.mlp, middle, weights), residual)[1]
 
     def _linear(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         rounds = self._rounds.get(name)
@@ -146,8 +151,7 @@ class DifferentiableBlock:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale)
         return self._linear("o", out.transpose(1, 2).flatten(2), weights)
 
-    def _mlp(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        mlp = self._layer.mlp
+    def _mlp(self, mlp: Mlp, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         if isinstance(mlp, GatedMlp):
             return self._gated("", x, weights)
         if isinstance(mlp, MlpAndMoe):
@@ -193,6 +197,8 @@ class DifferentiableBlock:
     def _activate(self, gate_up: Tensor) -> Tensor:
         if self._spec.activation == "clamped_swiglu":
             return clamped_swiglu(gate_up, self._spec.swiglu_alpha, self._spec.swiglu_limit)
+        if self._spec.activation == "relu2":
+            return relu2(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         if self._spec.gate_factor != 1.0:
             gate = gate * self._spec.gate_factor

@@ -28,6 +28,7 @@ class MoeSpec:
     shared_gate               that one is behind a sigmoid gate
     beside_mlp                as an Architecture's `experts` says
     fused_shared              its gate_up_proj is one tensor on disk
+    has_gates                 experts are gated MLPs, and so is the shared one
     """
 
     names: ExpertNames
@@ -40,6 +41,7 @@ class MoeSpec:
     shared_gate: bool = True
     beside_mlp: bool = False
     fused_shared: bool = False
+    has_gates: bool = True
 
 
 def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Architecture) -> MoeSpec | None:
@@ -77,6 +79,7 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
         shared_gate=row.shared_gate and not num_shared,
         fused_shared=row.fused_mlp,
         beside_mlp=row.experts == "beside_mlp",
+        has_gates=row.has_gates,
     )
 
 
@@ -122,6 +125,8 @@ def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Archite
         return [i >= settings["first_k_dense_replace"] for i in range(count)]
     if row.experts == "named":
         return _named(settings, count)
+    if row.experts == "kinds":
+        return [kind == "moe" for kind in settings["layers_block_type"]]
     step = settings["decoder_sparse_step"]
     dense = settings["mlp_only_layers"]
     return [(i + 1) % step == 0 and i not in dense for i in range(count)]

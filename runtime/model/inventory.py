@@ -11,6 +11,7 @@ from octavo.runtime.model.names import (
     PER_LAYER_PROJECTION,
     PER_LAYER_TABLE,
     attention_norms,
+    embedding_name,
     expansion,
     head_name,
     layer_linears,
@@ -38,7 +39,7 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
     source = CheckpointSource(checkpoint)
     prefix = source.prefix
     source.require(required_modules(spec, prefix, source.has))
-    source.tensor(f"{prefix}embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    source.tensor(f"{embedding_name(spec, prefix)}.weight", (spec.vocab_size, spec.hidden_size))
     if spec.per_layer is not None:
         width = len(spec.layers) * spec.per_layer.size
         source.tensor(f"{prefix}{PER_LAYER_TABLE}.weight", (spec.per_layer.vocab_size, width))

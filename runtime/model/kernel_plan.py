@@ -14,7 +14,7 @@ from octavo.quant.kernel import LayerShape, Order, order_of
 from octavo.quant.kernel_table import KernelChoice, choose_kernel
 from octavo.quant.scheme import QuantScheme
 from octavo.quant.target import Target
-from octavo.runtime.model.names import LinearParts, head_name, layer_linears
+from octavo.runtime.model.names import LinearParts, embedding_name, head_name, layer_linears
 from octavo.runtime.model.sources import CheckpointSource, LoadError
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec
 
@@ -31,6 +31,7 @@ def check_attention(spec: DecoderSpec, target: Target) -> None:
         "attention with queries scaled by their positions": spec.scales_queries,
         "attention with normed values": spec.norms_values,
         "attention with a gate": any(isinstance(it.mixer, AttentionSpec) and it.mixer.has_gate for it in spec.layers),
+        "MLPs without gates": not spec.has_gates,
         **{mixer.title: True for mixer in spec.states},
     }
     for kind, is_there in kinds.items():
@@ -52,7 +53,7 @@ def plan_kernels(checkpoint: Checkpoint, spec: DecoderSpec, target: Target) -> d
             found |= plan.of_layer(kind, parts)
     head = head_name(source.prefix)
     if spec.tied and not source.is_quantized(head):
-        head = f"{source.prefix}embed_tokens"
+        head = embedding_name(spec, source.prefix)
     found |= plan.of_layer("lm_head", LinearParts({head: spec.vocab_size}, spec.hidden_size))
     return found
 

@@ -317,7 +317,7 @@ class Mlp(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """down(act(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)); without a gate, down(act(up(x))), where gate_up is up."""
 
     gate_up: Linear
     down: Linear

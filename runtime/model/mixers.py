@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from octavo.kernels.attention.cache import QueryScale
 from octavo.runtime.model.rope import RopeSpec
-from octavo.runtime.model.state_mixers import StateSpec
+from octavo.runtime.model.state_mixers import StateSpec, WithoutKeys
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,9 @@ class LatentSpec:
         return self.kv_rank + self.rotary_dim
 
 
-Mixer = AttentionSpec | LatentSpec | StateSpec  # what lets tokens know of each other
+@dataclass(frozen=True)
+class NoMixer(WithoutKeys):
+    """Of a layer that is an MLP alone."""
+
+
+Mixer = AttentionSpec | LatentSpec | StateSpec | NoMixer  # what lets tokens know of each other

@@ -10,7 +10,7 @@ from itertools import product
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
-from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, NoMixer
 from octavo.runtime.model.state_mixers import StateSpec
 
 _LAYER = re.compile(r"layers\.\d+\.")
@@ -25,6 +25,7 @@ BEFORE_EXPERTS = "pre_feedforward_layernorm_2"
 BESIDE_NORMS = ("post_feedforward_layernorm_1", BEFORE_EXPERTS, "post_feedforward_layernorm_2")
 """Of a layer with experts beside a dense MLP: after the MLP, before and after the experts."""
 STREAM_ENDS = ("altup_projections", "altup_unembed_projections")
+EMBEDDING = "embed_tokens"
 AFTER_PER_LAYER = "post_per_layer_input_norm"  # of each layer
 NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -67,6 +68,7 @@ def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
     known = (
         replace(moe.names, owner=owner, gate=gate, up=up, down=down)
         for owner, (gate, up, down) in product(_OWNERS, _SPELLINGS)
+        if moe.has_gates == (gate != up)
     )
     return next((n for n in known if has(f"{n.within(layer)}.experts.0.{n.gate}")), moe.names)
 
@@ -96,6 +98,8 @@ def _layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict
         attention = _of_state(spec, mixer, layer)
     elif isinstance(mixer, LatentSpec):
         attention = _latent(spec, mixer, layer)
+    elif isinstance(mixer, NoMixer):
+        attention = {}
     else:
         attention = _attention(spec, mixer, layer)
     if (beside := spec.layers[index].beside) is not None:
@@ -163,7 +167,7 @@ def state_tensors(spec: DecoderSpec, index: int, prefix: str) -> dict[str, tuple
 def attention_norms(spec: DecoderSpec, index: int) -> dict[str, int]:
     """Norms within attention, and their sizes."""
     mixer = spec.layers[index].mixer
-    if isinstance(mixer, StateSpec):
+    if isinstance(mixer, StateSpec | NoMixer):
         return {}
     if isinstance(mixer, LatentSpec):
         of_queries = {} if mixer.q_rank is None else {"q_a_layernorm": mixer.q_rank}
@@ -228,12 +232,16 @@ def stream_ends(spec: DecoderSpec, prefix: str) -> list[str]:
 
 def layer_norms(spec: DecoderSpec, index: int) -> list[str]:
     """Norms of a layer over the hidden state."""
+    if spec.layers[index].is_single:
+        return [norm for norm in NORMS[spec.norms][:1] if norm is not None]
     norms = [norm for norm in NORMS[spec.norms] if norm is not None]
     norms += BESIDE_NORMS if spec.has_both_mlps(index) else ()
     return norms if spec.per_layer is None else [*norms, AFTER_PER_LAYER]
 
 
 def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, LinearParts]:
+    if not spec.layers[index].has_mlp:
+        return {}
     hidden = spec.hidden_size
     experts = {}
     if spec.moe is not None and spec.layers[index].sparse:
@@ -241,7 +249,7 @@ def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, Linea
         if not spec.moe.beside_mlp:
             return experts
     inner = spec.layers[index].intermediate_size
-    gate_up = {"gate_up_proj": 2 * inner} if spec.fused_mlp else dict.fromkeys(GATE_UP, inner)
+    gate_up = {"gate_up_proj": 2 * inner} if spec.fused_mlp else _gate_and_up(inner, has_gates=spec.has_gates)
     dense = {
         "gate_up": LinearParts(_within(f"{layer}.mlp", gate_up), hidden, spec.mlp_bias),
         "down": LinearParts(_within(f"{layer}.mlp", {"down_proj": hidden}), inner, spec.mlp_bias),
@@ -259,10 +267,15 @@ def _experts(moe: MoeSpec, hidden: int, layer: str, names: ExpertNames) -> dict[
         parts[f"experts.{i}.down"] = LinearParts(down, moe.intermediate_size, moe.has_bias)
     if (inner := moe.shared_intermediate_size) is not None:
         shared = f"{names.within(layer)}.{names.shared}"
-        gate_up = {"gate_up_proj": 2 * inner} if moe.fused_shared else dict.fromkeys(GATE_UP, inner)
+        gate_up = {"gate_up_proj": 2 * inner} if moe.fused_shared else _gate_and_up(inner, has_gates=moe.has_gates)
         parts["shared.gate_up"] = LinearParts(_within(shared, gate_up), hidden)
         parts["shared.down"] = LinearParts(_within(shared, {"down_proj": hidden}), inner)
     return parts
+
+
+def _gate_and_up(inner: int, *, has_gates: bool) -> dict[str, int]:
+    """What is called gate_up here, of an MLP without a gate, too."""
+    return dict.fromkeys(GATE_UP if has_gates else GATE_UP[1:], inner)
 
 
 def _within(owner: str, widths: dict[str, int]) -> dict[str, int]:
@@ -283,7 +296,7 @@ def routers(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, i
 
 def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
     """Every module that must have a weight."""
-    names = [f"{prefix}embed_tokens"]
+    names = [embedding_name(spec, prefix)]
     if spec.per_layer is not None:
         names += [f"{prefix}{name}" for name in (PER_LAYER_TABLE, PER_LAYER_PROJECTION, PER_LAYER_NORM)]
     names += stream_ends(spec, prefix)
@@ -300,6 +313,11 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
         stored_name(spec, f"{prefix}norm"),
         *([head_name(prefix)] if spec.has_head and not spec.tied else []),
     ]
+
+
+def embedding_name(spec: DecoderSpec, prefix: str) -> str:
+    """The module of tokens' embeddings."""
+    return stored_name(spec, f"{prefix}{EMBEDDING}")
 
 
 def head_name(prefix: str) -> str:

@@ -63,7 +63,7 @@ class AddRmsNorm(Protocol):
 
 
 class GatedActivation(Protocol):
-    """gate_up [T, 2 I] -> act(first half) * second half [T, I]."""
+    """gate_up [T, 2 I] -> act(first half) * second half [T, I]; where there is no gate, up [T, I] -> act(up) [T, I]."""
 
     def __call__(self, gate_up: Tensor, input_quant: ActivationQuant | None = None, /) -> Hidden: ...
 

@@ -21,7 +21,7 @@ from octavo.runtime.messages import PairTemplate
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.families.encoding import HeadStep
 from octavo.runtime.model.families.registry import ENCODERS
-from octavo.runtime.model.names import head_name
+from octavo.runtime.model.names import embedding_name, head_name
 from octavo.runtime.model.pooler_choice import PoolerParts, class_of, make_pooler, purpose_of
 from octavo.runtime.model.pooling import Pooler, Projection
 from octavo.runtime.model.sentence_files import read_modules
@@ -142,7 +142,7 @@ def _words_of_head(config: EngineConfig, hf_config: Mapping[str, Any], steps: li
 
 def _from_words(config: EngineConfig, spec: DecoderSpec, source: CheckpointSource, words: tuple[str, str]) -> Pooler:
     """A softmax over two logits is the sigmoid of their difference, which is that of their rows."""
-    name = f"{source.prefix}embed_tokens" if spec.tied else head_name(source.prefix)
+    name = embedding_name(spec, source.prefix) if spec.tied else head_name(source.prefix)
     if source.is_quantized(name):
         raise LoadError(f"{name} is quantized, and a score would be made of two of its rows; that is not served")
     table = source.tensor(f"{name}.weight", (spec.vocab_size, spec.hidden_size))

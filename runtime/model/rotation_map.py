@@ -14,9 +14,11 @@ from octavo.runtime.model.names import (
     NORMS,
     LinearParts,
     attention_norms,
+    embedding_name,
     expansion,
     head_name,
     layer_linears,
+    layer_norms,
     routers,
     state_gates,
     state_tensors,
@@ -45,7 +47,7 @@ def rotation_map(checkpoint: Checkpoint, rotations: Collection[str]) -> Rotation
         )
     return RotationMap(
         size=spec.hidden_size,
-        embedding=f"{source.prefix}embed_tokens",
+        embedding=embedding_name(spec, source.prefix),
         head=head_name(source.prefix),
         tied=spec.tied,
         readers=dict(found.readers()) if "R1" in rotations else {},
@@ -128,6 +130,10 @@ class _Map:
             of_mlp = [module for name in parts if _kind(name) == "gate_up" for module in parts[name].modules]
             gates = state_gates(self.spec, index, self.prefix)
             experts = routers(self.spec, index, self.prefix, self.source.has)
+            if self.spec.layers[index].is_single:
+                (norm,) = layer_norms(self.spec, index)
+                yield stored_name(self.spec, f"{layer}.{norm}"), (*first, *gates, *of_mlp, *experts)
+                continue
             yield stored_name(self.spec, f"{layer}.{before_attention}"), (*first, *gates)
             yield stored_name(self.spec, f"{layer}.{before_mlp}"), (*of_mlp, *experts)
         yield stored_name(self.spec, f"{self.prefix}norm"), (head_name(self.prefix),)
@@ -158,7 +164,7 @@ class _Map:
 
     def _known(self) -> set[str]:
         """All modules that R1 is folded into, and those within a mixer, which it doesn't reach."""
-        known = {f"{self.prefix}embed_tokens", *self.writers()}
+        known = {embedding_name(self.spec, self.prefix), *self.writers()}
         for norm, modules in self.readers():
             known |= {norm, *modules}
         for index, layer in enumerate(self.spec.layers):

@@ -20,7 +20,8 @@ from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
 # The last is of a model without a head.
-PREFIXES = ("model.", "language_model.model.", "model.language_model.", "model.text_model.", "")
+PREFIXES = ("model.", "language_model.model.", "model.language_model.", "model.text_model.", "backbone.", "")
+EMBEDDINGS = ("embed_tokens", "embeddings")  # by either name
 
 # Tensors that some writers store and no decoder here needs. Anything else that is left unread is an error.
 UNUSED_SUFFIXES = (
@@ -87,7 +88,8 @@ class CheckpointSource:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.prefix = next((p for p in PREFIXES if checkpoint.has(f"{p}embed_tokens.weight")), PREFIXES[0])
+        found = (p for p in PREFIXES if any(checkpoint.has(f"{p}{name}.weight") for name in EMBEDDINGS))
+        self.prefix = next(found, PREFIXES[0])
         self._modules = frozenset(name.rpartition(".")[0] for name in checkpoint.names)
 
     @property

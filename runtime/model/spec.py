@@ -34,20 +34,25 @@ from octavo.runtime.model.layer_kinds import (
     sparsities_of,
     window_of,
 )
+from octavo.runtime.model.layer_spec import LayerSpec as LayerSpec
+from octavo.runtime.model.layer_spec import PerLayerSpec, StreamSpec
 from octavo.runtime.model.mixers import AttentionSpec as AttentionSpec
 from octavo.runtime.model.mixers import LatentSpec as LatentSpec
 from octavo.runtime.model.mixers import Mixer as Mixer
+from octavo.runtime.model.mixers import NoMixer as NoMixer
 from octavo.runtime.model.rope import RopeError, RopeSpec, yarn_magnitude
-from octavo.runtime.model.state_mixers import BesideSpec, StateSpec
+from octavo.runtime.model.state_mixers import StateSpec
 
 _KEY_TYPES = config_struct({key: kind for row in ARCHITECTURES.values() for key, kind in row.reads.items()})
-Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu", "relu2"]
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
+WITHOUT_GATE = ("relu2",)
 
 
 class UnknownArchitectureError(UnsupportedModelError):
@@ -59,61 +64,8 @@ class UnknownArchitectureError(UnsupportedModelError):
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """What differs between layers.
-
-    intermediate_size  of a dense MLP
-    sparse  the MLP is a choice of experts, DecoderSpec.moe
-    sparsity  the share of gates that a dense MLP's activation leaves out
-    beside  what stands beside the mixer, which is attention over keys and values then
-    """
-
-    mixer: Mixer
-    intermediate_size: int
-    sparse: bool = False
-    sparsity: float = 0.0
-    beside: BesideSpec | None = None
-
-    @property
-    def state(self) -> StateSpec | None:
-        """The mixer with a state, if it has one."""
-        if self.beside is not None:
-            return self.beside.mixer
-        return self.mixer if isinstance(self.mixer, StateSpec) else None
-
-
-@dataclass(frozen=True)
-class PerLayerSpec:
-    """What each layer reads of a token beside the residual stream (runtime/model/per_layer.py).
-
-    size        numbers of each layer
-    vocab_size  rows of the table; tokens behind them have the first row
-    of_images   the token whose row images' tokens have
-    """
-
-    size: int
-    vocab_size: int
-    of_images: int = 0
-
-
-@dataclass(frozen=True)
-class StreamSpec:
-    """A residual stream of several parts (runtime/model/altup.py).
-
-    active  the part that layers compute
-    scales_corrected  it is multiplied by numbers of the layer before it goes through the layer's own input
-    laurel_rank  of the linear layers beside attention
-    """
-
-    count: int
-    active: int
-    scales_corrected: bool
-    laurel_rank: int
-
-
-@dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder-only transformer with RMSNorm and a gated MLP.
+    """A decoder-only model with RMSNorm: of attention or other mixers, and MLPs.
 
     norms, qk_norm, norms_values, has_layer_scalars  as in `Architecture`
     streams              the parts of the residual stream; None: it has one
@@ -212,7 +164,8 @@ class DecoderSpec:
         """The mixers with a cache of their own, in the caches' order, each with its layer."""
         found: list[tuple[int, Mixer]] = []
         for index, layer in enumerate(self.layers):
-            found += [(index, layer.mixer)] if layer.mixer.source is None else []
+            has_own = layer.mixer.source is None and not isinstance(layer.mixer, NoMixer)
+            found += [(index, layer.mixer)] if has_own else []
             found += [] if layer.beside is None else [(index, layer.beside.mixer)]
         return found
 
@@ -221,6 +174,11 @@ class DecoderSpec:
         """That the cache has of each token: keys and values, or a latent and its key."""
         mixers = [mixer for _, mixer in self.caches]
         return sum((1 if isinstance(m, LatentSpec) else 2) * m.num_kv_heads * m.head_dim for m in mixers)
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether MLPs are gated: they have an `up` beside each `gate`, else `up` alone."""
+        return self.activation not in WITHOUT_GATE
 
     def has_both_mlps(self, index: int) -> bool:
         """Whether a layer has experts and a dense MLP beside them."""
@@ -243,7 +201,8 @@ class DecoderSpec:
         config, name, row = _select(config, is_pooled=is_pooled)
         check_types(config, _KEY_TYPES)
         _refuse_unread(config, name, row)
-        settings = ChainMap(dict(_given(config)), dict(row.defaults), dict(DEFAULTS))
+        given = _given(config)
+        settings = ChainMap(row.derived(given), given, dict(row.defaults), dict(DEFAULTS))
         for key in SIZES:
             if key not in settings:
                 raise ModelConfigError(f"config.json has no {key}, which {name} needs")
@@ -361,6 +320,9 @@ def _activation(settings: Config, row: Architecture) -> Activation:
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UnsupportedModelError(f"{row.activation_key} {name!r} is unknown; known are {known}")
+    if row.has_gates == (ACTIVATIONS[name] in WITHOUT_GATE):
+        kind = "gated" if row.has_gates else "not gated"
+        raise UnsupportedModelError(f"{row.activation_key} {name!r} is no activation here of an MLP that is {kind}")
     if row.clamps_swiglu and ACTIVATIONS[name] != "silu":
         raise UnsupportedModelError(f"{row.activation_key} {name!r} isn't silu, which is what is clamped")
     return "clamped_swiglu" if row.clamps_swiglu else ACTIVATIONS[name]
@@ -443,6 +405,7 @@ def _layers(
     mixer: Mixer
     states = row.state_mixers(settings)
     beside = row.beside(settings)
+    sublayers = row.sublayers(settings)
     try:
         ropes = LayerRopes(settings, config, name, row)
         for i, (kv_heads, head_dim) in enumerate(heads):
@@ -450,7 +413,9 @@ def _layers(
             rope = ropes.of("sliding_attention" if sliding[i] else "full_attention", turning)
             scale = row.query_scale(config, settings, rotates[i])
             state = states[i]
-            if state is not None:
+            if sublayers[i] == "mlp":
+                mixer = NoMixer()
+            elif state is not None:
                 mixer = state
             elif row.latent:
                 mixer = _latent(settings, rope, scale)
@@ -467,7 +432,8 @@ def _layers(
                     source=sources[i],
                     has_gate=row.output_gate,
                 )
-            layers.append(LayerSpec(mixer, inner[i], sparse[i], sparsities[i], beside[i]))
+            has_mlp = sublayers[i] != "mixer"
+            layers.append(LayerSpec(mixer, inner[i], sparse[i], sparsities[i], beside[i], has_mlp))
     except RopeError as error:
         raise UnsupportedModelError(f"{name}: {error}") from error
     return tuple(layers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.shard import Range
-from octavo.runtime.model.names import head_name, stored_name
+from octavo.runtime.model.names import embedding_name, head_name, stored_name
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.parallel.group import ALONE, Group
 
@@ -42,7 +42,7 @@ class Stage:
         """How the names of the tensors begin that other stages have; `prefix` stands before layer names."""
         others = (index for index in range(len(spec.layers)) if index not in range(*self.layers))
         names = [f"{prefix}layers.{index}" for index in others]
-        names += [] if self.is_first else [f"{prefix}embed_tokens"]
+        names += [] if self.is_first else [embedding_name(spec, prefix)]
         names += [] if self.is_last else [stored_name(spec, f"{prefix}norm"), head_name(prefix)]
         return tuple(f"{name}." for name in names)
 

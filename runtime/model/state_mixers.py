@@ -21,7 +21,7 @@ Linears = dict[str, tuple[dict[str, int], int]]
 """By the names of `DecoderLayer.linears`, in the order of computing: rows of each module, and the columns of all."""
 
 
-class _WithoutKeys:
+class WithoutKeys:
     """What `AttentionSpec` says of a layer, of one that has no keys and values; and no gates."""
 
     window: ClassVar[None] = None
@@ -38,7 +38,7 @@ class _WithoutKeys:
 
 
 @dataclass(frozen=True)
-class GatedDeltaSpec(_WithoutKeys):
+class GatedDeltaSpec(WithoutKeys):
     """The gated delta rule (kernels/linear_attention/gated_delta.py).
 
     Checkpoints whose shape is `interleaved` have one module for queries, keys, values and z, and one for both gates;
@@ -80,7 +80,7 @@ class GatedDeltaSpec(_WithoutKeys):
 
 
 @dataclass(frozen=True)
-class Mamba2Spec(_WithoutKeys):
+class Mamba2Spec(WithoutKeys):
     """Mamba 2's state space (kernels/linear_attention/mamba2.py), between two linear layers.
 
     factors  of z, x, B, C and dt, as the first linear layer gives them; (): none is multiplied
@@ -90,7 +90,7 @@ class Mamba2Spec(_WithoutKeys):
     has_conv_bias: bool
     has_norm: bool = True
     factors: tuple[float, ...] = ()
-    owner: ClassVar[str] = "mamba"
+    owner: str = "mamba"
     title: ClassVar[str] = "Mamba 2's state space"
     batch_invariant: ClassVar[bool] = False  # a chunk of tokens begins where a step does
 
@@ -122,7 +122,7 @@ class Mamba2Spec(_WithoutKeys):
 
 
 @dataclass(frozen=True)
-class ShortConvSpec(_WithoutKeys):
+class ShortConvSpec(WithoutKeys):
     """A short convolution between two gates (kernels/linear_attention/short_conv.py) and two linear layers."""
 
     channels: int

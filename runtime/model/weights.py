@@ -40,16 +40,7 @@ from octavo.runtime.model.encoder_weights import load_encoder
 from octavo.runtime.model.families.registry import ENCODERS, LAYOUTS
 from octavo.runtime.model.kernel_plan import check_attention
 from octavo.runtime.model.kv_scales import read_kv_scales
-from octavo.runtime.model.layers import (
-    AddNorm,
-    Attention,
-    DecoderLayer,
-    Embedding,
-    GatedMlp,
-    Head,
-    Mixing,
-    Mlp,
-)
+from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mixing, Mlp
 from octavo.runtime.model.mixture_weights import Mixture, Parts
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import MoeMlp
@@ -57,8 +48,10 @@ from octavo.runtime.model.names import (
     AFTER_PER_LAYER,
     NORMS,
     LinearParts,
+    embedding_name,
     head_name,
     layer_linears,
+    layer_norms,
     required_modules,
     stored_name,
     unread_modules,
@@ -69,6 +62,7 @@ from octavo.runtime.model.pooler_choice import is_pooled
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
 from octavo.runtime.model.rotated_inputs import check_rotated_inputs, input_block, rotated
+from octavo.runtime.model.single_layers import AnyLayer, MixerLayer, MlpLayer
 from octavo.runtime.model.sources import (
     SOUND_PREFIXES,
     TOWER_PREFIXES,
@@ -77,7 +71,7 @@ from octavo.runtime.model.sources import (
     LoadError,
     Source,
 )
-from octavo.runtime.model.spec import DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
+from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LatentSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.model.state_mixers import StateSpec
 from octavo.runtime.model.state_weights import read_beside, read_state_mixer
@@ -296,12 +290,11 @@ class DecoderBuilder:
             return NoHead()
         return self.head(table) if self.stage.is_last else HandedOn(self.stage)
 
-    def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[DecoderLayer | AltUpLayer]:
+    def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[AnyLayer | AltUpLayer]:
         streams = self.spec.streams
         on_layer(0, len(indices))
         for loaded, index in enumerate(indices, start=1):
-            layer = self.layer(index)
-            yield layer if streams is None else read_altup(self, streams, index, layer)
+            yield self.any_layer(index) if streams is None else read_altup(self, streams, index, self.layer(index))
             on_layer(loaded, len(indices))
 
     def _token_table(self) -> Tensor:
@@ -310,7 +303,7 @@ class DecoderBuilder:
         if not self.stage.is_first and not (self.stage.is_last and self._head_is_embedding):
             return torch.empty((0, shape[1]), dtype=self.dtype, device=self.device)
         rows = slice(None) if self.own is None else slice(*self.own.vocabulary)
-        whole = self.source.tensor(f"{self.source.prefix}embed_tokens.weight", shape)
+        whole = self.source.tensor(f"{embedding_name(self.spec, self.source.prefix)}.weight", shape)
         return whole[rows].to(self.device, self.dtype, copy=True)
 
     def embedding(self, table: Tensor) -> Embedding:
@@ -332,24 +325,26 @@ class DecoderBuilder:
         head = Head(self._lm_head(embedding), self.spec.logits_divisor, self.spec.final_soft_cap)
         return head if self.rank is None else RankHead(head, self.rank)
 
+    def any_layer(self, index: int) -> AnyLayer:
+        """A layer of a mixer and an MLP, or of one of them."""
+        of_layer = self.spec.layers[index]
+        if not of_layer.is_single:
+            return self.layer(index)
+        parts = layer_linears(self.spec, index, self.source.prefix, self.source.has)
+        (norm,) = layer_norms(self.spec, index)
+        weight = self.norm_weight(f"{self.source.prefix}layers.{index}.{norm}", self.spec.hidden_size)
+        if of_layer.has_mlp:
+            mlp = self._mlp(index, parts)
+            return MlpLayer(self._add_norm(weight, input_quant=mlp.input_quant), mlp, self._leave())
+        attention = self._attention(index, parts)
+        return MixerLayer(self._add_norm(weight, input_quant=attention.input_quant), attention, self._leave())
+
     def layer(self, index: int, num_inputs: int = 1) -> DecoderLayer:
-        """num_inputs: hidden states that attention reads side by side."""
+        """A layer of a mixer and an MLP. num_inputs: hidden states that attention reads side by side."""
         spec = self.spec
         name = f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
-        mixer = spec.layers[index].mixer
-        attention: Mixing
-        reader = AttentionReader(self, index)
-        if isinstance(mixer, StateSpec):
-            attention = read_state_mixer(self, index, mixer, parts)
-        elif isinstance(mixer, LatentSpec):
-            attention = reader.latent(mixer, parts)
-        else:
-            parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)
-            attention = reader.plain(mixer, parts)
-        if (beside := spec.layers[index].beside) is not None:
-            assert isinstance(attention, Attention)
-            attention = read_beside(self, index, attention, beside, parts)
+        attention = self._attention(index, parts, num_inputs)
         mlp = self._mlp(index, parts)
         before_attention, after_attention, before_mlp, after_mlp = (
             self.norm_weight(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]
@@ -358,8 +353,7 @@ class DecoderBuilder:
         if spec.per_layer is not None:
             gate = read_gate(self, parts, self._add_norm(None, after=after_mlp), self.act)
             after_mlp = self.norm_weight(f"{name}.{AFTER_PER_LAYER}", spec.hidden_size)
-        leave = self._add_norm(None, after=after_mlp)
-        leave = replace(leave, multiplier=leave.multiplier * spec.mlp_factor)
+        leave = self._leave(after_mlp)
         if spec.has_layer_scalars:
             scalar = float(self.source.tensor(f"{name}.layer_scalar", (1,)))
             leave = replace(leave, multiplier=leave.multiplier * scalar, carry=scalar)
@@ -373,6 +367,29 @@ class DecoderBuilder:
             leave=leave,
             gate=gate,
         )
+
+    def _leave(self, after: Tensor | None = None) -> AddNorm:
+        """What stands behind a layer's last sublayer."""
+        made = self._add_norm(None, after=after)
+        return replace(made, multiplier=made.multiplier * self.spec.mlp_factor)
+
+    def _attention(self, index: int, parts: dict[str, LinearParts], num_inputs: int = 1) -> Mixing:
+        spec = self.spec
+        mixer = spec.layers[index].mixer
+        attention: Mixing
+        reader = AttentionReader(self, index)
+        if isinstance(mixer, StateSpec):
+            attention = read_state_mixer(self, index, mixer, parts)
+        elif isinstance(mixer, LatentSpec):
+            attention = reader.latent(mixer, parts)
+        else:
+            assert isinstance(mixer, AttentionSpec)
+            parts["qkv"] = replace(parts["qkv"], in_features=num_inputs * parts["qkv"].in_features)
+            attention = reader.plain(mixer, parts)
+        if (beside := spec.layers[index].beside) is not None:
+            assert isinstance(attention, Attention)
+            attention = read_beside(self, index, attention, beside, parts)
+        return attention
 
     def _add_norm(
         self, weight: Tensor | None, *, after: Tensor | None = None, input_quant: ActivationQuant | None = None

@@ -39,6 +39,7 @@ LARGEST: dict[CacheType, float] = {
 }  # of types that need scales from elsewhere
 
 CPU_BUDGET = 4 << 30  # vLLM's default for CPUs (VLLM_CPU_KVCACHE_SPACE), so that a comparison is one of equals
+MOST_NAMES = 1 << 18  # blocks where all layers have states: they only name prefixes, and take some 150 bytes each
 CPU_SHARE = 0.5  # of the memory that is free once the weights are there
 
 # Measured scales: how many tokens are looked at, and what the largest value seen is multiplied by. fp8 is floating:
@@ -227,7 +228,7 @@ def _blocks_for(model: Model, config: EngineConfig, budget: int, per_block: int,
             f"{budget / 1e6:.0f} MB for the KV cache don't hold one block of {config.block_size} tokens "
             f"({least / 1e6:.2f} MB); --kv-cache-memory-bytes gives it more"
         )
-    return min(usable, budget // max(1, per_block))  # 0 where all layers have states
+    return min(usable, budget // per_block if per_block else MOST_NAMES)
 
 
 def allocate(

@@ -13,13 +13,14 @@ from octavo.calibration.prepare import Calibration
 from octavo.calibration.text.data import from_token_ids
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.blocks import BlockRunner
+from octavo.runtime.model.sources import CheckpointSource
 
 
 def calibration(model: Path, token_ids: Tensor) -> Calibration:
     """token_ids [num_samples, seq_len]."""
-    config = Checkpoint.open(model).config
-    data = from_token_ids(list(token_ids), vocab_size=config["vocab_size"], source="a test")
-    return Calibration(data, BlockRunner(config, "model.", token_ids.shape[1]))
+    checkpoint = Checkpoint.open(model)
+    data = from_token_ids(list(token_ids), vocab_size=checkpoint.config["vocab_size"], source="a test")
+    return Calibration(data, BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, token_ids.shape[1]))
 
 
 def held_out_tokens(model: Path, num_samples: int = 32, seq_len: int = 64) -> Tensor:

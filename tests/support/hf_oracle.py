@@ -69,6 +69,16 @@ FALCON = {
     "ssm_multipliers": [0.9, 1.1, 0.6, 1.4, 0.5],
     "mlp_multipliers": [1.3, 0.6],
 }
+NEMOTRON = {
+    "head_dim": 24,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "moe_shared_expert_intermediate_size": 48,
+    "time_step_min": 0.3,
+}
 MSCALED = YARN | {"mscale": 0.9, "mscale_all_dim": 0.7}
 
 GEMMA4 = {
@@ -260,6 +270,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"attention_bias": True, "mamba_conv_bias": False},
     ),
     "falcon_h1-gate-alone": ("FalconH1", FALCON | {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mlp_bias": True}),
+    "nemotron_h": (
+        "NemotronH",
+        NEMOTRON
+        | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "moe"]}
+        | {"num_hidden_layers": 5}
+        | {"n_groups": 2, "mamba_num_heads": 6, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7},
+    ),
+    "nemotron_h-moe-last": (
+        "NemotronH",
+        NEMOTRON
+        | {"layers_block_type": ["moe", "full_attention", "linear_attention"], "mamba_num_heads": 4}
+        | {"n_groups": 1, "use_conv_bias": False, "norm_topk_prob": False, "num_hidden_layers": 3},
+    ),
+    "mamba2": (
+        "Mamba2",
+        {"num_heads": 6, "head_dim": 32, "expand": 3, "state_size": 16, "n_groups": 2, "conv_kernel": 3}
+        | {"tie_word_embeddings": True, "time_step_limit": [0.2, 1.5]},
+    ),
     "lfm2": (
         "Lfm2",
         {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16, "conv_L_cache": 4}
@@ -303,7 +331,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-STATES = ("qwen3_next", "qwen3_5", "granitemoehybrid", "lfm2", "falcon_h1")
+STATES = ("qwen3_next", "qwen3_5", "granitemoehybrid", "lfm2", "falcon_h1", "nemotron_h", "mamba2")
 HAS_STATES = tuple(name for name in CASES if name.startswith(STATES))
 """Cases with layers that have a state instead of keys and values, which aren't divided over ranks."""
 READS_MORE = ("gemma4_text-small", "gemma3n_text")

@@ -14,7 +14,7 @@ from octavo.quant.kernel import LayerShape
 from octavo.quant.kernel_table import choose_kernel
 from octavo.quant.scheme import PRESETS
 from octavo.quant.target import Target
-from octavo.runtime.model.families.family import Architecture, no_states, nothing_beside
+from octavo.runtime.model.families.family import Architecture, both_sublayers, no_states, nothing_beside
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
 
 NORMS = {"pre": "before", "sandwich": "before and after", "post": "after"}
@@ -27,6 +27,7 @@ EXPERTS = {
     "behind_dense": "behind dense layers",
     "named": "as the config says",
     "beside_mlp": "beside each MLP, if the config says",
+    "kinds": "as the config says",
 }
 
 BF16 = torch.bfloat16
@@ -71,6 +72,8 @@ def _in_place(architecture: Architecture) -> str:
         return "latents"
     if architecture.beside is not nothing_beside:
         return "states beside it"
+    if architecture.sublayers is not both_sublayers:
+        return "states, attention or an MLP in each layer" if architecture.experts == "kinds" else "states"
     return "states, in most layers" if architecture.state_mixers is not no_states else ""
 
 

@@ -31,7 +31,7 @@ HALVES = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_tex
 """Model types that are found in vision checkpoints alone: tests/runtime/vision compares them with what they see."""
 SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "q_lora_rank")
 SIZES += ("head_dim", "global_head_dim", "hidden_size_per_layer_input", "laurel_rank", "intermediate_size")
-SIZES += ("shared_intermediate_size", "linear_value_head_dim")
+SIZES += ("shared_intermediate_size", "linear_value_head_dim", "moe_shared_expert_intermediate_size")
 GROUP = 32
 """Of a group of weights. These sizes are multiples of it here, so that nothing is refused for being tiny."""
 

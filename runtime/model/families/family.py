@@ -25,7 +25,8 @@ Keys = dict[str, Any]
 NormPlacement = Literal["pre", "sandwich", "post"]
 BiasRule = Literal["never", "always", "attention_bias", "mlp_bias", "qkv_bias"]
 WindowRule = Literal["none", "all", "layer_types", "chunks"]
-ExpertRule = Literal["none", "all", "sparse_step", "behind_dense", "named", "beside_mlp"]
+ExpertRule = Literal["none", "all", "sparse_step", "behind_dense", "named", "beside_mlp", "kinds"]
+Sublayers = Literal["both", "mixer", "mlp"]
 ScoreRule = Literal["softmax", "sigmoid", "corrected_sigmoid"]
 QKNorm = Literal["head", "width", "unweighted"]
 LayerKind = Literal["full_attention", "sliding_attention"]
@@ -74,6 +75,10 @@ def all_rotate(settings: Config, count: int) -> list[bool]:  # noqa: ARG001
     return [True] * count
 
 
+def none_rotate(settings: Config, count: int) -> list[bool]:  # noqa: ARG001
+    return [False] * count
+
+
 def rotating_by_flags(settings: Config, count: int) -> list[bool]:
     """no_rope_layers has, against its name, a 1 for each layer that rotates."""
     flags = settings.get("no_rope_layers")
@@ -104,6 +109,14 @@ def intermediate_size(settings: Config) -> Any:
 
 def no_states(settings: Config) -> list[StateSpec | None]:
     return [None] * settings["num_hidden_layers"]
+
+
+def both_sublayers(settings: Config) -> list[Sublayers]:
+    return ["both"] * settings["num_hidden_layers"]
+
+
+def nothing_derived(config: Config) -> dict[str, Any]:  # noqa: ARG001
+    return {}
 
 
 def nothing_beside(settings: Config) -> list[BesideSpec | None]:
@@ -192,8 +205,9 @@ class Architecture:
                decoder_sparse_step counts and mlp_only_layers doesn't name. behind_dense: in those behind the first
                first_k_dense_replace. named: in those of moe_layers, or in every interleave_moe_layer_step'th
                beside_mlp: in each layer beside a dense MLP, each with norms of its own; a router has a norm, too, and
-               numbers that experts' weights are multiplied by
+               numbers that experts' weights are multiplied by. kinds: in those that layers_block_type calls 'moe'
     weighs_inputs  what multiplies the output of an expert elsewhere multiplies its input
+    has_gates  MLPs are gated; else they are down(act(up(x)))
     interleaved  rotations turn neighbors of a head
     renamed     modules that have other names in a checkpoint, within a layer or behind all of them: 'mlp.down_proj',
                 'norm'
@@ -220,6 +234,8 @@ class Architecture:
     ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
     routing            how experts are chosen, given what the keys that all have say of it
     state_mixers       of each layer the mixer with a state that stands in the place of attention; None: none does
+    derived            keys that others say, and what they mean; they hold whatever the config says of them
+    sublayers          of each layer whether it has a mixer, an MLP, or both
     beside             of each layer the mixer with a state that stands beside attention; None: none does
     factors            what numbers of all layers are multiplied by
     query_scale        what a layer's queries are multiplied by, given the config, it over its defaults, and whether
@@ -256,6 +272,7 @@ class Architecture:
     expert_bias: bool = False
     weighs_inputs: bool = False
     interleaved: bool = False
+    has_gates: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
     dense_size: Callable[[Config], Any] = intermediate_size
     top_k_key: str = "num_experts_per_tok"
@@ -274,6 +291,8 @@ class Architecture:
     ropes: Callable[[Config, Config, dict[str, Any]], Ropes] = one_rope
     routing: Callable[[Config, Routing], Routing] = as_it_is
     state_mixers: Callable[[Config], list[StateSpec | None]] = no_states
+    derived: Callable[[Config], dict[str, Any]] = nothing_derived
+    sublayers: Callable[[Config], list[Sublayers]] = both_sublayers
     beside: Callable[[Config], list[BesideSpec | None]] = nothing_beside
     factors: Callable[[Config], Factors] = no_factors
     query_scale: Callable[[Config, Config, bool], QueryScale | None] = unscaled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from octavo.kernels.linear_attention.mamba2 import Mamba2Shape
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Positive
@@ -14,6 +16,8 @@ from octavo.runtime.model.families.family import (
 )
 from octavo.runtime.model.state_mixers import Mamba2Spec, StateSpec
 
+NO_LIMITS = (0.0, float("inf"))
+LIMITS = list[float | dict[str, str]]
 MAMBA_KEYS = {
     "mamba_n_heads": Count,
     "mamba_n_groups": Count,
@@ -23,7 +27,7 @@ MAMBA_KEYS = {
     "mamba_expand": Count,
     "mamba_conv_bias": bool,
     "mamba_proj_bias": bool,
-    "time_step_limit": list[float | dict[str, str]],
+    "time_step_limit": LIMITS,
 }
 MAMBA = {
     "mamba_n_heads": 128,
@@ -34,7 +38,7 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_conv_bias": True,
     "mamba_proj_bias": False,
-    "time_step_limit": (0.0, float("inf")),
+    "time_step_limit": NO_LIMITS,
 }
 _STATES = {"mamba", "linear_attention"}  # of transformers 4 and 5
 _ATTENTION = {"attention", "full_attention"}
@@ -63,14 +67,17 @@ def mamba_of(settings: Config, inner: int) -> Mamba2Spec:
         raise UnsupportedModelError(f"mamba_n_heads {heads} isn't a multiple of mamba_n_groups {groups}")
     if settings["mamba_proj_bias"]:
         raise UnsupportedModelError("mamba_proj_bias true: linear layers of Mamba 2 have no biases here")
-    low, high = (_limit(limit) for limit in settings["time_step_limit"])
-    shape = Mamba2Shape(heads, dim, groups, settings["mamba_d_state"], settings["mamba_d_conv"], (low, high))
+    limits = limits_of(settings["time_step_limit"])
+    shape = Mamba2Shape(heads, dim, groups, settings["mamba_d_state"], settings["mamba_d_conv"], limits)
     return Mamba2Spec(shape, settings["mamba_conv_bias"])
 
 
-def _limit(value: float | dict[str, str]) -> float:
+def limits_of(given: Sequence[float | dict[str, str]]) -> tuple[float, float]:
     """Transformers 5 writes {"__float__": "Infinity"}, since JSON has no such number."""
-    return float(value["__float__"] if isinstance(value, dict) else value)
+    if len(given) != 2:
+        raise UnsupportedModelError(f"time_step_limit {given} isn't a lower and an upper limit")
+    low, high = (float(value["__float__"] if isinstance(value, dict) else value) for value in given)
+    return low, high
 
 
 def _rotating_layers(settings: Config, count: int) -> list[bool]:

@@ -121,6 +121,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "factor of the MLP": ("falcon_h1", changed(mlp_factor=0.65)),
     "factor of attention": ("falcon_h1", lambda spec: beside_changed(spec, attention_factor=0.7)),
     "factor of the state space": ("falcon_h1", lambda spec: beside_changed(spec, factor=0.8)),
+    "limits of time steps of layers alone": ("nemotron_h", lambda spec: time_steps_unlimited(spec)),
     "rope of layers with a window": ("olmo3", lambda spec: one_rope(spec)),
     "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
     "norm of values": ("gemma4_text", changed(norms_values=False)),

@@ -11,6 +11,7 @@ from hf_oracle import CASES, READS_MORE, make_hf, save
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.blocks import BlockRunner
 from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.model.sources import CheckpointSource
 
 LENGTH = 24  # beyond the cases' windows, and beyond the 16 positions that their ropes were pretrained for
 EPS = torch.finfo(torch.float32).eps
@@ -26,7 +27,7 @@ def in_int8(x: torch.Tensor) -> torch.Tensor:
 def test_its_output_is_the_serving_block_s(name: str, tmp_path: Path) -> None:
     """Every block of every family, in float32: both round some hundred sums, each by a part of EPS."""
     checkpoint = Checkpoint.open(save(make_hf(*CASES[name]), tmp_path), LAYOUTS)
-    runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
+    runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, CheckpointSource(checkpoint).prefix, LENGTH)
     token_ids = torch.randint(3, 90, (3, LENGTH), generator=torch.Generator().manual_seed(1))
     hidden = runner.embed(token_ids, checkpoint.tensor(runner.embedding_name))
     for index in range(runner.num_blocks):

@@ -21,19 +21,22 @@ from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.cli import main
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.linear_attention.states import StateCache
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import PRESETS
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.sources import LoadError
+from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.cache_memory import tensors_of
 
 NAMES = ("olmo3", "glm4_moe", "gpt_oss", "ministral3", "mistral4", "llama4_text", "gemma4_text", "gemma4_text-moe")
-NAMES += ("granitemoehybrid", "lfm2", "falcon_h1")
+NAMES += ("granitemoehybrid", "lfm2", "falcon_h1", "nemotron_h", "mamba2")
 SERVED = (*NAMES, *READS_MORE)
 PROMPTS = [list(range(3, 40)), list(range(40, 49))]
 
@@ -286,6 +289,30 @@ def test_a_cache_of_8_bits_costs_layers_of_several_kinds_little(
 def test_calibration_block_by_block_is_refused_where_blocks_read_more(name: str, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(LoadError, match=r"has layers that read the cache of others.*--algorithm rtn"):
         calibration(checkpoints[name], torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_layers_of_a_nemotron_are_read_off_its_pattern(checkpoints: dict[str, Path]) -> None:
+    config = json.loads((checkpoints["nemotron_h"] / "config.json").read_text())
+    kinds = config.pop("layers_block_type")
+    by_kinds = DecoderSpec.from_hf(config | {"layers_block_type": kinds})
+    assert DecoderSpec.from_hf(config | {"hybrid_override_pattern": "M-*ME", "num_hidden_layers": 5}) == by_kinds
+    with pytest.raises(UnsupportedModelError, match="hybrid_override_pattern has 'X'"):
+        DecoderSpec.from_hf(config | {"hybrid_override_pattern": "M-X"})
+    with pytest.raises(ModelConfigError, match="num_hidden_layers 4, and 5 kinds"):
+        DecoderSpec.from_hf(config | {"hybrid_override_pattern": "M-*ME", "num_hidden_layers": 4})
+    with pytest.raises(UnsupportedModelError, match="moe_latent_size 16"):
+        DecoderSpec.from_hf(config | {"layers_block_type": kinds, "moe_latent_size": 16})
+
+
+def test_a_mamba_has_states_and_no_cache_of_keys(checkpoints: dict[str, Path]) -> None:
+    """Blocks name prefixes alone, and one sequence may be as long as the model says."""
+    settings = {"model": str(checkpoints["mamba2"]), "dtype": "float32"}
+    engine = load_engine(EngineConfig(**settings), time.time())[0]
+    assert all(isinstance(cache, StateCache) for cache in engine.worker.caches)
+    limits = engine.scheduler.config
+    assert limits.num_blocks * limits.block_size >= limits.max_model_len == 64
+    with pytest.raises(ValueError, match="--kv-cache-dtype int8: all layers of mamba2 have states"):
+        load_engine(EngineConfig(**settings, kv_cache_dtype="int8"), time.time())
 
 
 GPU_LACKS = {

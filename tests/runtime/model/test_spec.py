@@ -70,6 +70,7 @@ def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str)
         if key not in row.reads:
             # what attention over latents has, and fewer layers than Gemma 3n has that read others' caches
             sizes = SIZES | {"num_key_value_heads": SIZES["num_attention_heads"], "num_kv_shared_layers": 0}
+            sizes |= {"num_heads": 2, "n_groups": 2}  # which make the channels of Mamba 2
             DecoderSpec.from_hf(sizes | {"model_type": name, key: None})
             with pytest.raises(UnsupportedModelError, match=f"{name}: {key} = .*--model-impl hf"):
                 DecoderSpec.from_hf(sizes | {"model_type": name, key: value})
