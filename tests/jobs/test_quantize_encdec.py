@@ -9,6 +9,7 @@ import tiny_encdec
 import torch
 from forked_commands import forked_commands
 from safetensors.torch import save_file
+from slow_cases import slow_if
 from tiny_encdec import PAD
 
 from octavo.calibration.layers import QuantizeError
@@ -22,6 +23,7 @@ from octavo.runtime.model.weights import load_model
 
 TOKENS = [PAD, 5, 77, 40, 9]
 SCHEMES = ["W8A16@32", "W8A8", "FP8_DYNAMIC", "W4A16@32", "NVFP4A16", "MXFP8"]
+SHORT = ("W8A8", "W4A16@32")
 ROUNDED_INPUTS = ("W8A8", "FP8_DYNAMIC", "MXFP8")
 LINEARS = {"t5, FLAN's": 3 * 7 + 2 * 11, "bart": 2 * 6 + 3 * 10}  # of the encoder's layers, and of the decoder's
 
@@ -39,7 +41,7 @@ def logits_of(directory: Path) -> torch.Tensor:
     return tiny_encdec.computed(model, tiny_encdec.texts(1)[0], TOKENS)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", slow_if([(scheme,) for scheme in SCHEMES], lambda scheme: scheme not in SHORT))
 def test_both_stacks_are_quantized_and_served(scheme: str, made: tuple[str, Path], tmp_path: Path) -> None:
     """Logits are those of a plain checkpoint of what the codes stand for; where inputs are rounded too, near them."""
     name, directory = made
