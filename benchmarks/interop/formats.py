@@ -9,6 +9,8 @@ prompts of peers.py greedily. Where the first GOAL tokens are not octavo's, the 
 distance of the two log-probabilities by octavo in float32. Near is what octavo itself moves leads by, 99 of 100 times,
 between its float32 and its bfloat16. llama.cpp rounds inputs to 8 bits besides, which that doesn't count.
 
+I-quants are llama-quantize's own, out of --llama-f16 with --llama-imatrix: octavo reads them and doesn't write them.
+
 A case that WORK/rows.json has is not run again.
 """
 
@@ -40,6 +42,7 @@ HEAD = ("format", "scheme", "engine", "equal tokens", "differences before token 
 CT = ("transformers", "vLLM")
 PACKED = ("vLLM", "gptqmodel")
 LLAMA = ("llama.cpp",)
+MADE_BY_LLAMA = "llama-quantize"
 G = "--group-size 64"
 
 
@@ -70,6 +73,7 @@ CASES = (
         Case("gguf", s, "", LLAMA)
         for s in ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
     ),
+    *(Case(MADE_BY_LLAMA, s, "", LLAMA) for s in ("IQ4_XS", "IQ4_NL", "IQ3_S", "IQ2_XS")),
 )
 
 
@@ -99,6 +103,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm-preload", default="", help="LD_PRELOAD for vLLM: libtcmalloc and libiomp5")
     parser.add_argument("--gptq-python", help="the python of an environment with gptqmodel")
     parser.add_argument("--llama-server", help="llama.cpp's server")
+    parser.add_argument("--llama-quantize", help="its llama-quantize")
+    parser.add_argument("--llama-f16", type=Path, help="the model's GGUF file in F16, for llama-quantize")
+    parser.add_argument("--llama-imatrix", type=Path, help="its importances by llama-imatrix")
     parser.add_argument("--only", nargs="+", help="names of cases, such as gptq-W4A16")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the table")
     return parser.parse_args()
@@ -107,13 +114,15 @@ def parse_arguments() -> argparse.Namespace:
 def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """The case's row, the refusals of engines asked before, and versions."""
     checkpoint = args.work / case.name
-    refused = quantize(case, args, checkpoint)
+    refused = (
+        quantize_by_llama(case, args, checkpoint) if case.format == MADE_BY_LLAMA else quantize(case, args, checkpoint)
+    )
     if refused:
         return {"row": [case.format, case.scheme, "octavo", "not written", refused], "refusals": [], "versions": []}
     refusals = []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        asked = questions(checkpoint)
+        asked = questions(args.model)
         with running(octavo_server("octavo", checkpoint, "--dtype", "bfloat16"), log) as run:
             half = ask_octavo(run.url, asked)
         with running(octavo_server("octavo", checkpoint, "--dtype", "float32"), log) as run:
@@ -145,6 +154,17 @@ def quantize(case: Case, args: argparse.Namespace, checkpoint: Path) -> str | No
         command += ["--dataset", str(args.text), "--num-calibration-samples", "8"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return brief(result.stderr.strip().splitlines()[-1]) if result.returncode else None
+
+
+def quantize_by_llama(case: Case, args: argparse.Namespace, checkpoint: Path) -> str | None:
+    """Write the file. Returns llama-quantize's own words where it refuses."""
+    checkpoint.mkdir(exist_ok=True)
+    file = checkpoint / "model.gguf"
+    if file.exists() or args.llama_quantize is None:
+        return None if file.exists() else "no llama-quantize"
+    command = [args.llama_quantize, "--imatrix", str(args.llama_imatrix), str(args.llama_f16), str(file), case.scheme]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return brief(result.stderr) if result.returncode else None
 
 
 def answers(case: Case, args: argparse.Namespace, checkpoint: Path, asked: Questions, log: Path) -> Any:

@@ -2,8 +2,10 @@
 
     python transformers_greedy.py CHECKPOINT JOB.json
 
-In float64, what transformers computes in float32 whatever the model's type (norms, the softmax of its eager attention)
-is replaced by the same formula in float64. A divisor replaces compressed-tensors' 127.5 for int8 activations.
+Weights that compressed-tensors decompresses come in bfloat16 whatever type was asked for (floats of 4 and 8 bits in
+small groups, which bfloat16 holds): they are widened to that type. In float64, what transformers computes in float32
+whatever the model's type (norms, the softmax of its eager attention) is replaced by the same formula in float64. A
+divisor replaces compressed-tensors' 127.5 for int8 activations.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=getattr(torch, job["dtype"]), attn_implementation=job["attention"]
         ).eval()
+        widen(model, getattr(torch, job["dtype"]))
         with torch.inference_mode():
             answer: dict[str, object] = {
                 "tokens": [greedy(model, ids, job["max_tokens"]) for ids in job["prompts"]],
@@ -40,6 +43,19 @@ def main() -> None:
         answer = {"error": f"{type(error).__name__}: {error}"}
     version = f"transformers {transformers.__version__} with {', '.join(readers())}"
     print(json.dumps(answer | {"version": version}), flush=True)
+
+
+def widen(model, dtype) -> None:  # type: ignore[no-untyped-def]
+    """Before each forward, and behind the hook that decompresses before the first."""
+    import torch
+
+    def hook(module, _):  # type: ignore[no-untyped-def]
+        for parameter in module.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.to(dtype)
+
+    if dtype.itemsize > 2:
+        model.register_forward_pre_hook(hook)
 
 
 def readers() -> list[str]:
