@@ -1,14 +1,17 @@
 """GPTQModel 7.6 on given samples, in its own environment: `python gptqmodel_gptq.py MODEL SAMPLES.pt OUT BITS GROUP`.
 
-GPTQ, symmetric, the library's defaults otherwise. On two cores GPTQMODEL_CPU_WORKERS=2 is needed.
+GPTQ, symmetric, the library's defaults otherwise. It wants more workers than two cores have, unless it is told.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
 import torch
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 from gptqmodel import GPTQModel, QuantizeConfig
 
 
