@@ -39,6 +39,7 @@ from octavo.runtime.model.names import (
     state_gates,
     stored_name,
 )
+from octavo.runtime.model.rotated_inputs import input_block
 from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.single_layers import AnyLayer, MixerLayer
 from octavo.runtime.model.sources import LoadError
@@ -198,6 +199,8 @@ class BlockRunner:
         if sparse:
             folds += self._expert_folds(index)
         if sparse and not has_both:
+            return folds
+        if input_block(self._source, self._parts[index]["down"]) is not None:  # a rotation lies between up and down
             return folds
         return [*folds, self._up_fold(index, "gate_up")]
 

@@ -120,6 +120,15 @@ def test_algorithms_see_inputs_as_they_are_rotated(algorithm: str, fixtures: Pat
     assert (after - before).norm() < 0.02 * before.norm()
 
 
+def test_scales_are_not_folded_through_a_rotation(fixtures: Path, tmp_path: Path) -> None:
+    """Up's rows are no columns of down then; a strength that is given scales whatever has an op to fold into."""
+    tokens = held_out_tokens(fixtures / "tiny", 4, 64)
+    recipe = Recipe("W8A16@32", "smoothquant", smoothing=0.8, rotations=("R4",))
+    octavo.quantize(fixtures / "tiny", tmp_path / "out", recipe=recipe, data=list(tokens), evaluate=False)
+    original = logits_of(fixtures / "tiny", tokens)
+    assert (logits_of(tmp_path / "out", tokens) - original).norm() < 0.05 * original.norm()
+
+
 @pytest.mark.parametrize(
     ("group", "reason"),
     [
