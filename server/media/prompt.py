@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -52,7 +51,7 @@ def placed(token_ids: Sequence[int], images: Sequence[ReadImage], vision: Vision
         raise PlacesError(f"the prompt has {len(places)} placeholders for the {sum(counts)} that its images take")
     left = iter(places)
     if vision.sight == "prompt":
-        return (_together(images, token_ids),)
+        return (_together(images, len(token_ids)),)
     return tuple(_placed(images, counts, left, is_whole=vision.sees_ahead))
 
 
@@ -63,13 +62,12 @@ def _begun(text: str, num_images: int, mark: str, begins_with: str) -> str:
     return f"{text[:behind]}{begins_with}{text[behind:]}\n"
 
 
-def _together(images: Sequence[ReadImage], token_ids: Sequence[int]) -> PromptImage:
-    """All images of a prompt, whose tokens all see each other: what is cached of one is of this prompt alone."""
-    found = hashlib.sha256(b"".join(image.digest for image in images))
-    found.update(array("q", token_ids).tobytes())
+def _together(images: Sequence[ReadImage], length: int) -> PromptImage:
+    """All images of a prompt, whose tokens all see each other."""
+    digest = hashlib.sha256(b"".join(image.digest for image in images)).digest()
     frames = tuple(frame for image in images for frame in image.frames)
     pixels = b"".join(image.pixels for image in images)
-    return PromptImage(found.digest(), 0, len(token_ids), images[0].size, frames, pixels, is_whole=True)
+    return PromptImage(digest, 0, length, images[0].size, frames, pixels, is_whole=True)
 
 
 def _placed(

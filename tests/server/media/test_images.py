@@ -24,7 +24,6 @@ from tiny_vision import MARKS, PLACEHOLDERS, TinyVision, as_png, make_tiny_visio
 
 from octavo.runtime.vision.recipes import VisionModel, WholeImage
 from octavo.server.media.images import Images
-from octavo.server.media.prompt import ReadImage, placed
 from octavo.server.media.sources import ImageSource
 from octavo.text.chat_template import ChatTemplate, ChatTemplateError
 
@@ -321,11 +320,3 @@ def _is_decoder(process: psutil.Process) -> bool:
         return "octavo.server.media.process" in process.cmdline()
     except psutil.NoSuchProcess:
         return False
-
-
-def test_an_image_that_sees_the_text_is_cached_with_it() -> None:
-    """Keys and values of PaliGemma's images are of the whole prompt: another question must not find them."""
-    vision = VisionModel(WholeImage((2, 2), None, 3, 4), 5, 5, 1, "prompt")
-    image = ReadImage(b"digest", (2, 2), ((2, 2),), bytes(12))
-    first, same, other = (placed([5, 5, 5, 5, 1, text], [image], vision)[0].digest for text in (7, 7, 8))
-    assert first == same != other
