@@ -153,13 +153,19 @@ class GenerateRequest(NativeHints, Strict):
     def _check_prompt(self) -> GenerateRequest:
         if (self.text is None) == (self.input_ids is None):
             raise field_error("text", "exactly one of text and input_ids is needed")
-        if self.image_data and (self.text is None or self.session_params is not None):
-            raise field_error("image_data", "image_data: images stand in a text, and in no session")
+        if self.image_data and self.session_params is not None:
+            raise field_error("image_data", "image_data: a session has no images")
         params = self.sampling_params
         searches = isinstance(params, NativeSampling) and (params.beam_width or 1) > 1
         if self.session_params is not None and (self.is_batch or searches):
             raise field_error("session_params", "session_params is for one prompt with one answer")
         return self
+
+    @property
+    def _has_prompts(self) -> bool:
+        """Whether there is a list of prompts, be it of one."""
+        given: Any = self.text if self.text is not None else self.input_ids
+        return isinstance(given, list) if self.text is not None else isinstance(given[0], list)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -173,16 +179,14 @@ class GenerateRequest(NativeHints, Strict):
     def image_urls(self) -> list[list[str]]:
         """Those of each prompt: as URLs, or base64 without a word of what it is."""
         given = self.image_data
-        of_prompts = given if isinstance(self.text, list) and isinstance(given, list) else [given]
+        of_prompts = given if self._has_prompts and isinstance(given, list) else [given]
         return [list(_flat(one)) for one in of_prompts]
 
     @property
     def is_batch(self) -> bool:
         """Whether the answer is a list, as there are several prompts or answers."""
-        given: Any = self.text if self.text is not None else self.input_ids
-        several = isinstance(given, list) if self.text is not None else isinstance(given[0], list)
         params = self.sampling_params
-        return several or (isinstance(params, NativeSampling) and (params.n or 1) > 1)
+        return self._has_prompts or (isinstance(params, NativeSampling) and (params.n or 1) > 1)
 
 
 @dataclass(frozen=True)
@@ -322,9 +326,12 @@ def _source(given: str, number: int) -> ImageSource:
 
 
 def _prompt_of(request: CompletionRequest, images: Sequence[ReadImage], model: ServedModel) -> Prompt:
-    """The prompt of an item, with what stands for its images."""
+    """The prompt of an item, with what stands for its images; token ids have it already, as those of /tokenize do."""
     if model.images is None or not images:
         return prompts_of(request, model)[0]
+    if not isinstance(request.prompt, str):
+        [prompt] = prompts_of(request, model)
+        return replace(prompt, images=model.images.placed(prompt.token_ids, images, "input_ids"))
     text = model.images.expanded(str(request.prompt), images, "text")
     own = {"add_special_tokens": False} if model.images.wants_one else {}
     [prompt] = prompts_of(request.model_copy(update={"prompt": text, **own}), model)

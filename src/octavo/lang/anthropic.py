@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from octavo.lang.backend import Backend, Context, Generated, Json, OnText
+from octavo.lang.backend import Backend, Context, Generated, Json, OnText, urls_of
 from octavo.lang.ir import Options
 from octavo.lang.wire import BackendError, Wire
 
@@ -88,11 +88,34 @@ def _prompt(context: Context) -> Json:
         return {"messages": [{"role": "user", "content": context.text}]}
     if context.role != "assistant":
         raise ValueError("with a chat API each gen must stand in an assistant's turn: sgl.assistant(sgl.gen(...))")
-    system = "\n\n".join(message["content"] for message in context.messages if message["role"] == "system")
-    messages = [message for message in context.messages if message["role"] != "system"]
+    of_system = [message["content"] for message in context.messages if message["role"] == "system"]
+    if any(map(urls_of, of_system)):
+        raise ValueError("an image stands in a system's turn, where Anthropic's API has no place for it")
+    system = "\n\n".join(of_system)
+    messages = [
+        {**message, "content": _blocks(message["content"])}
+        for message in context.messages
+        if message["role"] != "system"
+    ]
     if context.text:
         messages.append({"role": "assistant", "content": context.text})
     return {"messages": messages} | ({"system": system} if system else {})
+
+
+def _blocks(content: str | list[Json]) -> str | list[Json]:
+    """A turn's content in Anthropic's form."""
+    if isinstance(content, str):
+        return content
+    return [
+        part if part["type"] == "text" else {"type": "image", "source": _source(*urls_of([part]))} for part in content
+    ]
+
+
+def _source(url: str) -> Json:
+    head, comma, data = url.partition(";base64,")
+    if not comma:
+        return {"type": "url", "url": url}
+    return {"type": "base64", "media_type": head.removeprefix("data:"), "data": data}
 
 
 def _fields(options: Options) -> Json:

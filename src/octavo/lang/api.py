@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import mimetypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Unpack, overload
 
 from octavo.lang.backend import AnyBackend, chosen
@@ -13,6 +16,7 @@ from octavo.lang.ir import (
     Expression,
     Gen,
     GenOptions,
+    Image,
     Joined,
     RoleBegin,
     RoleEnd,
@@ -166,14 +170,28 @@ def separate_reasoning(expression: Expression | None = None, model_type: str | N
     return joined(replace(part, reasoning=kind) if isinstance(part, Gen) else part for part in parts)
 
 
-def image(path: str) -> Expression:
-    """Raises NotImplementedError."""
-    raise NotImplementedError(f"image({path!r}): octavo's server takes text only; leave it out")
+def image(path: str | Path | bytes) -> Expression:
+    """A picture, in a turn: a file's, which is read now, or its bytes; or an address (data:, http:, https:).
+
+    Raises OSError, and ValueError for a file whose name doesn't say what it is.
+    """
+    if isinstance(path, bytes):
+        return Image(_data_url(path, "image/png"))
+    if str(path).startswith(("data:", "http://", "https://")):
+        return Image(str(path))
+    kind = mimetypes.guess_type(str(path))[0] or ""
+    if not kind.startswith("image/"):
+        raise ValueError(f"image: the name of {str(path)!r} ends as no image's does, such as .png or .jpg")
+    return Image(_data_url(Path(path).read_bytes(), kind))
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def video(path: str, num_frames: int) -> Expression:
     """Raises NotImplementedError."""
-    raise NotImplementedError(f"video({path!r}, {num_frames}): octavo's server takes text only; leave it out")
+    raise NotImplementedError(f"video({path!r}, {num_frames}): octavo's server takes no videos; leave it out")
 
 
 def flush_cache(backend: AnyBackend | None = None) -> None:

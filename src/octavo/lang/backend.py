@@ -19,23 +19,35 @@ OnText = Callable[[str, Json], None]
 """Takes a piece of text as it comes, and what is known of the answer so far."""
 
 
+Message = dict[str, Any]
+"""A turn, {"role", "content"}: text, or where it has images, parts of text and images as OpenAI's API has them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a program has said so far.
 
-    messages   the turns that are closed, {"role", "content"}
+    messages   the turns that are closed
     role       whose turn is open, or None
     text       what is in the open turn; of a program without turns, all of its text
+    images     of the open turn: how many characters stand before each, and its address
     """
 
     text: str
-    messages: Sequence[dict[str, str]] = ()
+    messages: Sequence[Message] = ()
     role: str | None = None
+    images: Sequence[tuple[int, str]] = ()
 
     @property
     def has_turns(self) -> bool:
         """Whether it is a conversation."""
         return self.role is not None or bool(self.messages)
+
+    @property
+    def image_urls(self) -> list[str]:
+        """Of all images, in order."""
+        closed = [url for message in self.messages for url in urls_of(message["content"])]
+        return [*closed, *(url for _, url in self.images)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,26 @@ class Owner(Protocol):
 AnyBackend = Backend | Owner
 
 _default: Backend | None = None
+
+
+def content_of(text: str, images: Sequence[tuple[int, str]]) -> str | list[Json]:
+    """A turn's content, of Context's text and images."""
+    if not images:
+        return text
+    parts: list[Json] = []
+    begin = 0
+    for place, url in (*images, (len(text), "")):
+        if text[begin:place]:
+            parts.append({"type": "text", "text": text[begin:place]})
+        if url:
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+        begin = place
+    return parts
+
+
+def urls_of(content: str | list[Json]) -> list[str]:
+    """Of a turn's images."""
+    return [] if isinstance(content, str) else [it["image_url"]["url"] for it in content if it["type"] == "image_url"]
 
 
 def set_default_backend(backend: AnyBackend | None) -> None:

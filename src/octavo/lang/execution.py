@@ -28,6 +28,7 @@ from octavo.lang.backend import Backend, Json
 from octavo.lang.ir import (
     Expression,
     Gen,
+    Image,
     Options,
     RoleBegin,
     RoleEnd,
@@ -302,6 +303,8 @@ class Execution:
         match step:
             case Text(value):
                 said.fill(value)
+            case Image(url):
+                said.show(url)
             case Gen():
                 await self._generate(step)
             case Select():

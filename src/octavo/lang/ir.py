@@ -15,6 +15,7 @@ import msgspec
 
 from octavo.lang.choices import ChoicesSamplingMethod
 
+SHOWN = 40  # characters of an address or a text that is repeated
 REGEX_INT = r"[-+]?[0-9]+[ \n]*"
 REGEX_FLOAT = r"[-+]?[0-9]*\.?[0-9]+[ \n]*"
 REGEX_BOOL = r"(True|False)"
@@ -188,6 +189,16 @@ class Text(Expression):
     """Text as it is."""
 
     value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image(Expression):
+    """A picture in a turn. url: `data:` with its bytes, or an address that the server may read."""
+
+    url: str
+
+    def __repr__(self) -> str:
+        return f"Image({self.url[:SHOWN]!r}...)" if len(self.url) > SHOWN else f"Image({self.url!r})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.lang import loop
-from octavo.lang.backend import Backend, Context, Generated, Json, OnText, check_select
+from octavo.lang.backend import Backend, Context, Generated, Json, OnText, check_select, content_of
 from octavo.lang.choices import ChoicesDecision, ChoicesSamplingMethod, normalized
 from octavo.lang.ir import Options
 from octavo.lang.scoring import Ids, Scores
@@ -107,7 +107,8 @@ class RuntimeEndpoint(Backend):
             scores.ask(prompt, ids)
             if alone:
                 scores.ask((), ids)
-        await asyncio.gather(*(self._score(batch, scores) for batch in scores.batches()))
+        images = (tuple(prompt), context.image_urls)
+        await asyncio.gather(*(self._score(batch, scores, *images) for batch in scores.batches()))
         inputs = [scores.of(prompt, ids) for ids in tokens]
         return method(
             choices=choices,
@@ -150,7 +151,9 @@ class RuntimeEndpoint(Backend):
         if context.has_turns and self._template is None:
             if context.role != "assistant" and not context.text:
                 raise ValueError(f"gen begins a turn of role {context.role!r}: text must stand before it there")
-            return {"input_ids": await self._ids(context)}
+            return {"input_ids": await self._ids(context)} | _images(context)
+        if context.image_urls:
+            raise ValueError("an image has its place by the server's chat template: leave out chat_template_name")
         return {"text": await self.text_of(context)}
 
     async def _ids(self, context: Context) -> list[int]:
@@ -190,7 +193,8 @@ class RuntimeEndpoint(Backend):
             self._choice_ids[choice] = whole[len(before) :]
         return self._choice_ids[choice]
 
-    async def _score(self, batch: list[tuple[Ids, list[int]]], scores: Scores) -> None:
+    async def _score(self, batch: list[tuple[Ids, list[int]]], scores: Scores, prompt: Ids, images: list[str]) -> None:
+        """images: of whatever begins with this prompt."""
         body = {
             "input_ids": [key for key, _ in batch],
             "token_ids_logprob": [wanted for _, wanted in batch],
@@ -198,6 +202,8 @@ class RuntimeEndpoint(Backend):
             "return_logprob": True,
             "return_text_in_logprobs": True,
         }
+        if images:
+            body["image_data"] = [images if key[: len(prompt)] == prompt else None for key, _ in batch]
         answers = await self._wire.ask("POST", "/generate", body)
         for (key, _), answer in zip(batch, answers, strict=True):
             [entries, *_] = answer["meta_info"]["output_token_ids_logprobs"]
@@ -207,14 +213,19 @@ class RuntimeEndpoint(Backend):
 
 def _turns(context: Context) -> Json | None:
     """The body of POST /tokenize for a conversation; None where nothing has been said."""
-    messages: list[Mapping[str, str]] = [*context.messages]
-    continues = context.role is not None and bool(context.text)
+    messages: list[Mapping[str, Any]] = [*context.messages]
+    continues = context.role is not None and bool(context.text or context.images)
     if continues:
-        messages.append({"role": str(context.role), "content": context.text})
+        messages.append({"role": str(context.role), "content": content_of(context.text, context.images)})
     if not messages:
         return None
-    begins = context.role == "assistant" and not context.text
+    begins = context.role == "assistant" and not continues
     return {"messages": messages, "add_generation_prompt": begins, "continue_final_message": continues}
+
+
+def _images(context: Context) -> Json:
+    """The field of a request with its images, if it has any."""
+    return {"image_data": urls} if (urls := context.image_urls) else {}
 
 
 def _generated(answers: list[Json]) -> Generated:

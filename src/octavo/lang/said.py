@@ -6,33 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from octavo.lang.backend import Context, Generated
+from octavo.lang.backend import Context, Generated, Message, content_of
 from octavo.lang.choices import ChoicesDecision
-from octavo.lang.ir import Gen, Select, value_of
+from octavo.lang.ir import SHOWN, Gen, Select, value_of
 from octavo.lang.reasoning import MARKS
-
-SHOWN = 40  # characters of a text that an error repeats
 
 
 @dataclass(slots=True)
 class Said:
-    """text, messages and role are those of a Context. metas: what the server says of each variable.
+    """text, messages, role and images are those of a Context. metas: what the server says of each variable.
 
-    fork_point: (turns, characters of text) that a fork has from the program that it began as.
+    fork_point: (turns, characters of text, images) that a fork has from the program that it began as.
     """
 
     text: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     role: str | None = None
+    images: list[tuple[int, str]] = field(default_factory=list)
     variables: dict[str, Any] = field(default_factory=dict)
     metas: dict[str, Any] = field(default_factory=dict)
-    fork_point: tuple[int, int] = (0, 0)
+    fork_point: tuple[int, int, int] = (0, 0, 0)
     _scopes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def context(self) -> Context:
         """Where a generation goes on."""
-        return Context(self.text, tuple(self.messages), self.role)
+        return Context(self.text, tuple(self.messages), self.role, tuple(self.images))
 
     def fill(self, text: str) -> None:
         """Append text. Raises ValueError between turns."""
@@ -42,6 +41,14 @@ class Said:
                 "a turn, such as sgl.user(...)"
             )
         self.text += text
+
+    def show(self, url: str) -> None:
+        """Append an image. Raises ValueError outside of a turn."""
+        if self.role is None:
+            raise ValueError(
+                "an image stands outside of a turn: put it into one, such as sgl.user(sgl.image(...) + ...)"
+            )
+        self.images.append((len(self.text), url))
 
     def begin_turn(self, role: str) -> None:
         """Raises ValueError within a turn, and behind text that belongs to none."""
@@ -59,9 +66,10 @@ class Said:
         if self.role != role:
             there = "none is open" if self.role is None else f"one of role {self.role!r} is open"
             raise ValueError(f"a turn of role {role!r} ends, where {there}")
-        self.messages.append({"role": role, "content": self.text})
+        self.messages.append({"role": role, "content": content_of(self.text, self.images)})
         self.role = None
         self.text = ""
+        self.images = []
 
     def begin_scope(self, name: str) -> None:
         """From here on, text belongs to this variable too."""
@@ -104,9 +112,10 @@ class Said:
             text=self.text,
             messages=list(self.messages),
             role=self.role,
+            images=list(self.images),
             variables={**self.variables, **variables},
             metas=dict(self.metas),
-            fork_point=(len(self.messages), len(self.text)),
+            fork_point=(len(self.messages), len(self.text), len(self.images)),
             _scopes=dict(self._scopes),
         )
 
@@ -119,8 +128,9 @@ class Said:
 
     def append(self, fork: Said) -> None:
         """What a fork has said since it began. Raises ValueError where that is no whole turns, and no text of one."""
-        turns, place = fork.fork_point
+        turns, place, num_images = fork.fork_point
         if len(fork.messages) == turns and fork.role == self.role:
+            self.images += [(len(self.text) + at - place, url) for at, url in fork.images[num_images:]]
             self.fill(fork.text[place:])
         elif self.role is None and fork.role is None and not place:
             self.messages += fork.messages[turns:]

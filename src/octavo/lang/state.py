@@ -63,7 +63,7 @@ class ProgramState:
         text: str = self._execution.whole_text()
         return text
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The closed turns, {"role", "content"}."""
         self._execution.sync()
         self._execution.check()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +18,19 @@ class RoleTexts:
     around: Mapping[str, tuple[str, str]]
     stop: Sequence[str] = field(default=())
 
-    def text(self, messages: Sequence[Mapping[str, str]], role: str | None, turn: str) -> str:
-        """Closed turns, and the open one as far as it goes. Raises ValueError for a role that isn't known."""
-        closed = [f"{self._of(it['role'])[0]}{it['content']}{self._of(it['role'])[1]}" for it in messages]
+    def text(self, messages: Sequence[Mapping[str, Any]], role: str | None, turn: str) -> str:
+        """Closed turns, <image> for each of theirs, and the open one. Raises ValueError for a role that isn't known."""
+        closed = [_shown(it["content"]).join(self._of(it["role"])) for it in messages]
         return "".join(closed) + ("" if role is None else self._of(role)[0] + turn)
 
     def _of(self, role: str) -> tuple[str, str]:
         if role not in self.around:
             raise ValueError(f"role {role!r} is none of {', '.join(self.around)}, which this chat template has")
         return self.around[role]
+
+
+def _shown(content: str | Sequence[Mapping[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "<image>") for part in content)
 
 
 PLAIN = RoleTexts(

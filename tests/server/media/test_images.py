@@ -16,12 +16,14 @@ import ollama
 import openai
 import psutil
 import pytest
+import torch
 from hostile_media import data_url, hostile_url
 from octavo_server import Server, serving
 from PIL import Image
 from slow_cases import slow
 from tiny_vision import MARKS, PLACEHOLDERS, TinyVision, as_png, make_tiny_vision, picture
 
+import octavo.lang as sgl
 from octavo.runtime.vision.recipes import VisionModel, WholeImage
 from octavo.server.media.images import Images
 from octavo.server.media.sources import ImageSource
@@ -193,12 +195,79 @@ def test_sglang_s_generate(seeing: Server, tiny: TinyVision) -> None:
         for fields, says in (
             ({"text": "see", "image_data": data}, "text: the prompt has '<image>' 0 times for 1 images"),
             ({"text": "<image>", "image_data": "http://127.0.0.1/"}, "image_data: image 1: nothing is fetched"),
-            ({"input_ids": [1, 2], "image_data": data}, "image_data: images stand in a text"),
+            ({"input_ids": [1, 2], "image_data": data}, "input_ids: the prompt has 0 placeholders for the"),
+            ({"input_ids": [[1], [2]], "image_data": [data]}, "image_data: 1 values for 2 prompts"),
             ({"text": ["a", "b"], "image_data": [data]}, "image_data: 1 values for 2 prompts"),
         ):
             refused = client.post("/generate", json=fields)
             assert refused.status_code == 400
             assert says in refused.text
+
+
+@sgl.function
+def looked(s: Any, first: Any, second: Any) -> None:
+    s += sgl.system("Look.")
+    s += sgl.user("a " + sgl.image(first) + " b")
+    s += sgl.assistant(sgl.gen("one", max_tokens=NUM_TOKENS, temperature=0))
+    s += sgl.user_begin() + "and "
+    forks = s.fork(2)
+    for fork, shown in zip(forks, (first, second), strict=True):
+        fork += sgl.image(shown)
+        fork += "?" + sgl.user_end() + sgl.assistant(sgl.gen("two", max_tokens=NUM_TOKENS, temperature=0))
+    forks.join()
+
+
+def test_programs_of_octavo_lang(seeing: Server, tiny: TinyVision, shared: Path) -> None:
+    """By each API, with a file and with bytes; forks see an image each."""
+    apis = (
+        sgl.RuntimeEndpoint(seeing.url),
+        sgl.OpenAI("llava", base_url=f"{seeing.url}/v1", api_key="none"),
+        sgl.Anthropic("llava", base_url=seeing.url, api_key="none"),
+    )
+    begun = "system: Look.\nuser: a * b\nassistant: "
+    one = truth(tiny, begun, FIRST)
+    two = [truth(tiny, f"{begun}{one}\nuser: and *?\nassistant: ", FIRST, second) for second in (FIRST, SECOND)]
+    for api in apis:
+        state = looked.run(first=shared / "first.png", second=as_png(SECOND), backend=api)
+        assert (state["one"], state["two"]) == (one, two)
+
+
+def test_a_choice_behind_an_image(seeing: Server, tiny: TinyVision, shared: Path) -> None:
+    """Its log-probabilities are transformers'."""
+
+    @sgl.function
+    def judged(s: Any) -> None:
+        s += sgl.user(sgl.image(shared / "first.png") + "well?")
+        s += sgl.assistant(sgl.select("it", choices=["good", "a bad one"]))
+
+    state = judged.run(backend=sgl.RuntimeEndpoint(seeing.url))
+    inputs = tiny.inputs(f"user: {tiny.placeholder}well?\nassistant: ", [FIRST])
+    count = inputs["input_ids"].shape[1]
+    for entries in state.get_meta_info("it")["input_token_logprobs"]:
+        ids = [token for _, token, _ in entries]
+        rows = tiny.logits(inputs, ids)[-len(ids) - 1 : -1].log_softmax(-1)
+        assert len(rows) == len(ids) <= count
+        expected = rows.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor([logprob for logprob, _, _ in entries]), expected, rtol=0, atol=1e-3)
+
+
+def test_where_a_program_s_image_may_not_be(seeing: Server, shared: Path) -> None:
+    picture_of = sgl.image(shared / "first.png")
+    endpoint = sgl.RuntimeEndpoint(seeing.url)
+    for backend, body, says in (
+        (endpoint, picture_of + sgl.gen("x"), "an image stands outside of a turn"),
+        (sgl.RuntimeEndpoint(seeing.url, chat_template_name="chatml"),
+         sgl.user(picture_of) + sgl.assistant(sgl.gen("x")), "leave out chat_template_name"),
+        (sgl.Anthropic("llava", base_url=seeing.url, api_key="none"),
+         sgl.system(picture_of) + sgl.assistant(sgl.gen("x")), "an image stands in a system's turn"),
+    ):  # fmt: skip
+
+        @sgl.function
+        def program(s: Any, said: Any) -> None:
+            s += said
+
+        with pytest.raises(ValueError, match=says):
+            program.run(said=body, backend=backend)["x"]
 
 
 def test_a_file_of_the_directory(seeing: Server, tiny: TinyVision, shared: Path) -> None:
