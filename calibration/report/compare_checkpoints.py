@@ -14,6 +14,7 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import QuantScheme
 
 SAME_NORM = 0.02  # relative; a quantizer that only stores norms in float16 or bfloat16 changes them by 0.004 at most
+HEADS = ("v_proj", "o_proj")  # where R2 turns values, and back
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,15 @@ def compare_checkpoints(original: Checkpoint, quantized: Checkpoint) -> SideBySi
     notes = []
     if missing := len(modules) - len(rows):
         notes.append(f"{missing} quantized layers have no weight of that name and shape in the original")
-    others = [row.module for row in rows if row.noise > row.signal]  # rounding to zeros would be nearer
+    others = [row.module for row in rows if _is_rotated(row)]
     if others:
         notes.append(f"{some(others)}: weights of another basis (rotated heads, R2), which aren't compared")
-    return SideBySide(schemes, tuple(row for row in rows if row.noise <= row.signal), tuple(notes))
+    return SideBySide(schemes, tuple(row for row in rows if row.module not in others), tuple(notes))
+
+
+def _is_rotated(row: LayerRow) -> bool:
+    """Whether R2 has turned the weight: as long as before, but unlike it; the noise is about twice the signal then."""
+    return row.module.endswith(HEADS) and row.signal < row.noise < 3 * row.signal
 
 
 def _quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantScheme]:
