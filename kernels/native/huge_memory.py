@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
-_PIECE = 8 * HUGE_PAGE  # what weights that are smaller than half of it share
+_PIECE = 2 * HUGE_PAGE  # what weights that are smaller than half of it share
 _ALIGNMENT = 64  # a cache line, and a vector
 
 

@@ -39,7 +39,7 @@ def pack_weights() -> None:
     del packed
     assert torch.equal(kept, weights[20])
     del kept
-    assert huge_bytes() - before <= 16 * MEGABYTE  # what the next small one would lie in
+    assert huge_bytes() - before <= 2 * HUGE_PAGE  # what the next small one would lie in
 
 
 def ask_for_memory() -> None:
