@@ -108,6 +108,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "gpu_memory_utilization": ("--gpu-memory-utilization", "0.7"),
         "max_num_seqs": ("--max-num-seqs", "7"),
         "max_num_batched_tokens": ("--max-num-batched-tokens", "7"),
+        "max_source_len": ("--max-source-len", "7"),
         "limit_mm_per_prompt": ("--limit-mm-per-prompt", '{"image": 7}'),
         "kv_offloading_size": ("--kv-offloading-size", "7"),
         "kv_offloading_path": ("--kv-offloading-path", "kept"),

@@ -9,7 +9,7 @@ import tiny_encdec
 import torch
 from forked_commands import forked_commands
 from safetensors.torch import save_file
-from slow_cases import slow_if
+from slow_cases import slow
 from tiny_encdec import PAD
 
 from octavo.calibration.layers import QuantizeError
@@ -41,7 +41,7 @@ def logits_of(directory: Path) -> torch.Tensor:
     return tiny_encdec.computed(model, tiny_encdec.texts(1)[0], TOKENS)
 
 
-@pytest.mark.parametrize("scheme", slow_if([(scheme,) for scheme in SCHEMES], lambda scheme: scheme not in SHORT))
+@pytest.mark.parametrize("scheme", [scheme if scheme in SHORT else slow(scheme) for scheme in SCHEMES])
 def test_both_stacks_are_quantized_and_served(scheme: str, made: tuple[str, Path], tmp_path: Path) -> None:
     """Logits are those of a plain checkpoint of what the codes stand for; where inputs are rounded too, near them."""
     name, directory = made

@@ -38,6 +38,8 @@ def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
         adapter=lambda _: None,
         serves=lambda _: True,
         draft_reports=DraftReports(),
+        encoder=None,
+        images=None,
     )
     choices = generation.make_choices([Prompt([1, 2, 3]), Prompt([4, 5])], request, wanted_of(request), model)
     sent = list({id(choice.sent): choice.sent for choice in choices}.values())

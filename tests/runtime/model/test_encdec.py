@@ -14,7 +14,7 @@ import pytest
 import tiny_encdec
 import torch
 from safetensors.torch import load_file, save_file
-from slow_cases import slow_if
+from slow_cases import slow
 from tiny_encdec import END, LONGEST, PAD
 
 from octavo.kernels.attention.step import NewSource, SourceRows, StepInputs
@@ -117,7 +117,7 @@ def request(name: str, text: list[int], start: int, others: tuple[str, ...] = ()
     return AddRequest(name, [start], sampling, 0.0, other_ids=list(others), source_ids=text)
 
 
-@pytest.mark.parametrize("name", slow_if([(name,) for name in tiny_encdec.NAMES], lambda name: name not in SHORT))
+@pytest.mark.parametrize("name", [name if name in SHORT else slow(name) for name in tiny_encdec.NAMES])
 def test_greedy_answers_are_those_that_transformers_generates(name: str, tmp_path: Path) -> None:
     """Of texts of different lengths, more than there are places: in a batch, and alone."""
     theirs = tiny_encdec.make(name, tmp_path, spread=1.5)
