@@ -119,9 +119,11 @@ class RuntimeEndpoint(Backend):
         )
 
     async def text_of(self, context: Context) -> str:
-        """The prompt that this context is."""
+        """The prompt that this context is. Raises BackendError, and ValueError for images in a template's text."""
         if not context.has_turns:
             return context.text
+        if self._template is not None and context.image_urls:
+            raise ValueError("an image has its place by the server's chat template: leave out chat_template_name")
         if self._template is not None:
             return self._template.text(context.messages, context.role, context.text)
         ids = await self._ids(context)
@@ -152,8 +154,6 @@ class RuntimeEndpoint(Backend):
             if context.role != "assistant" and not context.text:
                 raise ValueError(f"gen begins a turn of role {context.role!r}: text must stand before it there")
             return {"input_ids": await self._ids(context)} | _images(context)
-        if context.image_urls:
-            raise ValueError("an image has its place by the server's chat template: leave out chat_template_name")
         return {"text": await self.text_of(context)}
 
     async def _ids(self, context: Context) -> list[int]:

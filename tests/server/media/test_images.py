@@ -258,6 +258,8 @@ def test_where_a_program_s_image_may_not_be(seeing: Server, shared: Path) -> Non
         (endpoint, picture_of + sgl.gen("x"), "an image stands outside of a turn"),
         (sgl.RuntimeEndpoint(seeing.url, chat_template_name="chatml"),
          sgl.user(picture_of) + sgl.assistant(sgl.gen("x")), "leave out chat_template_name"),
+        (sgl.RuntimeEndpoint(seeing.url, chat_template_name="chatml"),
+         sgl.user(picture_of) + sgl.assistant(sgl.select("x", choices=["a", "b"])), "leave out chat_template_name"),
         (sgl.Anthropic("llava", base_url=seeing.url, api_key="none"),
          sgl.system(picture_of) + sgl.assistant(sgl.gen("x")), "an image stands in a system's turn"),
     ):  # fmt: skip
