@@ -168,12 +168,11 @@ def _llava_next(config: Any, given: Preprocessing) -> tuple[AnyResolution, MakeM
     if any(set(size.values()) not in (set(), {side}) for size in sizes) or not sizes[0]:
         raise UnreadImagesError(f"preprocessor_config.json: size {sizes[0]} and crop_size {sizes[1]} aren't {side}")
     points = config.image_grid_pinpoints
+    if not points or any(len(point) != 2 or any(one < side or one % side for one in point) for point in points):
+        raise UnreadImagesError(f"image_grid_pinpoints: {points[:4]} are not in squares of {side}, as the tower's")
     if given.values.get("image_grid_pinpoints", points) != points:
         raise UnreadImagesError("preprocessor_config.json: image_grid_pinpoints are not those of config.json")
-    known = [tuple(point) for point in points if len(point) == 2]
-    grids = tuple((width // side, height // side) for height, width in known)
-    if not grids or any(length < side or length % side for point in known for length in point):
-        raise UnreadImagesError(f"image_grid_pinpoints: {points[:4]} are not in squares of {side}, as the tower's")
+    grids = tuple((width // side, height // side) for height, width in points)
     if (most := max(columns * rows for columns, rows in grids)) > MOST_SQUARES or len(grids) > MOST_SQUARES:
         raise UnreadImagesError(f"image_grid_pinpoints: {most} squares in {len(grids)} grids; {MOST_SQUARES} are most")
     patches = side // config.vision_config.patch_size

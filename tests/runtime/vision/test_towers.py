@@ -338,6 +338,7 @@ def test_a_gpu_reads_the_text_half(tiny: TinyVision) -> None:
         ("gemma3", "config", {"mm_tokens_per_image": 0}, "ZeroDivisionError"),
         ("internvl", "pre", {"max_patches": 10**9}, "max_patches 1000000000; 256 are the most"),
         ("idefics3", "pre", {"size": {"longest_edge": 0}}, "longest_edge 0 in squares of"),
+        ("llava_next", "config", {"image_grid_pinpoints": [[28, 56], [56]]}, "[[28, 56], [56]] are not in squares of"),
     ],
     indirect=["tiny"],
 )
