@@ -77,11 +77,12 @@ class Preprocessing:
 
     def token_id(self, name: str) -> int:
         """Of a token that tokenizer.json lists beside the vocabulary. Raises UnreadImagesError."""
-        added = read_object_if_any(self._directory / "tokenizer.json").get("added_tokens") or []
-        found = next((token["id"] for token in added if token.get("content") == name), None)
-        if found is None:
+        added = read_object_if_any(self._directory / "tokenizer.json").get("added_tokens")
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        found = next((token.get("id") for token in tokens if token.get("content") == name), None)
+        if type(found) is not int:
             raise UnreadImagesError(f"tokenizer.json has no token {name}, which stands for an image in chats")
-        return int(found)
+        return found
 
     def check_kind(self, known: Sequence[str]) -> None:
         if self.kind not in known:

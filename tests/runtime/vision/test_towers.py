@@ -32,6 +32,7 @@ from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.offload.select import digest_of_files
 from octavo.runtime.startup import load_engine
 from octavo.runtime.vision.loading import tower_of
+from octavo.runtime.vision.preprocessing import Preprocessing, UnreadImagesError
 from octavo.server.media.frames import frames_of
 from octavo.server.media.prompt import ReadImage, expanded, placed
 
@@ -358,6 +359,14 @@ def test_numbers_by_which_no_image_is_seen_leave_the_text(
     assert model.tower is None
     (note,) = (note for note in model.notes if note.startswith("images are not read: "))
     assert why in note
+
+
+@pytest.mark.parametrize("added", [5, ["<|image|>"], [{"content": "<|image|>"}]])
+def test_a_damaged_list_of_tokens_is_refused(added: object, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Llama4ImageProcessor"}')
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    with pytest.raises(UnreadImagesError, match=re.escape("tokenizer.json has no token <|image|>")):
+        Preprocessing(tmp_path).token_id("<|image|>")
 
 
 @pytest.mark.parametrize("tiny", ["qwen3_vl_moe"], indirect=True)
