@@ -6,11 +6,12 @@ A model whose tower or preprocessing isn't known here is served without images, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
@@ -22,6 +23,7 @@ from octavo.runtime.vision.towers import VisionTower
 
 MOST_LAYERS = 1000
 MOST_SIZE = 1 << 28  # of whatever else a tower's config counts
+MOST_COMPUTED = 1 << 28  # bytes of what a tower computes at start, such as frequencies
 
 
 def tower_of(
@@ -65,25 +67,35 @@ def load_tower(
     from transformers.initialization import no_init_weights
 
     given = Preprocessing(directory)
-    try:
+    with _refusing():
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         _check_sizes(config)
         recipe, made = MAKERS[config.model_type](config, given)
-        with no_init_weights():
-            module = made(config)
-    except UnreadImagesError:
-        raise
-    except Exception as error:  # of transformers' code, of any type, where numbers mean nothing to it
-        raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
+        with torch.device("meta"), no_init_weights():
+            without_memory = made(config)
     mark = mark_of(config, given)
     several = of_several(recipe, config, given)
     begins_with = given.token("bos_token", "<bos>") if config.model_type == "paligemma" else None
     facts = VisionModel(recipe, config.image_token_id, mark, most_images, sight_of(config), several, begins_with)
-    _fill(module, source, dtype)
+    weights = _weights(without_memory, source, dtype)
+    with _refusing(), no_init_weights():
+        module = made(config)
+    module.load_state_dict(weights, assign=True)
     tower = VisionTower(facts, module.to(device), given.mean, given.std)
     if problem := tower.problem(config.get_text_config().hidden_size):
         raise UnreadImagesError(f"the tower can't see an image: {problem}")
     return tower
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raise UnreadImagesError for errors of transformers' code, of any type, where numbers mean nothing to it."""
+    try:
+        yield
+    except UnreadImagesError:
+        raise
+    except Exception as error:
+        raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
 
 
 def _check_sizes(config: Any) -> None:
@@ -98,26 +110,35 @@ def _check_sizes(config: Any) -> None:
             raise UnreadImagesError(f"config.json: {key} {getattr(config, key)} is no token of the vocabulary")
 
 
-def _fill(module: nn.Module, source: CheckpointSource, dtype: torch.dtype) -> None:
-    """Copy the checkpoint's weights into a tower, in this type; those of quantized layers dequantized. What it computes
-    at start itself, such as frequencies, stays in the type that it has. Raises LoadError.
+def _weights(module: nn.Module, source: CheckpointSource, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The checkpoint's weights of a tower, in this type; those of quantized layers dequantized. What it computes at
+    start itself, such as frequencies, is not among them.
+
+    module: the tower on torch's meta device: its sizes are the config's, and are checked before they take memory.
+    Raises UnreadImagesError and LoadError.
     """
+    wanted = module.state_dict()
+    computed = sum(buffer.nbytes for name, buffer in module.named_buffers() if name not in wanted)
+    if computed > MOST_COMPUTED:
+        raise UnreadImagesError(
+            f"config.json: the tower computes {computed >> 20} MiB at start; {MOST_COMPUTED >> 20} are the most"
+        )
+    weights = {}
     missing = []
-    for name, parameter in module.state_dict(keep_vars=True).items():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in wanted.items():
         found = next((one for one in _spellings(name) if source.has(one.rpartition(".")[0])), None)
         if found is None:
             missing.append(name)
             continue
         owner, _, kind = found.rpartition(".")
-        with torch.no_grad():
-            if kind == "weight" and source.is_quantized(owner):
-                weight, _ = source.dense(owner, *parameter.shape)
-                parameter.copy_(weight)
-            else:
-                parameter.copy_(source.tensor(found, tuple(parameter.shape)))
+        if kind == "weight" and source.is_quantized(owner):
+            weight, _ = source.dense(owner, *parameter.shape)
+        else:
+            weight = source.tensor(found, tuple(parameter.shape))
+        weights[name] = weight.to(dtype, copy=True)
     if missing:
         raise LoadError(f"the checkpoint has no weights for {some(missing)} of the vision tower")
+    return weights
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ from octavo.runtime.config import EngineConfig, MediaLimits
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.model.sources import LoadError
 from octavo.runtime.offload.select import digest_of_files
 from octavo.runtime.startup import load_engine
 from octavo.runtime.vision.loading import tower_of
@@ -339,6 +340,7 @@ def test_a_gpu_reads_the_text_half(tiny: TinyVision) -> None:
         ("gemma3", "config", {"mm_tokens_per_image": 0}, "ZeroDivisionError"),
         ("internvl", "pre", {"max_patches": 10**9}, "max_patches 1000000000; 256 are the most"),
         ("idefics3", "pre", {"size": {"longest_edge": 0}}, "longest_edge 0 in squares of"),
+        ("mistral3", "config", {"head_dim": 1 << 28}, "MiB at start; 256 are the most"),
         ("llava_next", "config", {"image_grid_pinpoints": [[28, 56], [56]]}, "[[28, 56], [56]] are not in squares of"),
     ],
     indirect=["tiny"],
@@ -353,12 +355,24 @@ def test_numbers_by_which_no_image_is_seen_leave_the_text(
         path = path.with_name("processor_config.json")
     content = json.loads(path.read_text())
     of_images = content.get("image_processor", content) if file == "pre" else content
-    (of_images["vision_config"] if "depth" in change else of_images).update(change)
+    (of_images["vision_config"] if change.keys() & {"depth", "head_dim"} else of_images).update(change)
     path.write_text(json.dumps(content))
     model = engine_of(tmp_path / "model").worker.model
     assert model.tower is None
     (note,) = (note for note in model.notes if note.startswith("images are not read: "))
     assert why in note
+
+
+@pytest.mark.parametrize("tiny", ["llava"], indirect=True)
+def test_sizes_that_are_not_the_checkpoints_take_no_memory(tiny: TinyVision, tmp_path: Path) -> None:
+    """A layer of them would take 2^58 bytes."""
+    shutil.copytree(tiny.directory, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    content = json.loads(path.read_text())
+    content["vision_config"] |= {"hidden_size": 1 << 28, "intermediate_size": 1 << 28}
+    path.write_text(json.dumps(content))
+    with pytest.raises(LoadError, match=r"in the checkpoint; config.json makes it .*268435456"):
+        engine_of(tmp_path / "model")
 
 
 @pytest.mark.parametrize("added", [5, ["<|image|>"], [{"content": "<|image|>"}]])
