@@ -42,10 +42,14 @@ class AudioSource(msgspec.Struct, frozen=True, tag="audio"):
 
 
 class TextSource(msgspec.Struct, frozen=True, tag="text"):
-    """An encoder that reads a text's tokens, `positions` of them at most, before a decoder writes. places: as above."""
+    """An encoder that reads a text's tokens, `positions` of them at most, before a decoder writes. places: as above.
+
+    padding: the token that no text may have, since it has no position in one; None: there is no such token.
+    """
 
     positions: int
     places: int
+    padding: int | None = None
 
 
 Source = AudioSource | TextSource

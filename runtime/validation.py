@@ -60,6 +60,8 @@ def _problem_of_text(request: AddRequest, vocab_size: int, source: Source | None
     outside = _first_outside(request.source_ids, vocab_size)
     if outside is not None:
         return f"source_ids names token id {outside}, which is not in the vocabulary of {vocab_size} tokens"
+    if source.padding in request.source_ids:
+        return f"source_ids names token id {source.padding}, the padding, which has no position here; leave it out"
     return None
 
 

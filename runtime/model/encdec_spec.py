@@ -33,8 +33,8 @@ class EncDecSpec:
     """An encoder over a text's tokens, and a decoder with attention to its output; one embedding serves both.
 
     row            what its family says; names: of its modules
-    max_position   of a text, on either side, as the config says; bounds_positions: no longer one can be computed
-    first_position  the row of the position tables, or the position of the sines, that a text's first token has
+    max_position   of a text, on either side, as the config says
+    padding        the token that no text may have, since it has no position in one; None: there is no such token
     scale          what scores are multiplied by
     embedding_factor, head_factor  what embeddings, and logits, are multiplied by
     num_buckets    of the bias by distance, and the distance at which they end; 0: there is none
@@ -50,8 +50,7 @@ class EncDecSpec:
     encoder: TextStackSpec
     decoder: TextStackSpec
     max_position: int
-    first_position: int
-    bounds_positions: bool
+    padding: int | None
     activation: EncoderActivation
     gated: bool
     norm_eps: float
@@ -66,6 +65,16 @@ class EncDecSpec:
     def width(self) -> int:
         """Of all heads of the decoder's keys, or values."""
         return self.decoder.num_heads * self.head_dim
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position tables, or the position of the sines, that a text's first token has."""
+        return self.row.first_position if self.padding is None else self.padding + 1
+
+    @property
+    def bounds_positions(self) -> bool:
+        """Whether no longer text than `max_position` can be computed."""
+        return bool(self.names.positions)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> EncDecSpec:
@@ -103,8 +112,7 @@ class EncDecSpec:
             encoder=TextStackSpec(sizes["encoder_layers"], sizes["encoder_heads"], sizes["encoder_inner"]),
             decoder=TextStackSpec(sizes["decoder_layers"], sizes["decoder_heads"], sizes["decoder_inner"]),
             max_position=sizes["max_position"],
-            first_position=settings["pad_token_id"] + 1 if row.sines else row.first_position,
-            bounds_positions=bool(row.names(gated).positions),
+            padding=settings["pad_token_id"] if row.sines else None,
             activation=act,
             gated=gated,
             norm_eps=float(sizes.get("norm_eps", NORM_EPS)),

@@ -130,7 +130,7 @@ class EncDecBuilder:
             self._final_norm("decoder", spec.head_factor),
             self._head(words),
         )
-        source = TextSource(self.max_source, self.num_places)
+        source = TextSource(self.max_source, self.num_places, spec.padding)
         return EncoderDecoder(spec.architecture, stack, self.parts.ops, self.max_position, source, self.parts.notes)
 
     def unused(self) -> set[str]:

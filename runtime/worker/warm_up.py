@@ -53,7 +53,7 @@ def run_requests(
     prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
     source = model.source
     features = bytes(source.num_bytes) if isinstance(source, AudioSource) else b""
-    text = prompt[: source.positions] if isinstance(source, TextSource) else []
+    text = _text(prompt, source) if isinstance(source, TextSource) else []
     for name, params in {"greedy": GREEDY, "sampled": EVERYTHING}.items():
         engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0, features=features, source_ids=text))
     problem = None
@@ -61,6 +61,11 @@ def run_requests(
         for output in engine.step():
             problem = problem or output.error
     return problem
+
+
+def _text(prompt: list[int], source: TextSource) -> list[int]:
+    """What an encoder can read of a prompt, or at least of token 0 before it."""
+    return [token for token in (0, *prompt) if token != source.padding][: source.positions]
 
 
 def _run_pooled(engine: Engine, model: Model) -> str | None:

@@ -122,7 +122,7 @@ def test_greedy_answers_are_those_that_transformers_generates(name: str, tmp_pat
     """Of texts of different lengths, more than there are places: in a batch, and alone."""
     theirs = tiny_encdec.make(name, tmp_path, spread=1.5)
     engine, ready = load_engine(config_of(tmp_path), 0.0)
-    assert ready.source == TextSource(LONGEST, 4)
+    assert ready.source == TextSource(LONGEST, 4, 2 if name == "m2m_100" else None)
     start = theirs.generation_config.decoder_start_token_id
     texts = tiny_encdec.texts(6, seed=1)
     found = run(engine, [request(str(i), text, start) for i, text in enumerate(texts)])
@@ -234,6 +234,19 @@ def test_what_a_request_lacks_is_said(flan: tuple[Path, Any]) -> None:
         assert refused.error == problem
     heard = AddRequest("b", [PAD], SamplingParams(max_tokens=1), 0.0, features=b"1234", source_ids=[5])
     assert engine.add(heard)[0].error == "features: this model hears nothing, and reads text alone"
+
+
+def test_padding_is_refused_in_a_text_in_which_it_has_no_position(tmp_path: Path) -> None:
+    """Transformers places it where padding is, and what is behind it one position earlier."""
+    theirs = tiny_encdec.make("m2m_100", tmp_path)
+    table = theirs.get_encoder().embed_positions
+    places = table.create_position_ids_from_input_ids(torch.tensor([[5, 2, 7]]), table.padding_idx)
+    assert places.tolist() == [[3, 2, 4]]
+    engine, ready = load_engine(config_of(tmp_path), 0.0)
+    assert ready.source == TextSource(LONGEST, 4, 2)
+    (refused,) = engine.add(request("a", [5, 2, 7], END))
+    assert refused.error == "source_ids names token id 2, the padding, which has no position here; leave it out"
+    assert engine.add(request("b", [5, 0, 7], END)) == []
 
 
 REFUSED: dict[str, object] = {
