@@ -86,6 +86,10 @@ class AddNorm:
             return residual
         return self.ops.rms_norm(residual, self.weight, self.eps, self.input_quant)
 
+    def followed_by(self, norm: AddNorm) -> AddNorm:
+        """The same sum, normed and quantized by `norm`."""
+        return replace(self, weight=norm.weight, input_quant=norm.input_quant)
+
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (self.weight, self.after) if t is not None)
 
@@ -406,7 +410,7 @@ class DecoderLayer:
 
     def followed_by(self, norm: AddNorm) -> DecoderLayer:
         """The same layer with its output normed and quantized by `norm`, the next layer's or the decoder's."""
-        return replace(self, leave=replace(self.leave, weight=norm.weight, input_quant=norm.input_quant))
+        return replace(self, leave=self.leave.followed_by(norm))
 
     def forward(
         self,

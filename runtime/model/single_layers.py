@@ -29,7 +29,7 @@ class MixerLayer:
     mlp: ClassVar[None] = None
 
     def followed_by(self, norm: AddNorm) -> MixerLayer:
-        return replace(self, leave=_followed(self.leave, norm))
+        return replace(self, leave=self.leave.followed_by(norm))
 
     def forward(
         self,
@@ -65,7 +65,7 @@ class MlpLayer:
     attention: ClassVar[None] = None
 
     def followed_by(self, norm: AddNorm) -> MlpLayer:
-        return replace(self, leave=_followed(self.leave, norm))
+        return replace(self, leave=self.leave.followed_by(norm))
 
     def forward(
         self,
@@ -97,7 +97,3 @@ class MlpLayer:
 
 AnyLayer = DecoderLayer | MixerLayer | MlpLayer
 """Of a residual stream of one part."""
-
-
-def _followed(leave: AddNorm, norm: AddNorm) -> AddNorm:
-    return replace(leave, weight=norm.weight, input_quant=norm.input_quant)
