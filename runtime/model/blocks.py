@@ -151,7 +151,12 @@ class BlockRunner:
 
     def rounding(self, layer: AnyLayer, rounds: Mapping[str, Round]) -> AnyLayer:
         """The layer with the inputs of some of its linear layers rounded, by these layers' names in it."""
-        return layer.map_linears(lambda name, linear: _Rounding(linear, rounds[name]) if name in rounds else linear)
+
+        def change(name: str, linear: Linear) -> Linear:
+            rounded = rounds.get(name)
+            return linear if rounded is None else _Through(linear, lambda x: rounded(x).to(x.dtype))
+
+        return layer.map_linears(change)
 
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded."""
@@ -246,7 +251,12 @@ class BlockRunner:
             if group in shown:
                 return linear
             shown.add(group)
-            return _Recorded(linear, group, record)
+
+            def show(x: Tensor) -> Tensor:
+                record(group, x)
+                return x
+
+            return _Through(linear, show)
 
         return layer.map_linears(change)
 
@@ -281,45 +291,23 @@ def _group(name: str) -> str:
     return "experts.gate_up" if name.endswith(".gate_up") else name
 
 
-class _Recorded(Linear):
-    """A linear layer that shows its input."""
+class _Through(Linear):
+    """A linear layer whose input goes through a function first."""
 
-    def __init__(self, inner: Linear, name: str, record: Record) -> None:
+    def __init__(self, inner: Linear, before: Callable[[Tensor], Tensor]) -> None:
         super().__init__(inner.scheme, inner.parts, inner.bias, inner.out_dtype)
         self._inner = inner
-        self._name = name
-        self._record = record
+        self._before = before
 
     def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
-        self._show(x)
-        return self._inner.forward(x, step)
+        return self._inner.forward(self._passed(x), step)
 
     def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
-        self._show(x)
-        return self._inner.partial(x, step)
+        return self._inner.partial(self._passed(x), step)
 
-    def _show(self, x: Hidden) -> None:
+    def _passed(self, x: Hidden) -> Tensor:
         assert isinstance(x, Tensor)  # calibration's layers are dense: none reads codes
-        self._record(self._name, x)
-
-
-class _Rounding(Linear):
-    """A linear layer that rounds its input."""
-
-    def __init__(self, inner: Linear, rounds: Round) -> None:
-        super().__init__(inner.scheme, inner.parts, inner.bias, inner.out_dtype)
-        self._inner = inner
-        self._rounds = rounds
-
-    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
-        return self._inner.forward(self._rounded(x), step)
-
-    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
-        return self._inner.partial(self._rounded(x), step)
-
-    def _rounded(self, x: Hidden) -> Tensor:
-        assert isinstance(x, Tensor)  # calibration's layers are dense: none reads codes
-        return self._rounds(x).to(x.dtype)
+        return self._before(x)
 
 
 class _Tensors:
