@@ -63,13 +63,18 @@ def mamba_of(settings: Config, inner: int) -> Mamba2Spec:
     dim = inner // heads if dim == "auto" else dim
     if dim * heads != inner:
         raise UnsupportedModelError(f"mamba_n_heads {heads} of mamba_d_head {dim} don't make the {inner} channels")
-    if heads % groups:
-        raise UnsupportedModelError(f"mamba_n_heads {heads} isn't a multiple of mamba_n_groups {groups}")
-    if settings["mamba_proj_bias"]:
-        raise UnsupportedModelError("mamba_proj_bias true: linear layers of Mamba 2 have no biases here")
+    check_mamba(settings, "mamba_n_heads", "mamba_n_groups", "mamba_proj_bias")
     limits = limits_of(settings["time_step_limit"])
     shape = Mamba2Shape(heads, dim, groups, settings["mamba_d_state"], settings["mamba_d_conv"], limits)
     return Mamba2Spec(shape, settings["mamba_conv_bias"])
+
+
+def check_mamba(settings: Config, heads: str, groups: str, bias: str) -> None:
+    """Refuse groups that don't divide the heads, and biases of linear layers; each by its key."""
+    if settings[heads] % settings[groups]:
+        raise UnsupportedModelError(f"{heads} {settings[heads]} isn't a multiple of {groups} {settings[groups]}")
+    if settings[bias]:
+        raise UnsupportedModelError(f"{bias} true: linear layers of Mamba 2 have no biases here")
 
 
 def limits_of(given: Sequence[float | dict[str, str]]) -> tuple[float, float]:

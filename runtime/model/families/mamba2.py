@@ -12,7 +12,7 @@ from octavo.runtime.model.families.family import (
     UnsupportedModelError,
     none_rotate,
 )
-from octavo.runtime.model.families.granite_hybrid import LIMITS, NO_LIMITS, limits_of
+from octavo.runtime.model.families.granite_hybrid import LIMITS, NO_LIMITS, check_mamba, limits_of
 from octavo.runtime.model.state_mixers import Mamba2Spec, StateSpec
 
 LONGEST = 1 << 20
@@ -22,15 +22,11 @@ LONGEST = 1 << 20
 def _mixers(settings: Config) -> list[StateSpec | None]:
     heads = settings["num_heads"]
     dim = settings["head_dim"]
-    groups = settings["n_groups"]
     inner = settings["expand"] * settings["hidden_size"]
     if heads * dim != inner:
         raise UnsupportedModelError(f"num_heads {heads} of head_dim {dim} don't make the {inner} channels")
-    if heads % groups:
-        raise UnsupportedModelError(f"num_heads {heads} isn't a multiple of n_groups {groups}")
-    if settings["use_bias"]:
-        raise UnsupportedModelError("use_bias true: linear layers of Mamba 2 have no biases here")
-    sizes = heads, dim, groups, settings["state_size"], settings["conv_kernel"]
+    check_mamba(settings, "num_heads", "n_groups", "use_bias")
+    sizes = heads, dim, settings["n_groups"], settings["state_size"], settings["conv_kernel"]
     shape = Mamba2Shape(*sizes, dt_limits=limits_of(settings["time_step_limit"]))
     return [Mamba2Spec(shape, settings["use_conv_bias"], owner="mixer")] * settings["num_hidden_layers"]
 

@@ -16,7 +16,7 @@ from octavo.runtime.model.families.family import (
     UnsupportedModelError,
     none_rotate,
 )
-from octavo.runtime.model.families.granite_hybrid import LIMITS, NO_LIMITS, limits_of
+from octavo.runtime.model.families.granite_hybrid import LIMITS, NO_LIMITS, check_mamba, limits_of
 from octavo.runtime.model.state_mixers import Mamba2Spec, StateSpec
 
 _OF_PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
@@ -63,19 +63,15 @@ def _mixers(settings: Config) -> list[StateSpec | None]:
 
 def _mamba(settings: Config) -> Mamba2Spec:
     """As transformers computes a prompt: time_step_min is the lower limit, and there is no upper one."""
-    heads = settings["mamba_num_heads"]
-    groups = settings["n_groups"]
-    if heads % groups:
-        raise UnsupportedModelError(f"mamba_num_heads {heads} isn't a multiple of n_groups {groups}")
-    if settings["use_bias"]:
-        raise UnsupportedModelError("use_bias true: linear layers of Mamba 2 have no biases here")
+    check_mamba(settings, "mamba_num_heads", "n_groups", "use_bias")
     if settings["mamba_hidden_act"] != "silu":
         raise UnsupportedModelError(f"mamba_hidden_act {settings['mamba_hidden_act']!r} isn't 'silu'")
     if limits_of(settings["time_step_limit"]) != NO_LIMITS:
         raise UnsupportedModelError(f"time_step_limit {settings['time_step_limit']}: time_step_min is the limit here")
     limits = float(settings["time_step_min"]), float("inf")
-    sizes = heads, settings["mamba_head_dim"], groups, settings["ssm_state_size"], settings["conv_kernel"]
-    return Mamba2Spec(Mamba2Shape(*sizes, dt_limits=limits), settings["use_conv_bias"], owner="mixer")
+    heads = settings["mamba_num_heads"], settings["mamba_head_dim"], settings["n_groups"]
+    shape = Mamba2Shape(*heads, settings["ssm_state_size"], settings["conv_kernel"], limits)
+    return Mamba2Spec(shape, settings["use_conv_bias"], owner="mixer")
 
 
 FAMILY = Family(
