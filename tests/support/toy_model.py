@@ -103,8 +103,8 @@ def make_request(request_id: str, token_ids: list[int], **params: object) -> Add
 
 
 def run_to_end(engine: Engine, requests: list[AddRequest]) -> dict[str, list[TokenOutput]]:
-    """All outputs of each request, when all are added first."""
-    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    """All outputs of each answer to each request, when all are added first."""
+    outputs: dict[str, list[TokenOutput]] = {name: [] for request in requests for name in request.request_ids}
     for request in requests:
         outputs[request.request_id] += engine.add(request)
     while engine.has_work:
@@ -143,6 +143,13 @@ def preemptions_and_hits(random_engine: Callable[[random.Random], Engine], seeds
         preemptions += engine.scheduler.stats().num_preemptions
         hits += engine.scheduler.stats().prefix_cache_hits
     return preemptions, hits
+
+
+def answers_to(engine: Engine, requests: list[AddRequest]) -> dict[str, list[int]]:
+    """The tokens of each answer, none of which ends in an error."""
+    found = run_to_end(engine, requests)
+    assert [output.error for outputs in found.values() for output in outputs if output.error is not None] == []
+    return {name: tokens_of(outputs) for name, outputs in found.items()}
 
 
 def tokens_of(outputs: list[TokenOutput]) -> list[int]:

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from slow_cases import slow
 from tiny_encdec import END, LONGEST, PAD
+from toy_model import answers_to
 
 from octavo.kernels.attention.step import NewSource, SourceRows, StepInputs
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.encdec import EncoderDecoder
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import UnsupportedModelError
@@ -96,21 +96,6 @@ def test_it_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat(row), truth, atol=1e-4, rtol=1e-4)
 
 
-def run(engine: Engine, requests: list[AddRequest]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {name: [] for request in requests for name in request.request_ids}
-
-    def take(outputs: list[TokenOutput]) -> None:
-        for output in outputs:
-            assert output.error is None
-            found[output.request_id] += output.token_ids
-
-    for request in requests:
-        take(engine.add(request))
-    while engine.has_work:
-        take(engine.step())
-    return found
-
-
 def request(name: str, text: list[int], start: int, others: tuple[str, ...] = (), **params: object) -> AddRequest:
     given = {"max_tokens": ANSWER, "temperature": 0.0, "stop_token_ids": (END,)} | params
     sampling = SamplingParams(**given)  # type: ignore[arg-type]
@@ -125,11 +110,11 @@ def test_greedy_answers_are_those_that_transformers_generates(name: str, tmp_pat
     assert ready.source == TextSource(LONGEST, 4, 2 if name == "m2m_100" else None)
     start = theirs.generation_config.decoder_start_token_id
     texts = tiny_encdec.texts(6, seed=1)
-    found = run(engine, [request(str(i), text, start) for i, text in enumerate(texts)])
+    found = answers_to(engine, [request(str(i), text, start) for i, text in enumerate(texts)])
     truth = {str(i): tiny_encdec.generated(theirs, text, ANSWER) for i, text in enumerate(texts)}
     assert found == truth
     assert len({tuple(answer) for answer in truth.values()}) > 3, "the texts must decide"
-    assert run(engine, [request("alone", texts[3], start)])["alone"] == truth["3"]
+    assert answers_to(engine, [request("alone", texts[3], start)])["alone"] == truth["3"]
 
 
 def test_answers_to_one_text_share_its_encoding(flan: tuple[Path, Any]) -> None:
@@ -137,8 +122,8 @@ def test_answers_to_one_text_share_its_encoding(flan: tuple[Path, Any]) -> None:
     engine, _ = load_engine(config_of(directory), 0.0)
     text = tiny_encdec.texts(1, seed=2)[0]
     sampled = {"temperature": 0.8, "seed": 3}
-    both = run(engine, [request("a", text, PAD, ("b",), **sampled)])
-    alone = [run(engine, [request("c", text, PAD, temperature=0.8, seed=seed)])["c"] for seed in (3, 4)]
+    both = answers_to(engine, [request("a", text, PAD, ("b",), **sampled)])
+    alone = [answers_to(engine, [request("c", text, PAD, temperature=0.8, seed=seed)])["c"] for seed in (3, 4)]
     assert [both["a"], both["b"]] == alone
     assert engine.add(request("d", text, PAD, ("e", "f"))) == []
     (plan,) = [engine.scheduler.plan()]
@@ -166,7 +151,7 @@ def test_a_sequence_that_gives_its_blocks_back_is_read_again(flan: tuple[Path, A
     ]
     roomy, _ = load_engine(config_of(directory, block_size=4), 0.0)
     tight, _ = load_engine(config_of(directory, block_size=4, num_blocks=17), 0.0)
-    assert run(tight, wanted) == run(roomy, wanted)
+    assert answers_to(tight, wanted) == answers_to(roomy, wanted)
     assert tight.stats().num_preemptions > 0
 
 
@@ -175,7 +160,7 @@ def test_first_and_last_tokens_are_forced_as_by_transformers(tmp_path: Path) -> 
     engine, _ = load_engine(config_of(tmp_path), 0.0)
     rules = AnswerRules(((7,),), last_id=END)
     text = tiny_encdec.texts(1, seed=4)[0]
-    found = run(engine, [request("a", text, END, rules=rules, max_tokens=6)])["a"]
+    found = answers_to(engine, [request("a", text, END, rules=rules, max_tokens=6)])["a"]
     assert found == tiny_encdec.generated(theirs, text, 6)
     assert (found[0], found[-1]) == (7, END)
 

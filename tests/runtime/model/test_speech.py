@@ -14,12 +14,12 @@ import transformers
 from safetensors.torch import save_file
 from tiny_whisper import END, FIRST_TIME, IDS, NUM_MELS, POSITIONS
 from torch import Tensor
+from toy_model import answers_to
 
 from octavo.kernels.attention.step import NewSource, SourceRows, StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.encdec import EncoderDecoder
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import UnsupportedModelError
@@ -50,21 +50,6 @@ def sent(of: Tensor) -> bytes:
 
 def config_of(directory: Path, **options: object) -> EngineConfig:
     return EngineConfig(model=str(directory), dtype="float32", max_num_seqs=4, device="cpu", **options)  # type: ignore[arg-type]
-
-
-def run(engine: Engine, requests: list[AddRequest]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {request.request_id: [] for request in requests}
-
-    def take(outputs: list[TokenOutput]) -> None:
-        for output in outputs:
-            assert output.error is None
-            found[output.request_id] += output.token_ids
-
-    for request in requests:
-        take(engine.add(request))
-    while engine.has_work:
-        take(engine.step())
-    return found
 
 
 def request(name: str, of: Tensor, rules: AnswerRules, prompt: list[int] | None = None, **params: object) -> AddRequest:
@@ -116,7 +101,7 @@ def test_answers_of_a_batch_are_those_that_transformers_generates(made: tuple[Pa
     also = ((IDS["notimestamps"],),) if has_times else ()
     forbidden = (*((token,) for token in tiny_whisper.SUPPRESSED), *also)
     heard = [features(seed) for seed in range(5)]
-    found = run(engine, [request(str(i), one, rules, forbidden=forbidden) for i, one in enumerate(heard)])
+    found = answers_to(engine, [request(str(i), one, rules, forbidden=forbidden) for i, one in enumerate(heard)])
     for i, one in enumerate(heard):
         truth = theirs.generate(
             one[None],
@@ -141,7 +126,7 @@ def test_the_language_is_the_one_that_transformers_detects(made: tuple[Path, Tru
     languages = tuple(IDS[code] for code in ("en", "de", "haw"))
     heard = [features(seed) * (1 + seed % 3) + 2.0 * (seed - 6) for seed in range(12)]
     rules = AnswerRules((languages,))
-    found = run(engine, [request(str(i), one, rules, max_tokens=1) for i, one in enumerate(heard)])
+    found = answers_to(engine, [request(str(i), one, rules, max_tokens=1) for i, one in enumerate(heard)])
     truth = theirs.detect_language(torch.stack(heard)).tolist()
     assert [found[str(i)][0] for i in range(len(heard))] == truth
 
@@ -152,7 +137,8 @@ def test_a_forced_token_is_the_likeliest_of_its_list(made: tuple[Path, Truth]) -
     engine, _ = load_engine(config_of(directory), 0.0)
     heard = [features(seed) * (1 + seed % 3) + 2.0 * (seed - 6) for seed in range(12)]
     rules = AnswerRules((tuple(range(20)), (1,)))
-    found = run(engine, [request(str(i), one, rules, max_tokens=2, temperature=9.0) for i, one in enumerate(heard)])
+    asked = [request(str(i), one, rules, max_tokens=2, temperature=9.0) for i, one in enumerate(heard)]
+    found = answers_to(engine, asked)
     with torch.inference_mode():
         logits = theirs(input_features=torch.stack(heard), decoder_input_ids=torch.full((12, 1), START)).logits.clone()
         logits[:, 0, [token for token in tiny_whisper.SUPPRESSED if token < 20]] = float("-inf")
@@ -177,8 +163,8 @@ def test_a_sequence_that_gives_its_blocks_back_is_read_again(made: tuple[Path, T
     wanted = [request(str(i), features(i), rules, max_tokens=40, stop_token_ids=()) for i in range(3)]
     roomy, _ = load_engine(config_of(directory, block_size=4), 0.0)
     tight, _ = load_engine(config_of(directory, block_size=4, num_blocks=17), 0.0)
-    truth = run(roomy, wanted)
-    assert run(tight, wanted) == truth
+    truth = answers_to(roomy, wanted)
+    assert answers_to(tight, wanted) == truth
     assert tight.stats().num_preemptions > 0
     assert roomy.stats().num_preemptions == 0
 
