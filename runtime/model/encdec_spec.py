@@ -16,11 +16,11 @@ from octavo.runtime.model.families.registry import ENCODER_DECODERS
 from octavo.runtime.model.families.translating import EncDecArchitecture, EncDecNames
 from octavo.runtime.model.spec import UnsupportedModelError, stored_dtype
 
-NORM_EPS = 1e-5  # torch's own default for LayerNorm, where no key says it
+NORM_EPS = 1e-5  # torch's own default for LayerNorm, where no key says it; of Whisper's, too
 
 
 @dataclass(frozen=True)
-class TextStackSpec:
+class StackSpec:
     """The encoder's layers, or the decoder's."""
 
     num_layers: int
@@ -47,8 +47,8 @@ class EncDecSpec:
     vocab_size: int
     hidden_size: int
     head_dim: int
-    encoder: TextStackSpec
-    decoder: TextStackSpec
+    encoder: StackSpec
+    decoder: StackSpec
     max_position: int
     padding: int | None
     activation: EncoderActivation
@@ -90,7 +90,7 @@ class EncDecSpec:
             raise UnsupportedModelError(f"architecture {classes[0]!r} writes no texts; {row.classes[0]} does")
         types: dict[str, Any] = {key: _TYPES.get(size, Count) for size, keys in row.keys.items() for key in keys}
         check_types(config, config_struct({**types, row.activation: str, "pad_token_id": Index}))
-        _check_neutral(row, config, name)
+        check_neutral(row.neutral, config, name)
         settings = ChainMap({key: value for key, value in config.items() if value is not None}, dict(row.defaults))
         sizes = {size: _size(settings, keys, name) for size, keys in row.keys.items()}
         hidden = sizes["hidden_size"]
@@ -109,8 +109,8 @@ class EncDecSpec:
             vocab_size=_size(settings, ("vocab_size",), name),
             hidden_size=hidden,
             head_dim=head_dim,
-            encoder=TextStackSpec(sizes["encoder_layers"], sizes["encoder_heads"], sizes["encoder_inner"]),
-            decoder=TextStackSpec(sizes["decoder_layers"], sizes["decoder_heads"], sizes["decoder_inner"]),
+            encoder=StackSpec(sizes["encoder_layers"], sizes["encoder_heads"], sizes["encoder_inner"]),
+            decoder=StackSpec(sizes["decoder_layers"], sizes["decoder_heads"], sizes["decoder_inner"]),
             max_position=sizes["max_position"],
             padding=settings["pad_token_id"] if row.sines else None,
             activation=act,
@@ -128,9 +128,10 @@ class EncDecSpec:
 _TYPES = {"norm_eps": Positive, "num_buckets": Index}
 
 
-def _check_neutral(row: EncDecArchitecture, config: Mapping[str, Any], name: str) -> None:
-    for key, neutral in row.neutral.items():
-        if config.get(key) not in neutral:
+def check_neutral(neutral: Mapping[str, tuple[Any, ...]], config: Mapping[str, Any], name: str) -> None:
+    """Refuse the first of these keys whose value is none of those that leave the computation as it is."""
+    for key, values in neutral.items():
+        if config.get(key) not in values:
             raise UnsupportedModelError(
                 f"{name}: {key} = {config[key]!r} changes the computation in a way that isn't known here"
             )

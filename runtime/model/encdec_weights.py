@@ -30,7 +30,7 @@ from octavo.runtime.model.encdec import (
     TokenEmbedding,
 )
 from octavo.runtime.model.encdec_parts import EncDecParts, source_bytes
-from octavo.runtime.model.encdec_spec import EncDecSpec, TextStackSpec
+from octavo.runtime.model.encdec_spec import EncDecSpec, StackSpec
 from octavo.runtime.model.encoder import (
     ACTIVATIONS,
     EncoderAttention,
@@ -248,7 +248,7 @@ class EncDecBuilder:
         module = f"{owner}{self.spec.names.projections[3]}"
         return self.parts.linear({module: self.spec.row.has_bias}, self.spec.hidden_size, width)
 
-    def _mlp(self, stack: Stack, layer: str, spec: TextStackSpec) -> tuple[EncoderMlp, Norm]:
+    def _mlp(self, stack: Stack, layer: str, spec: StackSpec) -> tuple[EncoderMlp, Norm]:
         """An MLP, and its norm."""
         names = self.spec.names
         owner = f"{layer}{names.mlp(stack)}"
@@ -271,7 +271,7 @@ class EncDecBuilder:
         name = self.spec.names.final_norm
         return self._norm(name.format(stack), factor) if name else None
 
-    def _distances(self, stack: Stack, distances: Tensor, spec: TextStackSpec) -> list[Tensor]:
+    def _distances(self, stack: Stack, distances: Tensor, spec: StackSpec) -> list[Tensor]:
         """Of each layer, the numbers [heads, distances] of these; none where there is no bias by distance.
 
         distances  of an encoder a key's place minus its query's; of a decoder how far it is behind

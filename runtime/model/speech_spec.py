@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.runtime.model.config_types import Count, ModelConfigError, check_types, config_struct
+from octavo.runtime.model.encdec_spec import StackSpec, check_neutral
 from octavo.runtime.model.encoder_spec import EncoderActivation, activation_of
 from octavo.runtime.model.families.registry import SPEECH
 from octavo.runtime.model.spec import UnsupportedModelError, stored_dtype
@@ -26,17 +27,7 @@ SIZES = {
 }
 _KEY_TYPES = config_struct(SIZES)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"scale_embedding": (None, False), "tie_word_embeddings": (None, True)}
-NORM_EPS = 1e-5  # torch's own default, which the model's code never changes
 STRIDE = 2  # of the second convolution: moments of the input that become one position
-
-
-@dataclass(frozen=True)
-class StackSpec:
-    """The encoder's layers, or the decoder's."""
-
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,7 @@ class SpeechSpec:
                 f"architecture {classes[0]!r} writes no transcripts; WhisperForConditionalGeneration does"
             )
         check_types(config, _KEY_TYPES)
-        for key, neutral in _NEUTRAL.items():
-            if config.get(key) not in neutral:
-                raise UnsupportedModelError(
-                    f"{name}: {key} = {config[key]!r} changes the computation in a way that isn't known here"
-                )
+        check_neutral(_NEUTRAL, config, name)
         for key in SIZES:
             if config.get(key) is None:
                 raise ModelConfigError(f"config.json has no {key}, which {name} needs")

@@ -21,10 +21,11 @@ from octavo.runtime.model.encdec import (
     TokenEmbedding,
 )
 from octavo.runtime.model.encdec_parts import EncDecParts, source_bytes
+from octavo.runtime.model.encdec_spec import NORM_EPS, StackSpec
 from octavo.runtime.model.encoder import ACTIVATIONS, EncoderAttention, EncoderLayer, LayerNorm, PlainMlp
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.speech import Convolution, SpeechEncoder
-from octavo.runtime.model.speech_spec import NORM_EPS, STRIDE, SpeechSpec, StackSpec
+from octavo.runtime.model.speech_spec import STRIDE, SpeechSpec
 
 HEAD = "proj_out.weight"  # some writers store the embedding once more under this name
 
