@@ -13,7 +13,9 @@ from PIL import Image
 from tiny_vision import TinyVision, as_png, make_tiny_vision, picture
 
 from octavo import LLM, AsyncLLM, BeamSearchParams, RequestOutput, SamplingParams
+from octavo.inputs import prompts_of
 from octavo.offline import batch
+from octavo.offline.requests import Job, asked_by
 
 FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
 NUM_TOKENS = 6
@@ -60,6 +62,33 @@ def test_prompts_with_images(seeing: LLM, tiny: TinyVision, monkeypatch: pytest.
     monkeypatch.setattr(batch, "GROUP", 1)
     monkeypatch.setattr(batch, "OPEN_OF_SEQUENCES", 0)
     assert said(seeing.generate(prompts * 3, GREEDY)) == expected * 3
+
+
+def test_images_that_wait_have_so_many_bytes(seeing: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one image: besides that one prompt is made, one waits in line, and one for the room."""
+    one = prompt_of("see <image>", FIRST)
+    jobs = [Job(str(number), given, asked_by(GREEDY)) for number, given in enumerate(prompts_of([one] * 12))]
+    num_read = 0
+    waiting = []
+    ended = []
+    whole = batch.written
+
+    async def counted(given: Any, model: Any) -> Any:
+        nonlocal num_read
+        num_read += 1
+        waiting.append(num_read - len(ended))
+        return await whole(given, model)
+
+    monkeypatch.setattr(batch, "written", counted)
+    monkeypatch.setattr(batch, "MOST_MEDIA", 1)
+    monkeypatch.setattr(batch, "GROUP_MEDIA", 1)
+
+    async def run() -> list[RequestOutput]:
+        return await batch.Batch(seeing._model, ended.append).run(jobs)
+
+    assert len(set(said(seeing._thread.call(run())))) == 1
+    assert len(ended) == num_read == len(jobs)
+    assert max(waiting) <= 4
 
 
 def test_conversations_with_images(seeing: LLM, tiny: TinyVision) -> None:

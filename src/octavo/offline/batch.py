@@ -1,7 +1,8 @@
 """Many prompts at once: tokenized in a thread while the first ones are answered, and never all of them open.
 
-Prompts are opened in groups: of one group all that a step brings is read at once. What is wrong with any prompt ends
-all of them; so does whoever cancels it.
+Prompts are opened in groups: of one group all that a step brings is read at once. Images of open prompts have as many
+bytes at most as a server takes, and a group that waits has a share of those. What is wrong with any prompt ends all of
+them; so does whoever cancels it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from octavo.offline.model import OfflineModel
 from octavo.offline.order import in_order
 from octavo.offline.requests import Conversation, Job, Written, choices_of, tokenized, written
 from octavo.outputs import RequestOutput
+from octavo.server.admission import MOST_MEDIA
 from octavo.server.prompts import Prompt
 from octavo.server.reading import Reading
 
 GROUP = 64  # prompts
 ORDERED = 4096  # prompts that are put in order at a time; those of the next such row are tokenized meanwhile
 MOST_OPEN = 4096  # answers that are open at least, where so many are asked for; each takes some kilobytes
+GROUP_MEDIA = MOST_MEDIA // 8  # bytes of images behind which a group ends
 IMAGES_AHEAD = 1  # groups with images that wait, decoded, until there is room for them
 OPEN_OF_SEQUENCES = 4  # of those that the engines compute at a time, how many times as many are open
 
@@ -38,6 +41,10 @@ class Ready:
     prompt: Prompt
     reading: Reading | None
 
+    @property
+    def media_bytes(self) -> int:
+        return sum(len(image.pixels) for image in self.prompt.images)
+
 
 class Batch:
     """One call of a program. Use from the event loop of the model.
@@ -50,6 +57,7 @@ class Batch:
         self._on_end = on_end
         self._texts = TokenTexts(model.model)
         self._num_open = 0
+        self._media_open = 0
         self._has_room = asyncio.Condition()
         self._most_running = OPEN_OF_SEQUENCES * model.model.max_num_seqs
         self._most_open = max(MOST_OPEN, self._most_running)
@@ -65,7 +73,8 @@ class Batch:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._tokenize(jobs, group, ready, group if sees else ORDERED))
                 while (prompts := await ready.get()) is not None:
-                    await self._take_room(sum(it.job.asked.request.num_choices for it in prompts))
+                    num_answers = sum(it.job.asked.request.num_choices for it in prompts)
+                    await self._take_room(num_answers, sum(it.media_bytes for it in prompts))
                     tasks.create_task(self._answer(prompts))
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
@@ -74,22 +83,32 @@ class Batch:
     async def _tokenize(
         self, jobs: Sequence[Job], group: int, ready: asyncio.Queue[list[Ready] | None], ordered: int
     ) -> None:
-        """Make token ids of all prompts, and groups in the order in which they are computed; None when that is done."""
+        """Make token ids of all prompts, and groups in the order in which they are computed; None when that is done.
+
+        ordered: with images, of which a group may end early, no more than a group.
+        """
+        begin = 0
         with python_errors():
-            for begin in range(0, len(jobs), ordered):
+            while begin < len(jobs):
                 row = jobs[begin : begin + ordered]
                 parts = [row[first : first + group] for first in range(0, len(row), group)]
-                found = await asyncio.gather(*(self._tokenized(part) for part in parts))
-                prompts = in_order(
-                    list(chain.from_iterable(found)), lambda ready: ready.prompt.token_ids, self._most_tokens
-                )
+                found = list(chain.from_iterable(await asyncio.gather(*(self._tokenized(part) for part in parts))))
+                prompts = in_order(found, lambda ready: ready.prompt.token_ids, self._most_tokens)
+                begin += len(found)
                 for first in range(0, len(prompts), group):
                     await ready.put(prompts[first : first + group])
         await ready.put(None)
 
     async def _tokenized(self, jobs: Sequence[Job]) -> list[Ready]:
-        texts = [await written(job.given, self._model.model) for job in jobs]
-        return await asyncio.to_thread(self._prompts_of, jobs, texts)
+        """The first of these, whose images fill a group, or all of them."""
+        texts: list[Written] = []
+        left = GROUP_MEDIA
+        for job in jobs:
+            texts.append(await written(job.given, self._model.model))
+            left -= sum(len(image.pixels) for image in texts[-1].images)
+            if left <= 0:
+                break
+        return await asyncio.to_thread(self._prompts_of, jobs[: len(texts)], texts)
 
     def _most_tokens(self, ready: Ready) -> int:
         model = self._model.model
@@ -123,20 +142,26 @@ class Batch:
                         if answers.is_finished:
                             self._end(job_of[delta.index], answers)
                     await self._leave_room(sum(delta.finish_reason is not None for delta in deltas))
+        await self._leave_room(0, sum(it.media_bytes for it in prompts))
 
     def _end(self, job: Job, answers: GrowingRequest) -> None:
         output = self._outputs[id(job)] = answers.whole()
         self._on_end(output)
 
-    async def _take_room(self, count: int) -> None:
+    async def _take_room(self, count: int, num_bytes: int) -> None:
         async with self._has_room:
-            await self._has_room.wait_for(lambda: self._num_open == 0 or self._num_open + count <= self._most_open)
+            await self._has_room.wait_for(lambda: self._num_open == 0 or self._has_room_for(count, num_bytes))
             self._num_open += count
+            self._media_open += num_bytes
 
-    async def _leave_room(self, count: int) -> None:
-        if count:
+    def _has_room_for(self, count: int, num_bytes: int) -> bool:
+        return self._num_open + count <= self._most_open and self._media_open + num_bytes <= MOST_MEDIA
+
+    async def _leave_room(self, count: int, num_bytes: int = 0) -> None:
+        if count or num_bytes:
             async with self._has_room:
                 self._num_open -= count
+                self._media_open -= num_bytes
                 self._has_room.notify_all()
 
 
