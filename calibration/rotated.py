@@ -28,6 +28,7 @@ from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.derived_file import Derived, DerivedFile
 from octavo.quant.formats.targets import Targets
 from octavo.quant.formats.transforms import NO_TRANSFORMS, InputTransform, Transforms
+from octavo.quant.mtp_names import mtp_patterns
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.tensor_file import TensorFile
 
@@ -110,7 +111,8 @@ class _Folds:
         if wiring.inner:
             self._inner = _inner_block(wiring.inner, recipe.transform_block_size)
             targets = Targets(_patterns(wiring.inner), "targets")
-            self.transforms = Transforms((InputTransform("R4", targets, Targets((), "ignore"), self._inner),))
+            heads = Targets(mtp_patterns(checkpoint.names, checkpoint.config), "ignore")
+            self.transforms = Transforms((InputTransform("R4", targets, heads, self._inner),))
 
     def of(self, name: str) -> Derived | None:
         """The tensor that stands in a tensor's place; None: it stays as it is."""

@@ -103,6 +103,24 @@ def test_compressed_tensors_computes_the_same_from_what_octavo_writes(
         torch.testing.assert_close(again(tokens).logits, expected, atol=SAME, rtol=SAME)
 
 
+def test_an_mtp_layer_behind_the_last_one_is_not_said_to_be_rotated(fixtures: Path, tmp_path: Path) -> None:
+    """It is kept as it is, and its name differs from the decoder's layers' by the number alone."""
+    checkpoint = Checkpoint.open(fixtures / "tiny-qwen2")
+    source = tmp_path / "model"
+    source.mkdir()
+    config = checkpoint.config | {"model_type": "mimo", "num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names}
+    last, mtp = (f"model.layers.{config['num_hidden_layers'] - 1 + i}.mlp.down_proj.weight" for i in range(2))
+    tensors[mtp] = tensors[last].clone()
+    save_file(tensors, source / "model.safetensors")
+    turned = rotated_copy(source, tmp_path / "rotated", Recipe("W4A16", rotations=("R4",)))
+    stored = load_file(turned / "model.safetensors")
+    assert torch.equal(stored[mtp], tensors[mtp])
+    assert not torch.allclose(stored[last], tensors[last], atol=1e-2)
+    assert torch.equal(open_dequantized(turned).tensor(mtp), tensors[mtp])
+
+
 @pytest.mark.parametrize("algorithm", ["gptq", pytest.param("tune", marks=pytest.mark.slow)])
 def test_algorithms_see_inputs_as_they_are_rotated(algorithm: str, fixtures: Path, tmp_path: Path) -> None:
     """What is written stands for the original, and again for it once it is dequantized."""
