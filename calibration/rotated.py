@@ -38,13 +38,17 @@ Change = Callable[[Tensor], Tensor]
 
 
 def rotated(checkpoint: Checkpoint, wiring: RotationMap, recipe: Recipe) -> Checkpoint:
-    """The same model as another checkpoint. Raises QuantizeError for sizes that the recipe's blocks don't divide."""
+    """The same model as another checkpoint, whose notes say what a person should know of the rotations.
+
+    Raises QuantizeError for sizes that the recipe's blocks don't divide.
+    """
     folds = _Folds(checkpoint, wiring, recipe)
     derived = {name: tensor for name in checkpoint.names if (tensor := folds.of(name)) is not None}
     head = f"{wiring.head}.weight"
     embedding = f"{wiring.embedding}.weight"
     config = checkpoint.config
-    if wiring.readers and wiring.tied:
+    is_untied = bool(wiring.readers) and wiring.tied
+    if is_untied:
         derived[head] = folds.head(embedding)
         config = _untied(config)
     files: dict[str, TensorFile] = {}
@@ -53,7 +57,7 @@ def rotated(checkpoint: Checkpoint, wiring: RotationMap, recipe: Recipe) -> Chec
         if embedding in own and head in derived and not checkpoint.has(head):
             own[head] = derived[head]
         files[shard] = DerivedFile(file, own, own.keys())
-    return Checkpoint(
+    turned = Checkpoint(
         checkpoint.directory,
         config,
         files,
@@ -62,17 +66,18 @@ def rotated(checkpoint: Checkpoint, wiring: RotationMap, recipe: Recipe) -> Chec
         source=checkpoint.source,
         transforms=folds.transforms,
     )
-
-
-def untied_note(wiring: RotationMap, checkpoint: Checkpoint) -> str | None:
-    """What a person should know of the head of a checkpoint that is `rotated`."""
-    if not (wiring.readers and wiring.tied):
-        return None
-    size = checkpoint.spec(f"{wiring.head}.weight").nbytes
-    return (
-        f"R1: {wiring.head} is written beside the embedding that it was tied to, {size / 1e6:,.0f} MB, since the last "
-        "norm's weight stands in it"
-    )
+    if is_untied:
+        size = turned.spec(head).nbytes
+        turned.notes.append(
+            f"R1: {wiring.head} is written beside the embedding that it was tied to, {size / 1e6:,.0f} MB, since the "
+            "last norm's weight stands in it"
+        )
+    turned.notes += [
+        f"{name}: an odd number of channels has no Hadamard matrix, so that none is spread over others"
+        for name, span in folds.spans.items()
+        if span == 1
+    ]
+    return turned
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +118,18 @@ class _Folds:
             targets = Targets(_patterns(wiring.inner), "targets")
             heads = Targets(mtp_patterns(checkpoint.names, checkpoint.config), "ignore")
             self.transforms = Transforms((InputTransform("R4", targets, heads, self._inner),))
+
+    @property
+    def spans(self) -> dict[str, int]:
+        """Over how many channels each rotation spreads one, at the least."""
+        found = {}
+        if self._stream is not None:
+            found["R1"] = self._stream.span
+        if self._of_heads:
+            found["R2"] = min(rotation.span for rotation in self._of_heads.values())
+        if self._inner is not None:
+            found["R4"] = self._inner
+        return found
 
     def of(self, name: str) -> Derived | None:
         """The tensor that stands in a tensor's place; None: it stays as it is."""

@@ -25,6 +25,7 @@ from octavo.calibration.report.compare_checkpoints import compare_checkpoints
 from octavo.calibration.rotated import rotated
 from octavo.cli import main
 from octavo.jobs.quantize import Listener
+from octavo.jobs.rotated_source import rotated_source
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.rotation_map import rotation_map
 
@@ -259,6 +260,18 @@ def test_what_lies_in_another_basis_is_not_compared(rotation: str, fixtures: Pat
 def test_a_recipe_that_can_not_be(given: dict[str, object], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         Recipe("W4A16", **given)
+
+
+@pytest.mark.parametrize(("hidden", "inner", "expected"), [(63, 35, {"R1", "R4"}), (60, 36, set())])
+def test_an_odd_number_of_channels_is_not_spread_and_that_is_said(
+    hidden: int, inner: int, expected: set[str], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "head_dim": 8}
+    model = make_hf("Llama", sizes | {"num_attention_heads": 3, "num_key_value_heads": 3})
+    checkpoint = Checkpoint.open(save(model, tmp_path / "model"))
+    notes: list[str] = []
+    rotated_source(checkpoint, Recipe("W4A16", rotations=("R1", "R2", "R4")), notes)
+    assert {note.partition(":")[0] for note in notes if "an odd number of channels" in note} == expected
 
 
 def test_blocks_that_do_not_divide_the_stream(fixtures: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.recipe import Recipe
-from octavo.calibration.rotated import rotated, untied_note
+from octavo.calibration.rotated import rotated
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.rotation_map import rotation_map
 
@@ -21,7 +21,7 @@ def rotated_source(checkpoint: Checkpoint, recipe: Recipe, notes: list[str]) -> 
     except ValueError as e:  # what a rotation would change, or an architecture that isn't known
         raise QuantizeError(str(e)) from e
     turned = rotated(checkpoint, wiring, recipe)
-    notes += [note] if (note := untied_note(wiring, turned)) else []
+    notes += turned.notes
     if turned.transforms:
         notes.append(
             "R4: the input of down_proj is rotated while serving, which vLLM and octavo on a CPU do; transformers 5.24 "
