@@ -8,6 +8,7 @@ import torch
 
 from octavo.calibration.layers import BLOCK
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
+from octavo.kernels.hadamard.reference import hadamard
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.printable import some
 from octavo.quant.qparams import QuantizedWeight
@@ -15,6 +16,7 @@ from octavo.quant.scheme import QuantScheme
 
 SAME_NORM = 0.02  # relative; a quantizer that only stores norms in float16 or bfloat16 changes them by 0.004 at most
 HEADS = ("v_proj", "o_proj")  # where R2 turns values, and back
+SAME_PRODUCT = 0.6  # relative; 2 bits in groups of 32 change it by 0.38, and another weight by 1 and more
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,24 @@ def compare_checkpoints(original: Checkpoint, quantized: Checkpoint) -> SideBySi
     notes = []
     if missing := len(modules) - len(rows):
         notes.append(f"{missing} quantized layers have no weight of that name and shape in the original")
-    others = [row.module for row in rows if _is_rotated(row)]
+    others = [row.module for row in rows if _is_rotated(row, original, quantized)]
     if others:
         notes.append(f"{some(others)}: weights of another basis (rotated heads, R2), which aren't compared")
     return SideBySide(schemes, tuple(row for row in rows if row.module not in others), tuple(notes))
 
 
-def _is_rotated(row: LayerRow) -> bool:
-    """Whether R2 has turned the weight: as long as before, but unlike it; the noise is about twice the signal then."""
-    return row.module.endswith(HEADS) and row.signal < row.noise < 3 * row.signal
+def _is_rotated(row: LayerRow, original: Checkpoint, quantized: Checkpoint) -> bool:
+    """Whether R2 has turned the weight: that changes it, and not its product with itself, which heads are summed in."""
+    module = row.module
+    if row.noise <= row.signal or not module.endswith(HEADS):
+        return False
+    weight = quantized.linear(module)
+    assert isinstance(weight, QuantizedWeight)  # it has a row
+    before, after = (
+        matrix @ matrix.t() if module.endswith("o_proj") else matrix.t() @ matrix
+        for matrix in (original.tensor(f"{module}.weight").float(), weight.dequantize())
+    )
+    return bool((after - before).norm() < SAME_PRODUCT * before.norm())
 
 
 def _quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantScheme]:
@@ -80,13 +91,15 @@ def _row(module: str, original: Checkpoint, quantized: Checkpoint) -> LayerRow |
     shape = weight.shape
     if tuple(before.shape) != shape:
         return None
+    if (block := quantized.transforms.block_of(module, shape[1])) is not None:
+        before = hadamard(before.float(), block)
     return layer_row(
         module,
         int(match["index"]),
         match["kind"],
         shape,
         scheme=weight.scheme,
-        bytes_before=before.nbytes,
+        bytes_before=original.spec(name).nbytes,
         bytes_after=sum(quantized.spec(f"{module}.{suffix}").nbytes for suffix in quantized.suffixes(module)),
         error=squared_error(before, weight),
     )

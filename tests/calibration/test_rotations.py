@@ -249,6 +249,35 @@ def test_what_lies_in_another_basis_is_not_compared(rotation: str, fixtures: Pat
     assert {row.kind.rpartition(".")[2] for row in found.rows}.isdisjoint({"v_proj", "o_proj"})
 
 
+def test_weights_are_compared_as_their_inputs_are_rotated(fixtures: Path, tmp_path: Path) -> None:
+    how = {"scheme": "W8A8", "algorithm": "rtn", "evaluate": False}
+    octavo.quantize(fixtures / "tiny", tmp_path / "out", rotations=("R4",), **how)
+    quantized = Checkpoint.open(tmp_path / "out", takes_transforms=True)
+    found = compare_checkpoints(Checkpoint.open(fixtures / "tiny"), quantized)
+    assert found.notes == ()
+    assert len(found.rows) == 14
+    assert all(row.snr_db is not None and row.snr_db > 35 for row in found.rows)
+
+
+def test_rotated_heads_of_two_bits_are_no_broken_ones(fixtures: Path, tmp_path: Path) -> None:
+    """And scales that are wrong make no rotation, though they move a weight as far as one does."""
+    how = {"scheme": "W2A16@32", "algorithm": "rtn", "evaluate": False}
+    octavo.quantize(fixtures / "tiny", tmp_path / "out", rotations=("R2",), **how)
+    original = Checkpoint.open(fixtures / "tiny")
+    found = compare_checkpoints(original, Checkpoint.open(tmp_path / "out"))
+    assert len(found.rows) == 10
+    assert len(found.notes) == 1
+    octavo.quantize(fixtures / "tiny", tmp_path / "plain", **how)
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    broken = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.o_proj"]
+    for name in broken:
+        tensors[f"{name}.weight_scale"] *= 2.4
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    found = compare_checkpoints(original, Checkpoint.open(tmp_path / "plain"))
+    assert [row.module for row in found.rows if row.signal < row.noise < 3 * row.signal] == broken
+    assert found.notes == ()
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
