@@ -32,7 +32,7 @@ class StackSpec:
 class EncDecSpec:
     """An encoder over a text's tokens, and a decoder with attention to its output; one embedding serves both.
 
-    row            what its family says; names: of its modules
+    row            what its family says
     max_position   of a text, on either side, as the config says
     padding        the token that no text may have, since it has no position in one; None: there is no such token
     scale          what scores are multiplied by
@@ -43,7 +43,6 @@ class EncDecSpec:
 
     architecture: str
     row: EncDecArchitecture
-    names: EncDecNames
     vocab_size: int
     hidden_size: int
     head_dim: int
@@ -60,6 +59,11 @@ class EncDecSpec:
     num_buckets: int
     farthest: int
     dtype: str | None = None
+
+    @property
+    def names(self) -> EncDecNames:
+        """Of its modules."""
+        return self.row.names
 
     @property
     def width(self) -> int:
@@ -98,14 +102,13 @@ class EncDecSpec:
         _check_heads(row, sizes, head_dim)
         _check_buckets(row, sizes)
         kind = str(settings[row.activation])
-        gated = kind.startswith("gated-")
-        # the gated one is the tanh approximation, as its first code had it
-        act = activation_of("gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"))
+        gated = bool(row.names.gated_up) and kind.startswith("gated-")
+        if gated:  # its GELU is the tanh approximation, as its first code had it
+            kind = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
         scales_embedding = bool(row.scale_embedding and settings.get(row.scale_embedding))
         return cls(
             architecture=name,
             row=row,
-            names=row.names(gated),
             vocab_size=_size(settings, ("vocab_size",), name),
             hidden_size=hidden,
             head_dim=head_dim,
@@ -113,7 +116,7 @@ class EncDecSpec:
             decoder=StackSpec(sizes["decoder_layers"], sizes["decoder_heads"], sizes["decoder_inner"]),
             max_position=sizes["max_position"],
             padding=settings["pad_token_id"] if row.sines else None,
-            activation=act,
+            activation=activation_of(kind),
             gated=gated,
             norm_eps=float(sizes.get("norm_eps", NORM_EPS)),
             scale=head_dim**-0.5 if row.scales else 1.0,

@@ -254,7 +254,8 @@ class EncDecBuilder:
         owner = f"{layer}{names.mlp(stack)}"
         hidden = self.spec.hidden_size
         has_bias = self.spec.row.has_bias
-        up = self.parts.linear({f"{owner}{name}": has_bias for name in names.up}, spec.intermediate_size, hidden)
+        first = names.gated_up if self.spec.gated else names.up
+        up = self.parts.linear({f"{owner}{name}": has_bias for name in first}, spec.intermediate_size, hidden)
         down = self.parts.linear({f"{owner}{names.down}": has_bias}, hidden, spec.intermediate_size)
         act = ACTIVATIONS[self.spec.activation]
         mlp = GatedEncoderMlp(up, down, act, gate_is_last=False) if self.spec.gated else PlainMlp(up, down, act)

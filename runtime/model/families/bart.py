@@ -12,39 +12,30 @@ from typing import Any
 from octavo.runtime.model.families.family import Family
 from octavo.runtime.model.families.translating import EncDecArchitecture, EncDecNames
 
-
-def _names(_gated: bool) -> EncDecNames:
-    return EncDecNames(
-        words="model.shared",
-        copies=("model.encoder.embed_tokens", "model.decoder.embed_tokens"),
-        layer="model.{}.layers.{}.",
-        own="self_attn.",
-        cross="encoder_attn.",
-        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
-        attention_norm="self_attn_layer_norm",
-        cross_norm="encoder_attn_layer_norm",
-        encoder_mlp="",
-        decoder_mlp="",
-        up=("fc1",),
-        down="fc2",
-        mlp_norm="final_layer_norm",
-        positions="model.{}.embed_positions",
-        embedding_norm="model.{}.layernorm_embedding",
-        head_bias="final_logits_bias",
-        unused=("model.encoder.version", "model.decoder.version"),
-    )
-
-
-def _mbart_names(gated: bool) -> EncDecNames:
-    return replace(_names(gated), final_norm="model.{}.layer_norm")
-
-
-def _m2m_names(gated: bool) -> EncDecNames:
-    return replace(_mbart_names(gated), positions="", embedding_norm="", head_bias="")
-
+_NAMES = EncDecNames(
+    words="model.shared",
+    copies=("model.encoder.embed_tokens", "model.decoder.embed_tokens"),
+    layer="model.{}.layers.{}.",
+    own="self_attn.",
+    cross="encoder_attn.",
+    projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+    attention_norm="self_attn_layer_norm",
+    cross_norm="encoder_attn_layer_norm",
+    encoder_mlp="",
+    decoder_mlp="",
+    up=("fc1",),
+    down="fc2",
+    mlp_norm="final_layer_norm",
+    positions="model.{}.embed_positions",
+    embedding_norm="model.{}.layernorm_embedding",
+    head_bias="final_logits_bias",
+    unused=("model.encoder.version", "model.decoder.version"),
+)
+_MBART_NAMES = replace(_NAMES, final_norm="model.{}.layer_norm")
+_M2M_NAMES = replace(_MBART_NAMES, positions="", embedding_norm="", head_bias="")
 
 BART = EncDecArchitecture(
-    names=_names,
+    names=_NAMES,
     classes=("BartForConditionalGeneration",),
     keys={
         "hidden_size": ("d_model",),
@@ -86,14 +77,14 @@ FAMILY = Family(
         "bart": BART,
         "mbart": replace(
             BART,
-            names=_mbart_names,
+            names=_MBART_NAMES,
             classes=("MBartForConditionalGeneration",),
             norms="pre",
             neutral=_PRE_NORM,
         ),
         "m2m_100": replace(
             BART,
-            names=_m2m_names,
+            names=_M2M_NAMES,
             classes=("M2M100ForConditionalGeneration",),
             defaults={**BART.defaults, "activation_function": "relu", "scale_embedding": True, "pad_token_id": 1},
             norms="pre",

@@ -10,26 +10,25 @@ from dataclasses import replace
 from octavo.runtime.model.families.family import Family
 from octavo.runtime.model.families.translating import Config, EncDecArchitecture, EncDecNames
 
-
-def _names(gated: bool) -> EncDecNames:
-    return EncDecNames(
-        words="shared",
-        copies=("encoder.embed_tokens", "decoder.embed_tokens"),
-        layer="{}.block.{}.",
-        own="layer.0.SelfAttention.",
-        cross="layer.1.EncDecAttention.",
-        projections=("q", "k", "v", "o"),
-        attention_norm="layer.0.layer_norm",
-        cross_norm="layer.1.layer_norm",
-        encoder_mlp="layer.1.",
-        decoder_mlp="layer.2.",
-        up=("DenseReluDense.wi_0", "DenseReluDense.wi_1") if gated else ("DenseReluDense.wi",),
-        down="DenseReluDense.wo",
-        mlp_norm="layer_norm",
-        final_norm="{}.final_layer_norm",
-        distances="layer.0.SelfAttention.relative_attention_bias",
-        unused=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
-    )
+_NAMES = EncDecNames(
+    words="shared",
+    copies=("encoder.embed_tokens", "decoder.embed_tokens"),
+    layer="{}.block.{}.",
+    own="layer.0.SelfAttention.",
+    cross="layer.1.EncDecAttention.",
+    projections=("q", "k", "v", "o"),
+    attention_norm="layer.0.layer_norm",
+    cross_norm="layer.1.layer_norm",
+    encoder_mlp="layer.1.",
+    decoder_mlp="layer.2.",
+    up=("DenseReluDense.wi",),
+    gated_up=("DenseReluDense.wi_0", "DenseReluDense.wi_1"),
+    down="DenseReluDense.wo",
+    mlp_norm="layer_norm",
+    final_norm="{}.final_layer_norm",
+    distances="layer.0.SelfAttention.relative_attention_bias",
+    unused=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+)
 
 
 def _scales_head(config: Config) -> bool:
@@ -39,7 +38,7 @@ def _scales_head(config: Config) -> bool:
 
 
 T5 = EncDecArchitecture(
-    names=_names,
+    names=_NAMES,
     classes=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
     keys={
         "hidden_size": ("d_model",),

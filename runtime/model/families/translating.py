@@ -21,7 +21,7 @@ class EncDecNames:
     words       the embedding, which both share; copies: other names that some writers store it under as well
     own, cross  what owns a layer's attention to itself and to the source; projections: q, k, v and o of either
     encoder_mlp, decoder_mlp  what stands before the names of an MLP and its norm in a layer
-    up          one module, or (gate, up)
+    up, gated_up  an MLP's first module, and the gate's and up's of a gated one; (): there is none of that kind
     head        stored where it isn't the embedding. head_bias: a tensor [1, V] that is added to logits, if it is there
     distances   of a layer, the bias by distance; all of these: of the first layer alone, but for `each_layer`
     unused      tensors that some writers store and nothing needs. Empty names: there is no such module
@@ -40,6 +40,7 @@ class EncDecNames:
     up: tuple[str, ...]
     down: str
     mlp_norm: str
+    gated_up: tuple[str, ...] = ()
     final_norm: str = ""
     positions: str = ""
     embedding_norm: str = ""
@@ -73,7 +74,7 @@ class EncDecArchitecture:
     scales_head  whether logits are divided by the root of the hidden size
     """
 
-    names: Callable[[bool], EncDecNames]  # by whether the MLP is gated
+    names: EncDecNames
     classes: tuple[str, ...]
     keys: Mapping[str, tuple[str, ...]]
     defaults: Config

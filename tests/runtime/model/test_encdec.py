@@ -265,6 +265,7 @@ def test_another_class_and_another_computation_are_refused(bart: tuple[Path, Any
         ({"architectures": ["BartForSequenceClassification"]}, "BartForSequenceClassification"),
         ({"normalize_before": True}, "normalize_before"),
         ({"activation_function": "mish"}, "mish"),
+        ({"activation_function": "gated-gelu"}, "gated-gelu"),
         ({"decoder_attention_heads": 2}, "decoder_attention_heads 2|encoder_attention_heads 4"),
         ({"d_model": "wide"}, "d_model"),
     ):
