@@ -17,7 +17,6 @@ from octavo.runtime.vision.modules import (
     Llama4Module,
     LlavaModule,
     Mistral3Module,
-    PaliGemmaModule,
     QwenModule,
 )
 from octavo.runtime.vision.preprocessing import (

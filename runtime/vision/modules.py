@@ -6,6 +6,7 @@ They are given a SeenImage each.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +36,8 @@ class LlavaModule(nn.Module):
         self._drops_first = config.vision_feature_select_strategy == "default"
 
     def forward(self, image: SeenImage) -> Tensor:
-        states = self.vision_tower(torch.stack(image.frames), output_hidden_states=True, return_dict=True).hidden_states
-        layers = [self._layer] if isinstance(self._layer, int) else self._layer
-        chosen = torch.cat([states[layer][:, self._drops_first :] for layer in layers], dim=-1)
+        seen = self.vision_tower(torch.stack(image.frames), output_hidden_states=True, return_dict=True)
+        chosen = _side_by_side(seen.hidden_states, self._layer)[:, self._drops_first :]
         projected: Tensor = self.multi_modal_projector(chosen)
         return projected.flatten(0, 1)
 
@@ -60,10 +60,8 @@ class AnyResolutionModule(nn.Module):
         self._drops_first = config.vision_feature_select_strategy == "default"
 
     def forward(self, image: SeenImage) -> Tensor:
-        pixels = torch.stack(image.frames)
-        states = self.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
-        layers = [self._layer] if isinstance(self._layer, int) else self._layer
-        chosen = torch.cat([states[layer][:, self._drops_first :] for layer in layers], dim=-1)
+        seen = self.vision_tower(torch.stack(image.frames), output_hidden_states=True, return_dict=True)
+        chosen = _side_by_side(seen.hidden_states, self._layer)[:, self._drops_first :]
         whole, *squares = self.multi_modal_projector(chosen)
         if not squares:
             return torch.cat((whole, self.image_newline[None]))
@@ -101,8 +99,7 @@ class Mistral3Module(nn.Module):
         (frame,) = image.frames
         sizes = torch.tensor([frame.shape[1:]])
         seen = self.vision_tower(frame[None], image_sizes=sizes, output_hidden_states=True, return_dict=True)
-        layers = [self._layer] if isinstance(self._layer, int) else self._layer
-        chosen = torch.cat([seen.hidden_states[layer] for layer in layers], dim=-1)
+        chosen = _side_by_side(seen.hidden_states, self._layer)
         projected: Tensor = self.multi_modal_projector(chosen.squeeze(0), sizes.tolist())
         return projected
 
@@ -130,15 +127,18 @@ class InternModule(nn.Module):
 
 
 class GemmaModule(nn.Module):
-    """Gemma 3's SigLIP tower, whose patches are averaged by squares and projected."""
+    """A SigLIP tower, whose patches are projected: PaliGemma's, and Gemma 3's, which averages them by squares first."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         from transformers import AutoModel
-        from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
+        if config.model_type == "paligemma":
+            from transformers.models.paligemma.modeling_paligemma import PaliGemmaMultiModalProjector as Projector
+        else:
+            from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector as Projector
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = Gemma3MultiModalProjector(config)
+        self.multi_modal_projector = Projector(config)
 
     def forward(self, image: SeenImage) -> Tensor:
         seen = self.vision_tower(pixel_values=torch.stack(image.frames), return_dict=True).last_hidden_state
@@ -158,23 +158,6 @@ class Llama4Module(nn.Module):
 
     def forward(self, image: SeenImage) -> Tensor:
         seen = self.vision_model(torch.stack(image.frames), return_dict=True).last_hidden_state
-        projected: Tensor = self.multi_modal_projector(seen)
-        return projected.flatten(0, 1)
-
-
-class PaliGemmaModule(nn.Module):
-    """PaliGemma's SigLIP tower, whose patches are projected."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        from transformers import AutoModel
-        from transformers.models.paligemma.modeling_paligemma import PaliGemmaMultiModalProjector
-
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = PaliGemmaMultiModalProjector(config)
-
-    def forward(self, image: SeenImage) -> Tensor:
-        seen = self.vision_tower(pixel_values=torch.stack(image.frames), return_dict=True).last_hidden_state
         projected: Tensor = self.multi_modal_projector(seen)
         return projected.flatten(0, 1)
 
@@ -256,3 +239,8 @@ class IdeficsModule(nn.Module):
         seen = self.vision_model(pixel_values=pixels, patch_attention_mask=whole, return_dict=True).last_hidden_state
         joined: Tensor = self.connector(seen)
         return joined.flatten(0, 1)
+
+
+def _side_by_side(states: Sequence[Tensor], chosen: int | Sequence[int]) -> Tensor:
+    """One layer's states, or several layers', [frames, patches, layers * hidden]."""
+    return torch.cat([states[layer] for layer in ([chosen] if isinstance(chosen, int) else chosen)], dim=-1)
