@@ -52,10 +52,17 @@ MOST_SQUARES = 256  # of an image; the grids of so many are compared in 30 ms
 MAX_LONGEST = 4096  # of an image's longer side, beyond which Idefics 3's processor resizes it once more
 
 
-def _llava(config: Any, given: Preprocessing) -> tuple[WholeImage, MakeModule]:
-    kind = config.vision_config.model_type
+def _clip_or_siglip(config: Any) -> str:
+    kind: str = config.vision_config.model_type
     if kind not in ("clip_vision_model", "siglip_vision_model"):
-        raise UnreadImagesError(f"llava with a vision tower of type {kind} is not supported; clip and siglip are")
+        raise UnreadImagesError(
+            f"{config.model_type} with a vision tower of type {kind} is not supported; clip and siglip are"
+        )
+    return kind
+
+
+def _llava(config: Any, given: Preprocessing) -> tuple[WholeImage, MakeModule]:
+    kind = _clip_or_siglip(config)
     given.check_kind(CLIP_PROCESSORS + SIGLIP_PROCESSORS)
     size = given.size("size")
     crops = bool(given.values.get("do_center_crop", given.kind not in SIGLIP_PROCESSORS))
@@ -81,13 +88,9 @@ def _qwen(config: Any, given: Preprocessing) -> tuple[WholePatches, MakeModule]:
         raise UnreadImagesError("the config's rope has no mrope_section, by which images' tokens are rotated")
     if len(getattr(vision, "deepstack_visual_indexes", ())) >= config.text_config.num_hidden_layers:
         raise UnreadImagesError("deepstack_visual_indexes: the decoder has no layer behind those that features go to")
-    for key, have in (
-        ("patch_size", vision.patch_size),
-        ("merge_size", vision.spatial_merge_size),
-        ("temporal_patch_size", vision.temporal_patch_size),
-    ):
-        if given.values.get(key, have) != have:
-            raise UnreadImagesError(f"preprocessor_config.json: {key} {given.values[key]} isn't the tower's, {have}")
+    given.check_same("patch_size", vision.patch_size)
+    given.check_same("merge_size", vision.spatial_merge_size)
+    given.check_same("temporal_patch_size", vision.temporal_patch_size)
     size = given.size("size")
     least = given.values.get("min_pixels") or size.get("shortest_edge") or 56 * 56
     most = given.values.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
@@ -156,11 +159,7 @@ def _gemma3(config: Any, given: Preprocessing) -> tuple[WholeImage, MakeModule]:
 
 
 def _llava_next(config: Any, given: Preprocessing) -> tuple[AnyResolution, MakeModule]:
-    kind = config.vision_config.model_type
-    if kind not in ("clip_vision_model", "siglip_vision_model"):
-        raise UnreadImagesError(
-            f"{config.model_type} with a vision tower of type {kind} is not supported; clip and siglip are"
-        )
+    _clip_or_siglip(config)
     given.check_kind(ANY_RESOLUTION_PROCESSORS)
     side = config.vision_config.image_size
     sizes = [given.size(name) for name in ("size", "crop_size")]
@@ -208,15 +207,14 @@ def _paligemma(config: Any, given: Preprocessing) -> tuple[WholeImage, MakeModul
             f"{side} x {side}, as the tower sees it, and siglip are"
         )
     count = (side // vision.patch_size) ** 2
-    return WholeImage((side, side), None, given.resample, count), PaliGemmaModule
+    return WholeImage((side, side), None, given.resample, count), GemmaModule
 
 
 def _gemma4(config: Any, given: Preprocessing) -> tuple[WithinBudget, MakeModule]:
     given.check_kind(GEMMA4_PROCESSORS)
     vision = config.vision_config
-    for key, have in (("patch_size", vision.patch_size), ("pooling_kernel_size", vision.pooling_kernel_size)):
-        if given.values.get(key, have) != have:
-            raise UnreadImagesError(f"preprocessor_config.json: {key} {given.values[key]} isn't the tower's, {have}")
+    given.check_same("patch_size", vision.patch_size)
+    given.check_same("pooling_kernel_size", vision.pooling_kernel_size)
     most = int(given.values.get("max_soft_tokens") or 280)
     if not 0 < most * vision.pooling_kernel_size <= vision.position_embedding_size:
         raise UnreadImagesError(

@@ -91,6 +91,11 @@ class Preprocessing:
                 f"{' and '.join(known)} is"
             )
 
+    def check_same(self, key: str, have: object) -> None:
+        """Refuse a value that is another than the tower's."""
+        if self.values.get(key, have) != have:
+            raise UnreadImagesError(f"preprocessor_config.json: {key} {self.values[key]} isn't the tower's, {have}")
+
     def size(self, name: str) -> dict[str, int]:
         """`size` or `crop_size`; in older files one number, of the shorter side or of both."""
         given = self.values.get(name)

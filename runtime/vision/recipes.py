@@ -1,6 +1,6 @@
 """How a model's images are resized and cut, and what stands for them in a prompt: arithmetic on sizes alone.
 
-The engine reads a recipe out of a checkpoint (towers.py) and tells the server of it; the process that decodes images
+The engine reads a recipe out of a checkpoint (kinds.py) and tells the server of it; the process that decodes images
 follows it (server/media). Rescaling and normalizing are the tower's, so that pixels cross the socket as bytes.
 The formulas are those of transformers' PIL processors, so that pixels are equal to the last bit.
 """
