@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -20,9 +21,9 @@ from octavo import __version__
 from octavo.kernels.attention import reference as attention_reference
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.native import cpu_features
-from octavo.quant import linear
+from octavo.quant import input_rounding, kernel_table
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model import operators, weights
+from octavo.runtime.model import dtypes, operators, weights
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.worker.kv_cache import allocate
@@ -48,7 +49,10 @@ def main() -> None:
 def compute_in_float64() -> None:
     names = {name: getattr(torch, name) for name in dir(torch)} | {"float32": torch.float64}
     attention_reference.torch = SimpleNamespace(**names)  # type: ignore[assignment]
-    weights.DTYPES["float32"] = torch.float64
+    attention_reference.gather.__defaults__ = (torch.float64,)
+    dtypes.DTYPES["float32"] = torch.float64
+    wide = [row for row in kernel_table.TABLE if torch.float32 in row.dtypes]
+    kernel_table.TABLE = tuple(replace(row, dtypes=(torch.float64,)) for row in wide)
     cpu_features.has_dot_products = lambda: False
     Tensor.float = Tensor.double  # type: ignore[method-assign]
 
@@ -59,7 +63,8 @@ def divide_by(divisor: float) -> None:
         scale = torch.where(absmax == 0, 1.0, absmax / divisor)
         return (x / scale).round().clamp(-128, 127) * scale
 
-    linear.int8_reference = SimpleNamespace(fake_quantize_per_token=fake_quantize_per_token)  # type: ignore[assignment]
+    own = SimpleNamespace(fake_quantize_per_token=fake_quantize_per_token)
+    input_rounding.int8_reference = own  # type: ignore[assignment]
 
 
 def greedy(model: Model, prompt: list[int], max_tokens: int) -> list[int]:
