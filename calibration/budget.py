@@ -10,7 +10,6 @@ more bits, both measured as a whole.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from octavo.calibration.algorithms.input_statistics import InputStats, StatsColl
 from octavo.calibration.block import INPUT_ROWS, Runner
 from octavo.calibration.candidates import own_candidate
 from octavo.calibration.hidden_states_file import BATCH_TOKENS
+from octavo.calibration.layers import EXPERT
 from octavo.calibration.output import make_format, scale_dtype
 from octavo.calibration.plan import Item, Plan
 from octavo.calibration.prepare import Calibration, Prepared
@@ -40,7 +40,6 @@ STATES = 10_000  # of the knapsack
 BUDGETS = 8  # that are measured at a time where a KL is the target
 APART = 0.01  # bits per weight between budgets that are told apart there
 LOGIT_ROWS = 256
-EXPERTS = re.compile(r"\.experts\.\d+\.")
 UNCOUNTED = ("weight_shape", "g_idx", "weight_global_scale", "input_global_scale")
 """Tensors that are no part of a weight's bits: W4A16@32 and NVFP4 have 4.5, to the bit."""
 
@@ -127,7 +126,7 @@ def _units(runner: Runner, index: int, layer: Any, plan: Plan) -> dict[str, tupl
 
 
 def _unit_of(module: str, group: str) -> str:
-    if EXPERTS.search(module):
+    if EXPERT.search(module):
         return "experts"
     return group.replace("experts.", "shared_experts.", 1) if group.startswith("experts.") else group
 

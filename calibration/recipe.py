@@ -242,8 +242,8 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def with_rtn(self) -> Recipe:
         """The same schemes for the same layers, rounded to nearest."""
-        made = Recipe(self.scheme, "rtn", self.format, self.layers, self.ignore, self.search, kv_cache=self.kv_cache)
-        return msgspec.structs.replace(made, towers=self.towers)
+        how = (self.format, self.layers, self.ignore, self.search)
+        return Recipe(self.scheme, "rtn", *how, towers=self.towers, kv_cache=self.kv_cache)
 
     def scheme_of(self, module: str, kind: str) -> QuantScheme | None:
         """A linear layer's scheme by its full name and its name in the block; None: left as it is."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from octavo.calibration.budget import EXPERTS, UNCOUNTED, layer_bits
+from octavo.calibration.budget import UNCOUNTED, layer_bits
 from octavo.calibration.candidates import candidates
+from octavo.calibration.layers import EXPERT
 from octavo.calibration.plan import Item, Plan
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.target import Target, in_gb
@@ -64,7 +65,7 @@ def _bytes_around(plan: Plan, schemes: Sequence[str]) -> int:
 def _bytes_read(plan: Plan) -> tuple[int, int]:
     """Bytes that a token needs of the original, and of them those that stay: not of an embedding beside a head."""
     names = [item.name for unit in plan.units for item in unit.items]
-    if any(map(EXPERTS.search, names)):
+    if any(map(EXPERT.search, names)):
         raise RecipeError(
             "--target-speed counts the weights that a token needs, which of a mixture of experts depends on the token; "
             "--target-size and --bits-budget work"
