@@ -43,6 +43,7 @@ from octavo.runtime.vision.recipes import (
     Sight,
     Squared,
     Tiles,
+    VisionModel,
     WholeImage,
     WholePatches,
     WithinBudget,
@@ -259,6 +260,16 @@ def sight_of(config: Any) -> Sight:
         return "image" if config.model_type == "gemma3" else "prompt"
     is_gemma4 = config.model_type == "gemma4" and config.text_config.use_bidirectional_attention == "vision"
     return "image_in_windows" if is_gemma4 else "past"
+
+
+def vision_model_of(config: Any, given: Preprocessing, most_images: int) -> tuple[VisionModel, MakeModule]:
+    """What a server is told of a checkpoint, and what makes its tower. Raises UnreadImagesError."""
+    recipe, make = MAKERS[config.model_type](config, given)
+    begins_with = given.token("bos_token", "<bos>") if config.model_type == "paligemma" else None
+    mark = mark_of(config, given)
+    several = of_several(recipe, config, given)
+    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sight_of(config), several, begins_with)
+    return facts, make
 
 
 MakeModule = Callable[[Any], nn.Module]

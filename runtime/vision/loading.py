@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
-from octavo.runtime.vision.kinds import MAKERS, mark_of, of_several, sight_of
+from octavo.runtime.vision.kinds import MAKERS, vision_model_of
 from octavo.runtime.vision.preprocessing import Preprocessing, UnreadImagesError
-from octavo.runtime.vision.recipes import VisionModel
 from octavo.runtime.vision.towers import VisionTower
 
 MOST_LAYERS = 1000
@@ -70,13 +69,9 @@ def load_tower(
     with _refusing():
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         _check_sizes(config)
-        recipe, made = MAKERS[config.model_type](config, given)
+        facts, made = vision_model_of(config, given, most_images)
         with torch.device("meta"), no_init_weights():
             without_memory = made(config)
-    mark = mark_of(config, given)
-    several = of_several(recipe, config, given)
-    begins_with = given.token("bos_token", "<bos>") if config.model_type == "paligemma" else None
-    facts = VisionModel(recipe, config.image_token_id, mark, most_images, sight_of(config), several, begins_with)
     weights = _weights(without_memory, source, dtype)
     with _refusing(), no_init_weights():
         module = made(config)

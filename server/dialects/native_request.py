@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -32,7 +32,7 @@ from octavo.server.hints import NativeHints
 from octavo.server.media.images import NO_IMAGES
 from octavo.server.media.prompt import ReadImage
 from octavo.server.media.sources import ImageSource
-from octavo.server.prompts import Prompt, encode
+from octavo.server.prompts import Prompt, encode, fitted
 from octavo.server.served_model import ServedModel
 from octavo.server.sessions import Turn
 
@@ -326,11 +326,13 @@ def _source(given: str, number: int) -> ImageSource:
 
 
 def _prompt_of(request: CompletionRequest, images: Sequence[ReadImage], model: ServedModel) -> Prompt:
-    """The prompt of an item, with what stands for its images; token ids have it already, as those of /tokenize do."""
+    """The prompt of an item, with what stands for its images; token ids may have it already, as those of /tokenize."""
     if model.images is None or not images:
         return prompts_of(request, model)[0]
     if not isinstance(request.prompt, str):
-        [prompt] = prompts_of(request, model)
+        ids = fitted(cast("list[int]", request.prompt), request, wanted_of(request), model, "input_ids")
+        ids = model.images.expanded_ids(ids, images, model.tokenizer, "input_ids")
+        [prompt] = prompts_of(request.model_copy(update={"prompt": ids}), model)
         return replace(prompt, images=model.images.placed(prompt.token_ids, images, "input_ids"))
     text = model.images.expanded(str(request.prompt), images, "text")
     own = {"add_special_tokens": False} if model.images.wants_one else {}

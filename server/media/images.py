@@ -16,6 +16,7 @@ from octavo.server.media import prompt
 from octavo.server.media.jobs import Answer, Job, Refused
 from octavo.server.media.prompt import PlacesError, ReadImage
 from octavo.server.media.sources import ImageSource, content_of
+from octavo.text.tokenizer import EncodingError, Tokenizer
 
 DECODE_SECONDS = 20.0
 NO_IMAGES = "this model reads text alone: leave images out, or serve a model that sees"
@@ -79,6 +80,15 @@ class Images:
         try:
             return prompt.expanded(text, images, self.vision, self._mark, self._placeholder)
         except PlacesError as error:
+            raise bad_request(f"{field}: {error}", field) from None
+
+    def expanded_ids(
+        self, token_ids: Sequence[int], images: Sequence[ReadImage], tokenizer: Tokenizer, field: str
+    ) -> list[int]:
+        """The token ids of a prompt, which are in the vocabulary, with all placeholders. Raises ApiError."""
+        try:
+            return prompt.expanded_ids(token_ids, images, self.vision, tokenizer)
+        except (PlacesError, EncodingError) as error:
             raise bad_request(f"{field}: {error}", field) from None
 
     def placed(

@@ -22,10 +22,14 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids. prompt: its text, to be told in the output."""
+    """A prompt as token ids. prompt: its text, to be told in the output.
+
+    multi_modal_data: as in TextPrompt, for placeholders among the ids: one for each image, or as many as it becomes.
+    """
 
     prompt_token_ids: list[int]
     prompt: NotRequired[str]
+    multi_modal_data: NotRequired[Mapping[str, Any]]
     cache_salt: NotRequired[str]
 
 
@@ -41,7 +45,7 @@ PromptType = str | list[int] | TextPrompt | TokensPrompt | ExplicitEncoderDecode
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One prompt: a text, or token ids and perhaps their text. images: of the text, as Pillow has them.
+    """One prompt: a text, or token ids and perhaps their text. images: as Pillow has them.
 
     names_encoder: it is said to be for an encoder. decoder: what its decoder begins with then; None: nothing is said.
     """
@@ -85,8 +89,6 @@ def _prompt_of(prompt: Any, place: str) -> Given:
     if token_ids is not None:
         token_ids = _token_ids(token_ids, place)
     images = _images_of(given.get("multi_modal_data") or {}, place)
-    if images and token_ids is not None:
-        raise ValueError(f"{place}: images stand in a text: give 'prompt' alone, with a placeholder for each image")
     return Given(given.get("prompt"), token_ids, given.get("cache_salt"), images)
 
 

@@ -95,8 +95,8 @@ class LLM:
         """The answers to one prompt or many, in their order.
 
         prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a list of these. A model that sees
-        takes {"prompt": ..., "multi_modal_data": {"image": PIL.Image.Image or several}}. sampling_params: for all, or
-        one for each; None: get_default_sampling_params(). use_tqdm: a bar at stderr; or what makes one, as tqdm does.
+        takes "multi_modal_data": {"image": PIL.Image.Image or several} beside either. sampling_params: for all, or one
+        for each; None: get_default_sampling_params(). use_tqdm: a bar at stderr; or what makes one, as tqdm does.
         lora_request: an adapter for all, or one or None for each, with enable_lora=True. priority: lower ones go first,
         with scheduling_policy="priority". Ctrl-C ends what runs, and the model stays. Raises ValueError, in which
         nothing is answered, and EngineError.

@@ -19,6 +19,7 @@ from octavo.offline.requests import Job, asked_by
 
 FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
 NUM_TOKENS = 6
+BLOCK = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
 SIZES: dict[str, Any] = {"max_model_len": 200, "limit_mm_per_prompt": {"image": 2}}
 
@@ -62,6 +63,27 @@ def test_prompts_with_images(seeing: LLM, tiny: TinyVision, monkeypatch: pytest.
     monkeypatch.setattr(batch, "GROUP", 1)
     monkeypatch.setattr(batch, "OPEN_OF_SEQUENCES", 0)
     assert said(seeing.generate(prompts * 3, GREEDY)) == expected * 3
+
+
+def test_token_ids_with_images(seeing: LLM, tiny: TinyVision) -> None:
+    """With a placeholder for each image, and with all: what is told, cached and answered is the text's."""
+    text = "the first <image>, then <image>?"
+    first, second, third = picture(3, 50, 37), picture(4, 31, 90), picture(5, 40, 40)
+    by_text = seeing.generate(prompt_of(text, first, second), GREEDY)
+    (expected,) = said(by_text)
+    assert expected == truth(tiny, text, first, second)
+    whole = by_text[0].prompt_token_ids
+    for ids in (tiny.processor.tokenizer(text)["input_ids"], whole):
+        prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": [first, second]}, "prompt": "told"}
+        (output,) = seeing.generate(prompt, GREEDY)
+        assert output.prompt_token_ids == whole
+        assert output.prompt == "told"
+        assert output.outputs[0].text == expected
+        assert output.num_cached_tokens == (len(whole) - 1) // BLOCK * BLOCK
+    prompt = {"prompt_token_ids": whole, "multi_modal_data": {"image": [first, third]}}
+    (output,) = seeing.generate(prompt, GREEDY)
+    assert said([output]) == [truth(tiny, text, first, third)]
+    assert 0 < output.num_cached_tokens < len(whole) - 1 - 16  # up to the second image's 16 tokens
 
 
 def test_images_that_wait_have_so_many_bytes(seeing: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +155,11 @@ def test_answers_that_come_one_by_one(seeing: LLM, tiny: TinyVision, small: dict
         ({"prompt": "<image>", "multi_modal_data": {"image": b"png"}}, "bytes is no image; a PIL.Image.Image is"),
         ({"prompt": "a", "multi_modal_data": {"video": [FIRST]}}, "multi_modal_data has 'video', and 'image' alone"),
         ({"prompt": "a", "multi_modal_data": [FIRST]}, "'multi_modal_data' must be a dictionary"),
-        ({"prompt_token_ids": [5], "multi_modal_data": {"image": FIRST}}, "images stand in a text: give 'prompt'"),
+        (
+            {"prompt_token_ids": [5], "multi_modal_data": {"image": FIRST}},
+            "(<image>) 0 times for 1 images; once for each is wanted, or all of their 16 placeholders",
+        ),
+        ({"prompt_token_ids": [10**7], "multi_modal_data": {"image": FIRST}}, "token id 10000000 is not below"),
         ({"prompt": "a", "multi_modal_uuids": {"image": ["x"]}}, "octavo does not support 'multi_modal_uuids'"),
     ],
 )

@@ -200,6 +200,9 @@ def tokenized(found: Written, asked: Asked, model: ServedModel) -> Prompt:
             adds_special = adds_special and not model.images.wants_one
         must_fit = request.truncate_prompt_tokens is None
         ids = encode(text, "prompt", model, add_special_tokens=adds_special, must_fit=must_fit)
+    elif images and model.images is not None:
+        ids = fitted(ids, request, asked.wanted, model, "prompt")
+        ids = model.images.expanded_ids(ids, images, model.tokenizer, "prompt")
     fitting = fitted(ids, request, asked.wanted, model, "prompt")
     prompt = Prompt(fitting, given.text, decoder_ids=_begin_of(given, model))
     if images and model.images is not None:

@@ -192,10 +192,15 @@ def test_sglang_s_generate(seeing: Server, tiny: TinyVision) -> None:
         ]
         one = client.post("/generate", json={"text": texts[0], "image_data": url_of(FIRST), "sampling_params": params})
         assert one.json()["text"] == answers[0]["text"]
+        for text in (texts[0], "<image>" * 16 + "see"):  # the image's mark, and all of its placeholders
+            ids = tiny.processor.tokenizer(text)["input_ids"]
+            by_ids = {"input_ids": ids, "image_data": url_of(FIRST), "sampling_params": params}
+            assert client.post("/generate", json=by_ids).json()["text"] == answers[0]["text"]
         for fields, says in (
             ({"text": "see", "image_data": data}, "text: the prompt has '<image>' 0 times for 1 images"),
             ({"text": "<image>", "image_data": "http://127.0.0.1/"}, "image_data: image 1: nothing is fetched"),
-            ({"input_ids": [1, 2], "image_data": data}, "input_ids: the prompt has 0 placeholders for the"),
+            ({"input_ids": [1, 2], "image_data": data}, "input_ids: the prompt has token"),
+            ({"input_ids": [1, 10**6], "image_data": data}, "input_ids: token id 1000000 is not below the vocabulary"),
             ({"input_ids": [[1], [2]], "image_data": [data]}, "image_data: 1 values for 2 prompts"),
             ({"text": ["a", "b"], "image_data": [data]}, "image_data: 1 values for 2 prompts"),
         ):
