@@ -29,7 +29,7 @@ ROUTER = re.compile(
 )
 EXPANSION = re.compile(r"(^|\.)kv_b_proj$")
 """What makes keys and values of latents: engines multiply queries by it, and serve it dequantized."""
-GATES = re.compile(r"(^|\.)linear_attn\.in_proj_(ba|b|a)$")
+GATES = re.compile(r"(^|\.)(linear_attn\.in_proj_(ba|b|a)|self_attn\.(b|f_a|f_b|g_a|g_b)_proj)$")
 """What makes a state's decays, which all later tokens are multiplied by: a few rows, which engines don't quantize."""
 EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed(?!.*projection)|wte|wpe|^shared$|\.shared$")
@@ -42,6 +42,7 @@ OF_BOTH = ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers
 FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
+    ("block_sparse_moe.gate_proj", "block_sparse_moe.up_proj"),
     ("feed_forward.gate_proj", "feed_forward.up_proj"),
     ("feed_forward.w1", "feed_forward.w3"),
     ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),

@@ -68,11 +68,12 @@ def write_latents(
 ) -> Tensor:
     """Norm latents, rotate keys and queries, write latents and keys into the cache; return what queries begin as.
 
-    queries [T, Hq * query_dim], latents [T, rank + rotary_dim], cos_sin as of `rope_and_cache`, norm [rank] float32 ->
-    [T, Hq, rank + rotary_dim], of which the last rotary_dim numbers are there, and the others are to be written.
+    queries [T, Hq * query_dim], latents [T, rank + rotary_dim], cos_sin as of `rope_and_cache` or one row for all
+    positions (`unturned`), norm [rank] float32 -> [T, Hq, rank + rotary_dim], of which the last rotary_dim numbers are
+    there, and the others are to be written.
     """
     normed = rms_norm(latents[:, : shape.rank].contiguous(), norm, eps)
-    rows = cos_sin[inputs.positions]
+    rows = cos_sin[turning(inputs.positions, cos_sin)]
     key = rotate_part(latents[:, shape.rank :].unsqueeze(1), rows, shape)
     kept = inputs.slot_mapping >= 0
     slots = inputs.slot_mapping[kept]
@@ -83,6 +84,16 @@ def write_latents(
     out = queries.new_empty(len(heads), shape.num_heads, shape.rank + shape.rotary_dim)
     out[..., shape.rank :] = rotate_part(heads[..., shape.plain_dim :], rows, shape)
     return out
+
+
+def unturned(rotary_dim: int) -> Tensor:
+    """[1, rotary_dim]: the rotation of layers without positions, which turns nothing at any of them."""
+    return torch.cat((torch.ones(rotary_dim // 2), torch.zeros(rotary_dim // 2))).unsqueeze(0)
+
+
+def turning(positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """The rows of cos_sin that tokens turn by."""
+    return positions if len(cos_sin) > 1 else torch.zeros_like(positions)
 
 
 def rotate_part(x: Tensor, cos_sin: Tensor, shape: LatentShape) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.latent import LatentShape
+from octavo.kernels.attention.latent import LatentShape, turning
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.native.dtypes import KINDS, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
@@ -79,13 +79,14 @@ def write_latents(
     """`attention.latent.write_latents`; latents may be columns of a wider tensor."""
     tokens = len(queries)
     queries = queries.contiguous()
+    positions = turning(inputs.positions, cos_sin)
     out = torch.empty((tokens, shape.num_heads, shape.rank + shape.rotary_dim), dtype=queries.dtype)
     _write.start(
         threads_for(out.numel()),
         queries.data_ptr(),
         latents.data_ptr(),
         cos_sin.data_ptr(),
-        inputs.positions.data_ptr(),
+        positions.data_ptr(),
         inputs.slot_mapping.data_ptr(),
         out.data_ptr(),
         cache.key.data_ptr(),

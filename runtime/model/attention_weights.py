@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape
-from octavo.kernels.attention.latent import LatentShape
+from octavo.kernels.attention.latent import LatentShape, unturned
 from octavo.kernels.native.huge_memory import in_huge_pages
 from octavo.quant.linear import Linear
 from octavo.quant.qparams import QuantizedWeight, Weight
@@ -126,7 +126,7 @@ class AttentionReader:
                 spec.attention_scale,
                 mixer.interleaved,
             ),
-            cos_sin=self._builder.table(mixer.rope),
+            cos_sin=self._builder.table(mixer.rope) if mixer.rope else unturned(mixer.rotary_dim),
             kv_norm=norms["kv_a_layernorm"],
             to_keys=in_huge_pages(to_keys[first:stop]),
             to_values=in_huge_pages(to_values[first:stop].transpose(1, 2)),

@@ -36,7 +36,7 @@ from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.single_layers import AnyLayer
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
-from octavo.runtime.model.state_layers import GatedDelta, StateMixer, StateMixing
+from octavo.runtime.model.state_layers import GatedDelta, StateMixing
 from octavo.runtime.source_messages import Source
 from octavo.runtime.vision.towers import VisionTower
 
@@ -299,9 +299,9 @@ def _cache_shapes(layer: AnyLayer | AltUpLayer) -> list[CacheShape]:
 
 
 def _is_recordable(layer: AnyLayer | AltUpLayer) -> bool:
-    if isinstance(layer.attention, StateMixer | SideBySide):  # asks in Python which sequences begin (`states.taken`)
-        return False
+    attention = layer.attention
+    if isinstance(attention, StateMixing | SideBySide) and not isinstance(attention, GatedDelta):
+        return False  # asks in Python which sequences begin (`states.taken`)
     if layer.mlp is not None and not layer.mlp.capturable:
         return False
-    attention = layer.attention
     return attention is None or isinstance(attention, GatedDelta) or attention.shape.head_dim % 16 == 0

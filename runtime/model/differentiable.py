@@ -36,7 +36,7 @@ from octavo.runtime.model.rotated_inputs import RotatedActivation
 from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.single_layers import AnyLayer, MixerLayer, MlpLayer
 from octavo.runtime.model.spec import DecoderSpec
-from octavo.runtime.model.state_layers import GatedDelta, StateMixer
+from octavo.runtime.model.state_layers import GatedDelta, KimiDeltaAttention, StateMixer
 
 
 class DifferentiableBlock:
@@ -78,6 +78,8 @@ class DifferentiableBlock:
             return self._state_mixer(part, x, weights)
         if isinstance(part, GatedDelta):
             return self._gated_delta(part, x, weights)
+        if isinstance(part, KimiDeltaAttention):
+            return self._kimi_delta(part, x, weights)
         if isinstance(part, SideBySide):
             assert isinstance(part.attention, Attention)
             mixed = self._state_mixer(part.mixer, x, weights, "beside.")
@@ -114,6 +116,11 @@ class DifferentiableBlock:
     def _state_mixer(self, part: StateMixer, x: Tensor, weights: Mapping[str, Tensor], owner: str = "") -> Tensor:
         return self._linear(f"{owner}out", part.body.whole(self._linear(f"{owner}in", x, weights)), weights)
 
+    def _kimi_delta(self, part: KimiDeltaAttention, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        made = torch.cat([gate.weight.unpack() for gate in part.gates.parts]).to(x)
+        out = part.body.whole(self._linear("qkv", x, weights), F.linear(x, made))
+        return self._linear("out", out, weights)
+
     def _gated_delta(self, part: GatedDelta, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         both = self._linear("qkvz", x, weights).flatten(0, 1)
         made = torch.cat([gate.weight.unpack() for gate in part.gates.parts]).to(x)
@@ -135,7 +142,7 @@ class DifferentiableBlock:
             queries = queries * scale.to(queries.dtype).repeat(batch).unsqueeze(1)
         heads = queries.view(batch * length, shape.num_heads, shape.query_dim)
         latents = rms_norm(both[:, -width : -shape.rotary_dim], part.kv_norm, part.eps)
-        rows = part.cos_sin[:length].repeat(batch, 1)
+        rows = part.cos_sin[:length].expand(length, -1).repeat(batch, 1)  # one row, if positions turn nothing
         turned = rotate_part(heads[..., shape.plain_dim :], rows, shape)
         shared = rotate_part(both[:, -shape.rotary_dim :].unsqueeze(1), rows, shape).expand_as(turned)
         keys = torch.einsum("tr,hdr->thd", latents, part.to_keys)

@@ -44,13 +44,14 @@ class AttentionSpec:
 class LatentSpec:
     """Attention over latents (kernels/attention/latent.py), which the cache holds instead of keys and values.
 
+    rope       None: rotary_dim numbers are there, and nothing turns them
     q_rank     numbers that queries are made of; None: they are made of the hidden state
     kv_rank    numbers of a latent
     plain_dim, rotary_dim  of a head's query: what isn't rotated, and what is; the key that heads share is rotary_dim
     value_dim  of a head's output
     """
 
-    rope: RopeSpec
+    rope: RopeSpec | None
     q_rank: int | None
     kv_rank: int
     plain_dim: int

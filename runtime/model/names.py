@@ -250,9 +250,12 @@ def _mlp(spec: DecoderSpec, index: int, layer: str, has: Has) -> dict[str, Linea
             return experts
     inner = spec.layers[index].intermediate_size
     gate_up = {"gate_up_proj": 2 * inner} if spec.fused_mlp else _gate_and_up(inner, has_gates=spec.has_gates)
+    owner = f"{layer}.mlp"
+    if spec.moe is not None and has(f"{spec.moe.names.within(layer)}.down_proj"):
+        owner = spec.moe.names.within(layer)  # where transformers 5 writes a Kimi Linear's
     dense = {
-        "gate_up": LinearParts(_within(f"{layer}.mlp", gate_up), hidden, spec.mlp_bias),
-        "down": LinearParts(_within(f"{layer}.mlp", {"down_proj": hidden}), inner, spec.mlp_bias),
+        "gate_up": LinearParts(_within(owner, gate_up), hidden, spec.mlp_bias),
+        "down": LinearParts(_within(owner, {"down_proj": hidden}), inner, spec.mlp_bias),
     }
     return dense | experts
 

@@ -418,7 +418,7 @@ def _layers(
             elif state is not None:
                 mixer = state
             elif row.latent:
-                mixer = _latent(settings, rope, scale)
+                mixer = _latent(settings, rope if rotates[i] else None, scale)
             else:
                 mixer = AttentionSpec(
                     window if sliding[i] else None,
@@ -439,7 +439,7 @@ def _layers(
     return tuple(layers)
 
 
-def _latent(settings: Config, rope: RopeSpec, scale: QueryScale | None) -> LatentSpec:
+def _latent(settings: Config, rope: RopeSpec | None, scale: QueryScale | None) -> LatentSpec:
     return LatentSpec(
         rope,
         q_rank=settings["q_lora_rank"],
@@ -447,7 +447,7 @@ def _latent(settings: Config, rope: RopeSpec, scale: QueryScale | None) -> Laten
         plain_dim=settings["qk_nope_head_dim"],
         rotary_dim=settings["qk_rope_head_dim"],
         value_dim=settings["v_head_dim"],
-        interleaved=settings["rope_interleave"],
+        interleaved=settings.get("rope_interleave", False),
         query_scale=scale,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaBody, GatedDeltaShape, GatedDeltaWeights
+from octavo.kernels.linear_attention.kimi_delta import KimiDelta
 from octavo.kernels.linear_attention.states import MixerCache, StateCache, StateShape
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.linear import Change, Linear
@@ -118,5 +119,46 @@ class StateMixer:
         return self.body.tensors()
 
 
-StateMixing = GatedDelta | StateMixer
+@dataclass(frozen=True, slots=True)
+class KimiDeltaAttention:
+    """Kimi's delta attention (kernels/linear_attention/kimi_delta.py) with its linear layers.
+
+    gates  makes b, f and g, in float32; never quantized, and no linear layer to others
+    """
+
+    body: KimiDelta
+    qkv: Linear
+    gates: Linear
+    out: Linear
+
+    @property
+    def input_quant(self) -> ActivationQuant | None:
+        """None: the gates read x as it is."""
+        return None
+
+    @property
+    def state(self) -> StateShape:
+        return self.body.shape.state
+
+    def forward(self, x: Hidden, step: StepInputs, cache: MixerCache, rows: Tensor | None = None) -> Tensor:
+        """As `Attention.forward`."""
+        assert isinstance(cache, StateCache)
+        hidden = self.body.forward(self.qkv.forward(x, step), self.gates.forward(x, step), step, cache)
+        if rows is not None:
+            hidden = hidden[rows]
+            step = step.of_rows(rows)
+        return self.out.partial(hidden, step)
+
+    def linears(self) -> dict[str, Linear]:
+        return {"qkv": self.qkv, "out": self.out}
+
+    def map_linears(self, change: Change) -> KimiDeltaAttention:
+        return replace(self, qkv=change("qkv", self.qkv), out=change("out", self.out))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.body.tensors()
+        yield from self.gates.tensors()
+
+
+StateMixing = GatedDelta | StateMixer | KimiDeltaAttention
 """All of them."""

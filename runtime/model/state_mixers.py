@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaShape
+from octavo.kernels.linear_attention.kimi_delta import KimiDeltaShape
 from octavo.kernels.linear_attention.mamba2 import Mamba2Shape
 from octavo.kernels.linear_attention.states import StateShape
 
@@ -144,7 +145,43 @@ class ShortConvSpec(WithoutKeys):
         return {"conv.weight": (self.channels, 1, self.taps)}
 
 
-StateSpec = GatedDeltaSpec | Mamba2Spec | ShortConvSpec
+@dataclass(frozen=True)
+class KimiDeltaSpec(WithoutKeys):
+    """Kimi's delta attention (kernels/linear_attention/kimi_delta.py)."""
+
+    shape: KimiDeltaShape
+    owner: ClassVar[str] = "self_attn"
+    title: ClassVar[str] = "Kimi's delta attention"
+    batch_invariant: ClassVar[bool] = False  # a chunk of tokens begins where a step does
+    out_norm: ClassVar[str | None] = None  # its norm is one for all heads
+
+    @property
+    def state(self) -> StateShape:
+        return self.shape.state
+
+    def linears(self, hidden_size: int) -> Linears:
+        inner = self.shape.inner
+        first = {"q_proj": inner, "k_proj": inner, "v_proj": inner}
+        return {"qkv": (first, hidden_size), "out": ({"o_proj": hidden_size}, inner)}
+
+    @property
+    def gates(self) -> dict[str, int]:
+        return dict(zip(("b_proj", "f_a_proj", "g_a_proj"), self.shape.gates, strict=True))
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        shape = self.shape
+        convs = {f"{kind}_conv1d.weight": (shape.inner, 1, shape.taps) for kind in "qkv"}
+        return convs | {
+            "A_log": (1, 1, shape.num_heads, 1),
+            "dt_bias": (shape.inner,),
+            "f_b_proj.weight": (shape.inner, shape.head_dim),
+            "g_b_proj.weight": (shape.inner, shape.head_dim),
+            "o_norm.weight": (shape.head_dim,),
+        }
+
+
+StateSpec = GatedDeltaSpec | Mamba2Spec | ShortConvSpec | KimiDeltaSpec
 """All of them."""
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaWeights
+from octavo.kernels.linear_attention.kimi_delta import KimiDelta, KimiDeltaWeights
 from octavo.kernels.linear_attention.mamba2 import Mamba2Weights
 from octavo.kernels.linear_attention.mamba2_cpu import Mamba2
 from octavo.kernels.linear_attention.short_conv import ShortConv
@@ -15,14 +16,23 @@ from octavo.runtime.model.attention_weights import LayerReader
 from octavo.runtime.model.names import LinearParts, state_gates, state_tensors
 from octavo.runtime.model.side_by_side import AttentionPart, SideBySide
 from octavo.runtime.model.sources import LoadError
-from octavo.runtime.model.state_layers import GatedDelta, StateBody, StateMixer, StateMixing
-from octavo.runtime.model.state_mixers import BesideSpec, GatedDeltaSpec, Mamba2Spec, ShortConvSpec, StateSpec
+from octavo.runtime.model.state_layers import GatedDelta, KimiDeltaAttention, StateBody, StateMixer, StateMixing
+from octavo.runtime.model.state_mixers import (
+    BesideSpec,
+    GatedDeltaSpec,
+    KimiDeltaSpec,
+    Mamba2Spec,
+    ShortConvSpec,
+    StateSpec,
+)
 
 
 def read_state_mixer(builder: LayerReader, index: int, mixer: StateSpec, parts: dict[str, LinearParts]) -> StateMixing:
     """parts: the layer's linear layers."""
     if isinstance(mixer, GatedDeltaSpec):
         return _read_gated_delta(builder, index, mixer, parts)
+    if isinstance(mixer, KimiDeltaSpec):
+        return _read_kimi_delta(builder, index, mixer, parts)
     return _read_between(builder, index, mixer, parts["in"], parts["out"])
 
 
@@ -83,6 +93,26 @@ def _read_gated_delta(
             dt_bias=tensors["dt_bias"],
             norm=tensors["norm.weight"],
         ),
+    )
+
+
+def _read_kimi_delta(
+    builder: LayerReader, index: int, mixer: KimiDeltaSpec, parts: dict[str, LinearParts]
+) -> KimiDeltaAttention:
+    tensors = _read_tensors(builder, index, mixer)
+    weights = KimiDeltaWeights(
+        conv=torch.cat([tensors[f"{kind}_conv1d.weight"].squeeze(1).T for kind in "qkv"], dim=1).contiguous(),
+        rate=-tensors["A_log"].flatten().exp(),
+        dt_bias=tensors["dt_bias"],
+        forget=tensors["f_b_proj.weight"],
+        gate=tensors["g_b_proj.weight"],
+        norm=tensors["o_norm.weight"],
+    )
+    return KimiDeltaAttention(
+        body=KimiDelta(mixer.shape, weights, builder.spec.norm_eps),
+        qkv=builder.linear(*builder.read(parts["qkv"])),
+        gates=_read_gates(builder, index),
+        out=builder.linear(*builder.read(parts["out"])),
     )
 
 

@@ -37,7 +37,7 @@ NO_R2 = [
     name
     for name in CASES
     if name.startswith(("deepseek", "glm4_moe_lite", "mistral4", "gemma4", "gemma3n", "qwen3_next", "qwen3_5"))
-    or name == "mamba2"
+    or name in ("mamba2", "kimi_linear")
 ]
 
 

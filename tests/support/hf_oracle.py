@@ -288,6 +288,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_heads": 6, "head_dim": 32, "expand": 3, "state_size": 16, "n_groups": 2, "conv_kernel": 3}
         | {"tie_word_embeddings": True, "time_step_limit": [0.2, 1.5]},
     ),
+    "kimi_linear": (
+        "KimiLinear",
+        LATENT
+        | {"q_lora_rank": None, "num_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}
+        | {"linear_head_dim": 16, "linear_num_heads": 6, "linear_conv_kernel_dim": 3, "n_shared_experts": 2}
+        | {"rms_norm_eps": 1e-3},
+    ),
     "lfm2": (
         "Lfm2",
         {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16, "conv_L_cache": 4}
@@ -331,7 +339,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-STATES = ("qwen3_next", "qwen3_5", "granitemoehybrid", "lfm2", "falcon_h1", "nemotron_h", "mamba2")
+STATES = ("qwen3_next", "qwen3_5", "granitemoehybrid", "lfm2", "falcon_h1", "nemotron_h", "mamba2", "kimi_linear")
 HAS_STATES = tuple(name for name in CASES if name.startswith(STATES))
 """Cases with layers that have a state instead of keys and values, which aren't divided over ranks."""
 READS_MORE = ("gemma4_text-small", "gemma3n_text")

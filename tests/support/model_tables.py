@@ -69,7 +69,7 @@ def _traits(architecture: Architecture) -> tuple[str, ...]:
 
 def _in_place(architecture: Architecture) -> str:
     if architecture.latent:
-        return "latents"
+        return "latents" if architecture.state_mixers is no_states else "states, in most layers; latents"
     if architecture.beside is not nothing_beside:
         return "states beside it"
     if architecture.sublayers is not both_sublayers:
