@@ -1,221 +1,30 @@
-"""Mixed precision under a budget: how much each part of the model minds being rounded, and who gets how many bits.
+"""Mixed precision under a budget: who gets how many bits.
 
-Sensitivity of a unit (the layers of a block that share an input, or all of its experts) is the KL divergence of the
-model's next-token distribution from the original's when that unit alone is rounded, its input too where the scheme says
-so. It is measured with one scheme; for the others it is scaled by the unit's output error, since a small change of
-logits costs KL in proportion to its square. The choice is a knapsack, and is compared with the best single scheme of no
-more bits, both measured as a whole.
+The choice among units' schemes (sensitivity.py) is a knapsack. It is compared with the best single scheme of no more
+bits, both measured as a whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.calibration.algorithms.gptq import gptq_loss, output_energy
-from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
-from octavo.calibration.block import INPUT_ROWS, Runner
-from octavo.calibration.candidates import own_candidate
-from octavo.calibration.hidden_states_file import BATCH_TOKENS
-from octavo.calibration.layers import EXPERT
-from octavo.calibration.output import make_format, scale_dtype
-from octavo.calibration.plan import Item, Plan
+from octavo.calibration.block import Runner
 from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress
-from octavo.calibration.recipe import Recipe, RecipeError, parse_scheme
-from octavo.calibration.rounded_inputs import rounding_of, with_rounded_inputs
-from octavo.quant.checkpoint import Checkpoint
-from octavo.quant.qparams import quantize_weight
+from octavo.calibration.recipe import Recipe, RecipeError
+from octavo.calibration.rounded_inputs import with_rounded_inputs
+from octavo.calibration.sensitivity import Choice, Sensitivity, divergences, first_hidden, forward, rounded
 from octavo.quant.scheme import QuantScheme
 
-MAX_TOKENS = 1024  # whose KL is measured: units differ by far more than its error over so many
 STATES = 10_000  # of the knapsack
 BUDGETS = 8  # that are measured at a time where a KL is the target
 APART = 0.01  # bits per weight between budgets that are told apart there
-LOGIT_ROWS = 256
-UNCOUNTED = ("weight_shape", "g_idx", "weight_global_scale", "input_global_scale")
-"""Tensors that are no part of a weight's bits: W4A16@32 and NVFP4 have 4.5, to the bit."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The cost of a scheme for one unit: its bits, and the KL that it adds to the model."""
-
-    scheme: str
-    bits: int
-    kl: float
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """A unit: its layers' modules, their weights in number, KL when it alone is rounded, and what could be chosen."""
-
-    name: str
-    modules: tuple[str, ...]
-    weights: int
-    choices: tuple[Choice, ...]
-
-
-def carried_bytes(runner: Runner) -> int:
-    """Bytes that `measure` holds beside a block: the hidden states of one variant of the model for each unit."""
-    units = 4 * runner.num_blocks  # qkv, o, gate_up and down
-    return (units + 2) * MAX_TOKENS * runner.hidden_size * runner.dtype.itemsize
-
-
-def measure(
-    planned: Prepared, calibration: Calibration, schemes: Sequence[str], progress: Progress
-) -> list[Sensitivity]:
-    """Sensitivity of every unit, one block in memory at a time, over the first MAX_TOKENS of the text."""
-    checkpoint = planned.checkpoint
-    plan = planned.plan
-    recipe = planned.recipe
-    runner = calibration.runner
-    original = _first_hidden(checkpoint, calibration)
-    variants: list[Tensor] = []
-    units: list[Sensitivity] = []
-    blocks = [unit for unit in plan.units if unit.index is not None]
-    own = parse_scheme(own_candidate(recipe))
-    num_rows = INPUT_ROWS if any(parse_scheme(scheme).activation is not None for scheme in schemes) else 0
-    for number, unit in enumerate(blocks):
-        progress(number * (number + 1), len(blocks) * (len(blocks) + 1), f"sensitivity of {unit.name}")
-        tensors = {item.name: item.file.read(item.name) for item in unit.items}
-        layer = runner.build(number, tensors)
-        variants = [_forward(runner, layer, hidden) for hidden in variants]
-        stats, following = _observe(runner, layer, original, num_rows)
-        for name, (modules, inputs) in _units(runner, number, layer, plan).items():
-            items = [item for item in unit.items if item.linear is not None and item.linear.module in modules]
-            rounded, errors = _round(items, tensors, {m: stats[g] for m, g in inputs.items()}, recipe, schemes)
-            changed = runner.build(number, tensors | rounded)
-            absmax = {module: stats[group].absmax for module, group in inputs.items()}
-            changed = with_rounded_inputs(runner, number, changed, dict.fromkeys(modules, own), absmax)
-            variants.append(_forward(runner, changed, original))
-            bits = {scheme: layer_bits(items, recipe, scheme) for scheme in schemes}
-            choices = tuple(Choice(s, bits[s], errors[s] / errors[own_candidate(recipe)]) for s in schemes)
-            weights = sum(item.spec.numel for item in items)
-            units.append(Sensitivity(f"{unit.name}.{name}", tuple(modules), weights, choices))
-        original = following
-    found = _divergences(checkpoint, runner, original, variants, progress)
-    return [_scaled(unit, kl) for unit, kl in zip(units, found, strict=True)]
-
-
-def _scaled(unit: Sensitivity, kl: float) -> Sensitivity:
-    return replace(unit, choices=tuple(replace(choice, kl=choice.kl * kl) for choice in unit.choices))
-
-
-def _units(runner: Runner, index: int, layer: Any, plan: Plan) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Unit -> its modules, and the input group of each.
-
-    The experts of a block are one: engines that stack them, as vLLM does, have one scheme for all of a stack and of the
-    next.
-    """
-    units: dict[str, tuple[list[str], dict[str, str]]] = {}
-    for group in runner.groups(index, layer):
-        for module in group.modules:
-            if module in plan.schemes:
-                modules, inputs = units.setdefault(_unit_of(module, group.name), ([], {}))
-                modules.append(module)
-                inputs[module] = group.name
-    return units
-
-
-def _unit_of(module: str, group: str) -> str:
-    if EXPERT.search(module):
-        return "experts"
-    return group.replace("experts.", "shared_experts.", 1) if group.startswith("experts.") else group
-
-
-def _observe(runner: Runner, layer: Any, hidden: Tensor, num_rows: int) -> tuple[dict[str, InputStats], Tensor]:
-    """Statistics of the inputs of a block's layers, with some of these inputs, and its output."""
-    collectors: dict[str, StatsCollector] = {}
-
-    def record(name: str, x: Tensor) -> None:
-        collectors.setdefault(name, StatsCollector(x.shape[1], x.device, num_rows=num_rows)).add(x)
-
-    output = _forward(runner, layer, hidden, record)
-    return {name: collector.result() for name, collector in collectors.items()}, output
-
-
-def _forward(runner: Runner, layer: Any, hidden: Tensor, record: Callable[[str, Tensor], None] | None = None) -> Tensor:
-    """hidden [S, T, H] through one block, a few samples at a time."""
-    batch = max(1, BATCH_TOKENS // hidden.shape[1])
-    return torch.cat([runner.forward(layer, part, record) for part in torch.split(hidden, batch)])
-
-
-def _round(
-    items: Sequence[Item],
-    tensors: Mapping[str, Tensor],
-    stats: Mapping[str, InputStats],
-    recipe: Recipe,
-    schemes: Sequence[str],
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A unit's weights rounded with the recipe's scheme, and the energy of its output's error with each scheme."""
-    rounded: dict[str, Tensor] = {}
-    errors = dict.fromkeys(schemes, 1e-30)  # a unit that is exact with one scheme has a ratio all the same
-    for item in items:
-        assert item.linear is not None
-        weight = tensors[item.name]
-        seen = stats[item.linear.module]
-        signal = output_energy(weight.float(), seen.moments)
-        for spelled in schemes:
-            scheme = parse_scheme(spelled)
-            back = _rounded(weight, scheme, recipe)
-            if len(seen.rows):  # whose rounding counts, too
-                errors[spelled] += _output_error(weight, back, scheme, seen)
-            else:
-                errors[spelled] += gptq_loss(weight, back, seen) * signal
-            if spelled == own_candidate(recipe):
-                rounded[item.name] = back.to(weight.dtype)
-    return rounded, errors
-
-
-def _output_error(weight: Tensor, back: Tensor, scheme: QuantScheme, seen: InputStats) -> float:
-    """Energy for a token of what a layer's output is off by, its input rounded as the scheme says, over kept inputs."""
-    rounds = rounding_of(scheme, seen.absmax, seen.rows.device)
-    inputs = seen.rows if rounds is None else rounds(seen.rows)
-    off = inputs @ back.to(inputs).t() - seen.rows @ weight.to(inputs).t()
-    return float(off.square_().sum(dtype=torch.float64)) / len(inputs)
-
-
-def _rounded(weight: Tensor, scheme: QuantScheme, recipe: Recipe) -> Tensor:
-    """A weight [N, K] rounded to nearest, float32."""
-    stored = scale_dtype(recipe, weight.dtype)
-    return quantize_weight(weight, scheme, recipe.search_of(scheme), scale_dtype=stored).dequantize()
-
-
-def layer_bits(items: Sequence[Item], recipe: Recipe, scheme: str) -> int:
-    """Bits that the unit's layers take on the disk: codes, scales and zero points."""
-    total = 0
-    for item in items:
-        assert item.linear is not None
-        format_ = make_format(recipe, parse_scheme(scheme), item.spec.dtype)
-        tensors = format_.tensors(item.linear.out_features, item.linear.in_features)
-        total += sum(spec.nbytes for name, spec in tensors.items() if name not in UNCOUNTED)
-    return 8 * total
-
-
-def _divergences(
-    checkpoint: Checkpoint, runner: Runner, original: Tensor, variants: Sequence[Tensor], progress: Progress
-) -> list[float]:
-    """Mean KL of each variant's next-token distribution from the original's, in nats."""
-    head = runner.head(checkpoint.tensor)
-    sums = [0.0] * len(variants)
-    rows = torch.split(original.flatten(0, 1), LOGIT_ROWS)
-    others = [torch.split(variant.flatten(0, 1), LOGIT_ROWS) for variant in variants]
-    for number, part in enumerate(rows):
-        truth = F.log_softmax(head(part), dim=-1)
-        probabilities = truth.exp()
-        for i, other in enumerate(others):
-            guess = F.log_softmax(head(other[number]), dim=-1)
-            sums[i] += float((probabilities * (truth - guess)).sum())
-        progress(number + 1, len(rows), "sensitivity")
-    return [max(total, 0.0) / original.shape[0] / original.shape[1] for total in sums]
 
 
 def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
@@ -223,8 +32,11 @@ def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
 
     Unit by unit, over sums so far of which none has both more bits and more KL than another. Bits are counted exactly.
     Where sums are more than STATES, the best of each STATES-th of their range goes on, and the result is still no worse
-    than any one scheme for all that fits. The cheapest schemes must fit (`target_bits.bits_budget` checks that).
+    than any one scheme for all that fits. The cheapest schemes must fit (`target_bits.bits_budget` checks that). An
+    expert that the text says next to nothing of gets what loses no more than the best single scheme that fits would.
     """
+    uniform = min(uniform_choices(units, budget), key=lambda schemes: expected_kl(units, schemes), default={})
+    units = [_safe(unit, uniform[unit.name]) if unit.is_rare and uniform else unit for unit in units]
     weights = sum(unit.weights for unit in units)
     left = sum(min(choice.bits for choice in unit.choices) for unit in units)
     most = max(left, math.floor(budget * weights))
@@ -244,7 +56,31 @@ def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
     for unit, best in zip(reversed(units), reversed(kept), strict=True):
         state, pick = divmod(int(best[state]), len(unit.choices))
         chosen[unit.name] = unit.choices[pick].scheme
-    return min([chosen, *uniform_choices(units, budget)], key=lambda schemes: expected_kl(units, schemes))
+    return min([chosen, *([uniform] if uniform else [])], key=lambda schemes: expected_kl(units, schemes))
+
+
+def _safe(unit: Sensitivity, scheme: str) -> Sensitivity:
+    """The unit without what loses more than a scheme does."""
+    most = next(choice.kl for choice in unit.choices if choice.scheme == scheme)
+    return replace(unit, choices=tuple(choice for choice in unit.choices if choice.kl <= most))
+
+
+def by_layer(units: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """The units with all experts of a layer as one."""
+    members: dict[str, list[Sensitivity]] = {}
+    for unit in units:
+        members.setdefault(unit.layer or unit.name, []).append(unit)
+    return [_together(name, of_layer) for name, of_layer in members.items()]
+
+
+def _together(name: str, units: Sequence[Sensitivity]) -> Sensitivity:
+    """Units as one that has one scheme for all."""
+    choices = tuple(
+        Choice(of_scheme[0].scheme, sum(one.bits for one in of_scheme), sum(one.kl for one in of_scheme))
+        for of_scheme in zip(*(unit.choices for unit in units), strict=True)
+    )
+    modules = tuple(module for unit in units for module in unit.modules)
+    return Sensitivity(name, modules, sum(unit.weights for unit in units), choices)
 
 
 def _best_sums(bits: Tensor, kl: Tensor, most: int) -> Tensor:
@@ -276,18 +112,22 @@ def expected_kl(units: Sequence[Sensitivity], schemes: Mapping[str, str]) -> flo
 def best_in_budget(
     planned: Prepared, calibration: Calibration, units: Sequence[Sensitivity], budget: float, progress: Progress
 ) -> Recipe:
-    """The recipe of `choose`, or of one scheme for all where that is measured to be better.
+    """The recipe of `choose`, or of one scheme for all or for a layer's experts where that is measured to be better.
 
     KLs of single units add up to that of the model only as long as they are small, so the model is measured with the
     choice as a whole, and with the best single scheme that the budget allows.
     """
+    together = by_layer(units)
     chosen = choose(units, budget)
+    of_layers = choose(together, budget)
     uniform = min(uniform_choices(units, budget), key=lambda schemes: expected_kl(units, schemes), default=chosen)
-    recipes = [_with_schemes(planned.recipe, units, schemes) for schemes in (chosen, uniform)]
-    if chosen == uniform:
+    choices = [chosen, {unit.name: of_layers[unit.layer or unit.name] for unit in units}, uniform]
+    choices = [schemes for i, schemes in enumerate(choices) if schemes not in choices[:i]]
+    recipes = [with_schemes(planned.recipe, units, schemes) for schemes in choices]
+    if len(recipes) == 1:
         return recipes[0]
-    kl = measure_recipes(planned, calibration, recipes, progress)
-    return recipes[0] if kl[0] <= kl[1] else recipes[1]
+    kls = measure_recipes(planned, calibration, recipes, progress)
+    return min(zip(kls, recipes, strict=True), key=lambda one: one[0])[1]
 
 
 def cheapest_for_kl(
@@ -306,7 +146,7 @@ def cheapest_for_kl(
     best: tuple[float, Recipe] | None = None
     while choices:
         choices = [schemes for i, schemes in enumerate(choices) if schemes not in choices[:i]]
-        recipes = [_with_schemes(planned.recipe, units, schemes) for schemes in choices]
+        recipes = [with_schemes(planned.recipe, units, schemes) for schemes in choices]
         kls = measure_recipes(planned, calibration, recipes, progress)
         found = list(zip([_bits_of(units, schemes) / weights for schemes in choices], recipes, kls, strict=True))
         held = [(bits, recipe) for bits, recipe, kl in found if kl <= most]
@@ -342,7 +182,7 @@ def measure_recipes(
     """
     checkpoint = planned.checkpoint
     runner = calibration.runner
-    original = _first_hidden(checkpoint, calibration)
+    original = first_hidden(checkpoint, calibration)
     variants = [original] * len(recipes)
     blocks = [unit for unit in planned.plan.units if unit.index is not None]
     for number, unit in enumerate(blocks):
@@ -350,24 +190,21 @@ def measure_recipes(
         tensors = {item.name: item.file.read(item.name) for item in unit.items}
         absmax, following = _ranges(runner, number, tensors, original, recipes)
         known: dict[tuple[str, QuantScheme], Tensor] = {}  # recipes differ in few of their schemes
+        kinds = {item.linear.module: item.linear.kind for item in unit.items if item.linear is not None}
         for i, recipe in enumerate(recipes):
-            rounded = {}
-            schemes: dict[str, QuantScheme] = {}
-            for item in unit.items:
-                linear = item.linear
-                scheme = None if linear is None else recipe.scheme_of(linear.module, linear.kind)
-                if linear is not None and scheme is not None:
-                    schemes[linear.module] = scheme
-                    key = item.name, scheme
-                    if key not in known:
-                        weight = tensors[item.name]
-                        known[key] = _rounded(weight, scheme, recipe).to(weight.dtype)
-                    rounded[item.name] = known[key]
-            changed = runner.build(number, tensors | rounded)
+            changes = {}
+            schemes = {module: s for module, s in recipe.schemes_of(kinds).items() if s is not None}
+            for module, scheme in schemes.items():
+                key = f"{module}.weight", scheme
+                if key not in known:
+                    weight = tensors[key[0]]
+                    known[key] = rounded(weight, scheme, recipe).to(weight.dtype)
+                changes[key[0]] = known[key]
+            changed = runner.build(number, tensors | changes)
             changed = with_rounded_inputs(runner, number, changed, schemes, absmax)
-            variants[i] = _forward(runner, changed, variants[i])
+            variants[i] = forward(runner, changed, variants[i])
         original = following
-    return _divergences(checkpoint, runner, original, variants, progress)
+    return divergences(checkpoint, runner, original, variants, progress)
 
 
 def _ranges(
@@ -375,28 +212,21 @@ def _ranges(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The largest magnitudes of each linear layer's input, [K] by module, where a scheme needs them; the output."""
     layer = runner.build(number, tensors)
-    rounded = [scheme.activation for recipe in recipes for scheme in recipe.schemes]
-    if not any(activation is not None and activation.has_stored_scale for activation in rounded):
-        return {}, _forward(runner, layer, hidden)
+    activations = [scheme.activation for recipe in recipes for scheme in recipe.schemes]
+    if not any(activation is not None and activation.has_stored_scale for activation in activations):
+        return {}, forward(runner, layer, hidden)
     seen: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
         largest = x.abs().amax(0).float()
         seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
 
-    output = _forward(runner, layer, hidden, record)
+    output = forward(runner, layer, hidden, record)
     groups = runner.groups(number, layer)
     return {module: seen[group.name] for group in groups if group.name in seen for module in group.modules}, output
 
 
-def _first_hidden(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:
-    """The first block's input over the first MAX_TOKENS of the text."""
-    token_ids = calibration.token_ids
-    samples = token_ids[: max(1, MAX_TOKENS // token_ids.shape[1])]
-    return calibration.runner.embed(samples, checkpoint.tensor(calibration.runner.embedding_name))
-
-
-def _with_schemes(recipe: Recipe, units: Sequence[Sensitivity], chosen: Mapping[str, str]) -> Recipe:
+def with_schemes(recipe: Recipe, units: Sequence[Sensitivity], chosen: Mapping[str, str]) -> Recipe:
     """The recipe with the scheme of each unit's layers that was chosen."""
     layers = {module: chosen[unit.name] for unit in units for module in unit.modules}
     counted = [chosen[unit.name] for unit in units for _ in unit.modules]

@@ -6,6 +6,7 @@ from typing import Literal
 
 Algorithm = Literal["auto", "rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq", "tune"]
 Effort = Literal["fast", "auto", "best"]
+ExpertSchemes = Literal["layer", "expert"]
 ActOrder = Literal["none", "static", "group"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "gguf"]
 RotationName = Literal["R1", "R2", "R4"]

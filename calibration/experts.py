@@ -22,6 +22,19 @@ def expert_of(name: str) -> int | None:
     return int(rest.partition(".")[0]) if owner == "experts" else None
 
 
+def cautious(rare: Sequence[str]) -> str:
+    """A note of experts that the text says too little of for a budget to take bits from: 'model.layers.0.experts.3'."""
+    layers: dict[str, list[str]] = {}
+    for name in rare:
+        layer, _, expert = name.rpartition(".")
+        layers.setdefault(layer, []).append(expert)
+    named = "; ".join(f"{layer}: {', '.join(numbers)}" for layer, numbers in layers.items())
+    return (
+        f"{len(rare)} experts were chosen for less than a tenth of an even share of the tokens that sensitivity was "
+        f"measured on; they count as others do, and lose no more than by the best single scheme of the budget ({named})"
+    )
+
+
 def rare_experts(counts: Mapping[str, Sequence[int]], *, tunes: bool = False) -> list[str]:
     """A warning for the blocks with experts that got less than a tenth of an even share; counts by block's name."""
     rare = {block: found for block, chosen in counts.items() if (found := rarely_chosen(chosen))}

@@ -102,10 +102,11 @@ def layout_of(
 def replaced(recipe: Recipe, linears: Mapping[str, LinearLayer], schemes: Mapping[str, QuantScheme]) -> list[str]:
     """A line for each kind of blocks that stands in another's place, for a person."""
     counts: Counter[tuple[str, int]] = Counter()
+    wanted = recipe.schemes_of({module: linears[module].kind for module in schemes})
     for module, scheme in schemes.items():
         columns = linears[module].in_features
         kind = kind_of(scheme)
-        asked = recipe.scheme_of(module, linears[module].kind)
+        asked = wanted[module]
         if columns % SUPER and asked is not None and kind in INSTEAD.values() and kind_of(asked) in INSTEAD:
             counts[kind, columns] += 1
     return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from octavo.calibration.recipe import means_layer
@@ -232,6 +232,21 @@ def joined_with(module: str) -> tuple[str, ...]:
         if name in names:
             return tuple(f"{owner}.{each}" for each in names)
     return (module,)
+
+
+def mixed_experts(schemes: Mapping[str, QuantScheme]) -> list[str]:
+    """Warn of layers whose experts have several schemes, which octavo's grouped GEMMs and other engines don't take."""
+    of_layers: dict[str, set[QuantScheme]] = {}
+    for module, scheme in schemes.items():
+        if EXPERT.search(module):
+            of_layers.setdefault(module.partition(".experts.")[0], set()).add(scheme)
+    mixed = [layer for layer, found in of_layers.items() if len(found) > 1]
+    if not mixed:
+        return []
+    return [
+        f"experts of {len(mixed)} layers have several schemes: octavo serves them, on a GPU one by one and without "
+        "CUDA graphs; vLLM wants one for all experts of a layer, as --expert-schemes layer chooses"
+    ]
 
 
 def portability_warnings(

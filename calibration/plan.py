@@ -122,10 +122,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> P
 def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str, QuantScheme]]:
     """Each layer's scheme; what a recipe's `layers` leave as they are goes to the ignored."""
     every = selection.linears
-    unused = [p for p in recipe.layers if not any(means_layer(p, m, x.kind) for m, x in every.items())]
+    names = {name for m, x in every.items() for name in (m, x.kind, x.kind.rpartition(".")[2])}
+    patterns = [p for p in recipe.layers if p not in names]
+    unused = [p for p in patterns if not any(means_layer(p, m, x.kind) for m, x in every.items())]
     if unused:
         raise QuantizeError(f"recipe: {' '.join(unused)} matches no linear layer that is to be quantized")
-    found = {module: recipe.scheme_of(module, linear.kind) for module, linear in every.items()}
+    found = recipe.schemes_of({module: linear.kind for module, linear in every.items()})
     if recipe.format == "gguf":
         found = fitted(recipe, every, found)
     schemes = {module: scheme for module, scheme in found.items() if scheme is not None}

@@ -23,7 +23,14 @@ from octavo.calibration.experts import rare_experts
 from octavo.calibration.gguf_output import replaced
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.kv import KVCollector, KVError, KVReport, kv_advice
-from octavo.calibration.layers import LinearLayer, QuantizeError, Selection, joined_with, portability_warnings
+from octavo.calibration.layers import (
+    LinearLayer,
+    QuantizeError,
+    Selection,
+    joined_with,
+    mixed_experts,
+    portability_warnings,
+)
 from octavo.calibration.output import make_format, quantization_config, scale_dtype
 from octavo.calibration.plan import Item, Plan, Unit, weight_map
 from octavo.calibration.prepare import Calibration, Prepared
@@ -378,6 +385,7 @@ def _result(prepared: Prepared, units: Mapping[str, Mapping[str, Any]]) -> Quant
     rare = rare_experts(counts, tunes=recipe.tunes)
     where = plan.selection, recipe.format, str(prepared.checkpoint.config.get("model_type"))
     found = [w for scheme in dict.fromkeys(plan.schemes.values()) for w in portability_warnings(scheme, *where)]
+    found += mixed_experts(plan.schemes)
     if recipe.format == "gguf":
         found += replaced(recipe, plan.selection.linears, plan.schemes)
     warnings = list(dict.fromkeys([*([advice] if advice else []), *rare, *found]))

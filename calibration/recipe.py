@@ -245,12 +245,23 @@ class Recipe(msgspec.Struct, frozen=True):
         how = (self.format, self.layers, self.ignore, self.search)
         return Recipe(self.scheme, "rtn", *how, towers=self.towers, kv_cache=self.kv_cache)
 
-    def scheme_of(self, module: str, kind: str) -> QuantScheme | None:
-        """A linear layer's scheme by its full name and its name in the block; None: left as it is."""
-        for pattern, spelled in self.layers.items():
-            if means_layer(pattern, module, kind):
-                return None if spelled == KEEP else parse_scheme(spelled)
-        return self.default
+    def schemes_of(self, kinds: Mapping[str, str]) -> dict[str, QuantScheme | None]:
+        """Linear layers' schemes, by their full names, of their names in the block; None: left as it is.
+
+        Names among the patterns are looked up: a choice for each of a mixture's experts has thousands.
+        """
+        patterns = list(self.layers)
+        names = {pattern: i for i, pattern in enumerate(patterns) if not _WILD.search(pattern)}
+        wild = [i for i, pattern in enumerate(patterns) if _WILD.search(pattern)]
+        spelled = {None: self.scheme, **dict(enumerate(self.layers.values()))}
+        schemes = {which: None if s == KEEP else parse_scheme(s) for which, s in spelled.items()}
+        found = {}
+        for module, kind in kinds.items():
+            by_name = [names[name] for name in (module, kind, kind.rpartition(".")[2]) if name in names]
+            first = min(by_name, default=len(patterns))
+            match = next((i for i in wild if i < first and means_layer(patterns[i], module, kind)), first)
+            found[module] = schemes[match if match < len(patterns) else None]
+        return found
 
     def options(self) -> dict[str, str | float | bool | None]:
         """The algorithm's settings, for the report."""
@@ -454,6 +465,7 @@ def means_layer(pattern: str, module: str, kind: str) -> bool:
     return pattern in (module, kind, kind.rpartition(".")[2]) or fnmatchcase(module, pattern)
 
 
+_WILD = re.compile(r"^re:|[*?\[]")  # patterns that aren't plain names
 _TYPES = get_type_hints(Recipe)
 _DEFAULTS = {known.name: known.default for known in msgspec.structs.fields(Recipe)}
 

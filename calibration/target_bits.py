@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from octavo.calibration.budget import UNCOUNTED, layer_bits
 from octavo.calibration.candidates import candidates
 from octavo.calibration.layers import EXPERT
 from octavo.calibration.plan import Item, Plan
 from octavo.calibration.recipe import Recipe, RecipeError
+from octavo.calibration.sensitivity import UNCOUNTED, layer_bits
 from octavo.calibration.target import Target, in_gb
 
 HEADER_BYTES = 160  # of a safetensors header, for each tensor, beside its name

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from calibrated import calibration, held_out_tokens
+from safetensors.torch import load_file, save_file
 from served import logits_of
 from torch import Tensor
 
 from octavo.calibration.budget import (
-    Choice,
-    Sensitivity,
     best_in_budget,
+    by_layer,
     choose,
     expected_kl,
-    measure,
     measure_recipes,
     uniform_choices,
+    with_schemes,
 )
 from octavo.calibration.candidates import candidates
+from octavo.calibration.experts import cautious
 from octavo.calibration.prepare import Calibration, prepare
 from octavo.calibration.progress import silent
 from octavo.calibration.quantize_model import quantize_model
-from octavo.calibration.recipe import Recipe, RecipeError
+from octavo.calibration.recipe import Recipe, RecipeError, means_layer, parse_scheme
+from octavo.calibration.sensitivity import Choice, Sensitivity, measure
 
 SCHEMES = ["W3A16@32", "W4A16@32", "W8A16@32"]
 
@@ -138,6 +143,84 @@ def test_experts_of_a_block_get_one_scheme(fixtures: Path, tmp_path: Path) -> No
     every = [module for module in planned.plan.schemes if ".experts." in module and ".layers.0." in module]
     assert sorted(units["model.layers.0.experts"]) == sorted(every)
     assert sorted(module for modules in units.values() for module in modules) == sorted(planned.plan.schemes)
+
+
+def never_choosing(expert: int, model: Path, copy: Path) -> Path:
+    """A copy of a mixture of four whose routers choose one and never this: its score is the mean of the others'."""
+    copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if name.endswith("mlp.gate.weight"):
+            others = [row for row in range(4) if row != expert]
+            tensors[name][expert] = tensors[name][others].mean(0)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def test_each_expert_gets_a_scheme_by_the_tokens_it_sees(fixtures: Path, tmp_path: Path) -> None:
+    """Of the same budget the choice of experts is no worse than that of layers, and it is served as it is written."""
+    model = fixtures / "tiny-moe"
+    tokens = held_out_tokens(fixtures / "tiny", num_samples=16)
+    ready = calibration(model, tokens)
+    planned = prepare(model, tmp_path / "out", Recipe("W4A16@32", "rtn"), calibration=ready)
+    units = measure(planned, ready, SCHEMES, silent, each_expert=True)
+    names = {unit.name for unit in units}
+    assert {f"model.layers.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)} < names
+    together = measure(planned, ready, SCHEMES, silent)
+    for one, summed in zip(together, by_layer(units), strict=True):
+        assert (one.name, sorted(one.modules), one.weights) == (summed.name, sorted(summed.modules), summed.weights)
+        of_own = [next(c.kl for c in unit.choices if c.scheme == "W4A16@32") for unit in (one, summed)]
+        assert of_own[0] == pytest.approx(of_own[1], rel=1e-9)
+    budget = 5.0
+    schemes = choose(units, budget)
+    mixed = with_schemes(planned.recipe, units, schemes)
+    assert len({schemes[name] for name in names if ".experts." in name}) > 1
+    assert expected_kl(units, schemes) <= expected_kl(by_layer(units), choose(by_layer(units), budget))
+    truth = logits_of(model, tokens).log_softmax(-1)
+    served = kl_of(mixed, model, tmp_path / "mixed", ready, tokens, truth)
+    assert measure_recipes(planned, ready, [mixed], silent)[0] == pytest.approx(served, rel=0.1)
+
+
+def test_an_expert_that_the_text_hardly_reaches_is_safe(fixtures: Path, tmp_path: Path) -> None:
+    """It counts as an even share of the tokens, and loses no more than by the best scheme for all."""
+    model = never_choosing(2, fixtures / "tiny-moe", tmp_path / "model")
+    ready = calibration(model, held_out_tokens(fixtures / "tiny", num_samples=16))
+    planned = prepare(model, tmp_path / "out", Recipe("W4A16@32", "rtn"), calibration=ready)
+    units = measure(planned, ready, SCHEMES, silent, each_expert=True)
+    rare = [unit for unit in units if unit.is_rare]
+    assert [unit.name for unit in rare] == ["model.layers.0.experts.2", "model.layers.1.experts.2"]
+    for unit in rare:
+        assert all(choice.kl > 0 for choice in unit.choices)
+    free = [replace(unit, is_rare=False) for unit in units]
+    for budget in (4.5, 5.0, 6.0):
+        uniform = min(uniform_choices(units, budget), key=lambda schemes: expected_kl(units, schemes))
+        chosen = choose(units, budget)
+        for unit in rare:
+            kl = {choice.scheme: choice.kl for choice in unit.choices}
+            assert kl[chosen[unit.name]] <= kl[uniform[unit.name]]
+        assert expected_kl(units, choose(free, budget)) <= expected_kl(units, chosen) <= expected_kl(units, uniform)
+    assert "model.layers.0.experts: 2; model.layers.1.experts: 2" in cautious([unit.name for unit in rare])
+
+
+def test_a_recipe_of_names_and_patterns_says_each_layer_s_scheme() -> None:
+    """By the rule itself: the first that matches holds."""
+    layers = {
+        "a.layers.0.mlp.experts.1.up": "W8A16@32",
+        "*.experts.1.*": "W3A16@32",
+        "up": "none",
+        "re:.*layers.1.*": "W2A16@32",
+        "mlp.experts.*.down": "W4A16@64",
+        "a.layers.1.q": "W8A16@64",
+    }
+    recipe = Recipe("W4A16@32", layers=layers)
+    modules = [f"a.layers.{i}.mlp.experts.{e}.{n}" for i in range(2) for e in range(3) for n in ("up", "down")]
+    kinds = {module: f"mlp.experts.*.{module.rpartition('.')[2]}" for module in modules} | {"a.layers.1.q": "q"}
+    found = recipe.schemes_of(kinds)
+    for module, kind in kinds.items():
+        spelled = next((s for p, s in layers.items() if means_layer(p, module, kind)), recipe.scheme)
+        assert found[module] == (None if spelled == "none" else parse_scheme(spelled)), module
 
 
 def test_candidates_begin_with_the_recipe_s_own_scheme() -> None:

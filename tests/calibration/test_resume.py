@@ -99,9 +99,13 @@ def kill_test(model: Path, text: Path, directory: Path, algorithm: str, kills: i
         more = rng.randrange(3)
         after = rng.uniform(0, duration / 4 if more else duration)
         process = subprocess.Popen(
-            command(model, out, text, algorithm, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(model, out, text, algorithm, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        assert kill_when(process, partial, units_of(partial) + more, after) or process.returncode == 0
+        was_killed = kill_when(process, partial, units_of(partial) + more, after)
+        assert process.stderr is not None
+        with process.stderr as errors:
+            said = errors.read().decode()
+        assert was_killed or process.returncode == 0, said
         left.append(units_of(partial))
         assert not (partial / "config.json").exists() or not out.exists()
         assert not list(partial.glob("*.safetensors")) or (partial / "config.json").exists()

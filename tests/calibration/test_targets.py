@@ -11,10 +11,11 @@ from calibrated import calibration, held_out_tokens
 from safetensors.torch import load_file
 
 import octavo
-from octavo.calibration.budget import cheapest_for_kl, measure, measure_recipes
+from octavo.calibration.budget import cheapest_for_kl, measure_recipes
 from octavo.calibration.prepare import prepare
 from octavo.calibration.progress import silent
 from octavo.calibration.recipe import Recipe, RecipeError
+from octavo.calibration.sensitivity import measure
 from octavo.calibration.target import in_gb, parse_speed
 
 SCHEMES = ["W3A16@32", "W4A16@32", "W8A16@32"]

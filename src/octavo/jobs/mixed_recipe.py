@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from octavo.calibration.budget import best_in_budget, carried_bytes, cheapest_for_kl, measure
+from octavo.calibration.budget import best_in_budget, cheapest_for_kl
 from octavo.calibration.candidates import candidates
+from octavo.calibration.experts import cautious
 from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress
 from octavo.calibration.recipe import Recipe
+from octavo.calibration.sensitivity import carried_bytes, measure
 from octavo.calibration.target import Target
 from octavo.calibration.target_bits import bits_budget
 from octavo.jobs.memory import check_memory
@@ -20,13 +22,26 @@ def check_target(target: Target, planned: Prepared) -> None:
         bits_budget(target, planned.plan, planned.recipe)
 
 
-def mixed_recipe(target: Target, planned: Prepared, calibration: Calibration, progress: Progress) -> Recipe:
-    """The planned recipe with a scheme for each layer that holds the target. Raises RecipeError and QuantizeError."""
+def mixed_recipe(
+    target: Target,
+    planned: Prepared,
+    calibration: Calibration,
+    progress: Progress,
+    *,
+    each_expert: bool,
+    notes: list[str],
+) -> Recipe:
+    """The planned recipe with a scheme for each layer that holds the target. Raises RecipeError and QuantizeError.
+
+    each_expert: a scheme for each expert of a mixture, too. What a person should know is added to notes.
+    """
     check_memory(carried_bytes(calibration.runner), "a smaller model or a recipe of your own works")
     recipe = planned.recipe
+    budget = 0.0 if target.kind == "kl" else bits_budget(target, planned.plan, recipe)
+    schemes = candidates(recipe, budget, target.flag)
+    units = measure(planned, calibration, schemes, progress, each_expert=each_expert)
+    if rare := [unit.name for unit in units if unit.is_rare]:
+        notes.append(cautious(rare))
     if target.kind == "kl":
-        units = measure(planned, calibration, candidates(recipe, flag=target.flag), progress)
         return cheapest_for_kl(planned, calibration, units, target.value, progress)
-    budget = bits_budget(target, planned.plan, recipe)
-    units = measure(planned, calibration, candidates(recipe, budget, target.flag), progress)
     return best_in_budget(planned, calibration, units, budget, progress)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format, RotationName
+from octavo.calibration.choices import ActOrder, Algorithm, Effort, ExpertSchemes, Format, RotationName
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import HOW, WHAT, Recipe, RecipeError, read_recipe
 from octavo.calibration.target import Target, one_target, parse_speed
@@ -77,6 +77,14 @@ class Job(msgspec.Struct, frozen=True):
             extra={"group": WHAT, "metavar": "BITS", "default": "one scheme for all"},
         ),
     ] = None
+    expert_schemes: Annotated[
+        ExpertSchemes,
+        Meta(
+            description="in a mixture of experts, what a budget or target chooses a scheme for: all experts of a "
+            "layer, as vLLM and octavo's GPU kernels want it, or each expert, which a CPU serves as fast",
+            extra={"group": WHAT},
+        ),
+    ] = "layer"
     target_size: Annotated[
         int | None,
         Meta(
@@ -299,7 +307,8 @@ def prepare(job: Job) -> Prepared:
         if (target := job.target) is not None and calibration is not None:
             begin = time.perf_counter()
             job.listener.phase("measuring sensitivity")
-            recipe = mixed_recipe(target, planned, calibration, job.listener.progress)
+            how_mixed = {"each_expert": job.expert_schemes == "expert", "notes": notes}
+            recipe = mixed_recipe(target, planned, calibration, job.listener.progress, **how_mixed)
             seconds["sensitivity"] = time.perf_counter() - begin
     prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
     job.listener.estimate(prepared.estimate)
@@ -333,7 +342,9 @@ def _check_effort(job: Job) -> None:
 
 
 def _check_options(job: Job) -> None:
-    """Refuse data that the algorithm wouldn't use: whoever gives text doesn't want rtn."""
+    """Refuse data that the algorithm wouldn't use: whoever gives text doesn't want rtn; and a choice of nothing."""
+    if job.expert_schemes != "layer" and job.target is None:
+        raise RecipeError("--expert-schemes expert says what a budget chooses for: --bits-budget or a --target works")
     if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
         raise RecipeError(
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
