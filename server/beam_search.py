@@ -59,6 +59,7 @@ class Search:
         self.asked = choices[0].sent
         self.num_cached: int | None = None
         self._ends = frozenset(self.asked.params.stop_token_ids)
+        self._forbidden = self.asked.params.forbidden
         self._beams = [Beam()]
         self._ended: list[Beam] = []
 
@@ -70,7 +71,8 @@ class Search:
     def requests(self) -> list[AddRequest]:
         """What the next step asks of the engine, a request for each beam."""
         asked = self.asked
-        count = max(2 * len(self.choices) + len(self._ends), asked.params.logprobs or 0)
+        others = len(self._ends) + len({word[-1] for word in self._forbidden})
+        count = max(2 * len(self.choices) + others, asked.params.logprobs or 0)
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=count)
         return [
             AddRequest(
@@ -93,14 +95,22 @@ class Search:
         candidates: list[tuple[float, Beam, Logprobs, int]] = []
         for beam, entry in zip(self._beams, entries, strict=True):
             has_end = False
-            for place, (token, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True)):
-                if token not in self._ends:
-                    candidates.append((beam.total + logprob, beam, entry, place))
-                elif not has_end and place < 2 * width:  # of several end tokens the likeliest: the text is the same
+            allowed = [place for place, token in enumerate(entry.top_ids) if not self._is_forbidden(beam, token)]
+            for rank, place in enumerate(allowed):
+                if entry.top_ids[place] not in self._ends:
+                    candidates.append((beam.total + entry.top_logprobs[place], beam, entry, place))
+                elif not has_end and rank < 2 * width:  # of several end tokens the likeliest: the text is the same
                     has_end = True
                     self._ended.append(beam.with_token(entry, place, is_end=True))
         candidates.sort(key=lambda it: -it[0])
         self._beams = [beam.with_token(entry, place, is_end=False) for _, beam, entry, place in candidates[:width]]
+
+    def _is_forbidden(self, beam: Beam, token: int) -> bool:
+        """Whether a token behind a beam ends a sequence that the model's answers may not have."""
+        return any(
+            token == last and (not before or tuple(beam.tokens[-len(before) :]) == tuple(before))
+            for *before, last in self._forbidden
+        )
 
     def best(self) -> list[Beam]:
         """The best beam for each choice, best first; those that the search had no time to find are empty."""

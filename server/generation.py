@@ -217,7 +217,8 @@ def make_choices(
         begin = prompt.begin(model)
         sent = AddRequest(first, begin, own, arrival, salt, others, request.priority or 0, request.user_name)
         if model.encoder is not None:
-            own = msgspec.structs.replace(own, rules=model.encoder.rules(begin))
+            forbidden = own.forbidden + model.encoder.forbidden
+            own = msgspec.structs.replace(own, rules=model.encoder.rules(begin), forbidden=forbidden)
             sent = msgspec.structs.replace(sent, source_ids=prompt.token_ids, params=own)
         if adapter is not None:
             sent = msgspec.structs.replace(sent, adapter=adapter.digest)

@@ -105,8 +105,13 @@ def max_text_bytes(model: ServedModel, *, must_fit: bool) -> int:
     return in_context if must_fit and per_token is not None else max(MAX_TEXT, in_context)
 
 
-def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool, must_fit: bool) -> list[int]:
-    """Token ids of a client's text. must_fit: one that can't fit into the context is refused, and not tokenized."""
+def encode(
+    text: str, name: str, model: ServedModel, *, add_special_tokens: bool, must_fit: bool, is_answer: bool = False
+) -> list[int]:
+    """Token ids of a client's text. must_fit: one that can't fit into the context is refused, and not tokenized.
+
+    is_answer: as of `Tokenizer.encode`.
+    """
     limit = max_text_bytes(model, must_fit=must_fit)
     size = _num_bytes(text, limit)
     if size > limit:
@@ -115,7 +120,7 @@ def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool
             raise too_long(model.max_prompt_len, why, name)
         raise bad_request(f"{name}: {size} bytes of text; {limit} is the most that is tokenized", name)
     try:
-        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens, is_answer=is_answer)
     except EncodingError as error:
         raise bad_request(f"{name}: {error}", name) from None
 
@@ -221,7 +226,7 @@ def _bad_words(request: GenerationRequest, model: ServedModel) -> tuple[tuple[in
     found: dict[tuple[int, ...], None] = {}
     for word in request.bad_words or ():
         for text in (word.lstrip(), " " + word.lstrip()):
-            ids = encode(text, "bad_words", model, add_special_tokens=False, must_fit=False)
+            ids = encode(text, "bad_words", model, add_special_tokens=False, must_fit=False, is_answer=True)
             if ids:
                 found[tuple(ids)] = None
     return tuple(found)
@@ -332,7 +337,7 @@ def decoder_begin(given: str | list[int], model: ServedModel) -> list[int]:
         raise bad_request("decoder_prompt: this model has no encoder, and goes on from a prompt", "decoder_prompt")
     ids = given
     if isinstance(ids, str):
-        ids = encode(ids, "decoder_prompt", model, add_special_tokens=False, must_fit=False)
+        ids = encode(ids, "decoder_prompt", model, add_special_tokens=False, must_fit=False, is_answer=True)
     in_vocabulary(ids, "decoder_prompt", model)
     begin = ids if ids[:1] == [model.encoder.start_id] else [model.encoder.start_id, *ids]
     if len(begin) >= model.max_model_len:

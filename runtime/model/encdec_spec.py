@@ -115,7 +115,7 @@ class EncDecSpec:
             encoder=StackSpec(sizes["encoder_layers"], sizes["encoder_heads"], sizes["encoder_inner"]),
             decoder=StackSpec(sizes["decoder_layers"], sizes["decoder_heads"], sizes["decoder_inner"]),
             max_position=sizes["max_position"],
-            padding=settings["pad_token_id"] if row.sines else None,
+            padding=settings["pad_token_id"] if row.sines == "tensor2tensor" else None,
             activation=activation_of(kind),
             gated=gated,
             norm_eps=float(sizes.get("norm_eps", NORM_EPS)),

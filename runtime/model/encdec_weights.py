@@ -41,7 +41,7 @@ from octavo.runtime.model.encoder import (
     PlainMlp,
 )
 from octavo.runtime.model.families.registry import ENCODER_DECODERS, SPEECH
-from octavo.runtime.model.families.translating import Stack
+from octavo.runtime.model.families.translating import Sines, Stack
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.speech_weights import load_speech
 from octavo.runtime.model.text_source import TextEncoder
@@ -53,7 +53,6 @@ NOT_APPLIED: Mapping[str, tuple[object, ...]] = {
     "encoder_no_repeat_ngram_size": (None, 0),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
-    "bad_words_ids": (None,),
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
     "diversity_penalty": (None, 0.0),
@@ -165,12 +164,13 @@ class EncDecBuilder:
         names = spec.names
         positions = None
         first = spec.first_position
-        if spec.row.sines:
-            table = sines(torch.arange(first, first + longest), spec.hidden_size)
-            positions = table.to(self.parts.target.dtype)
-        if names.positions:
+        table = f"{names.positions.format(stack)}.weight"
+        if spec.row.sines is not None and not (names.positions and self.parts.checkpoint.has(table)):
+            made = sines(torch.arange(first, first + longest), spec.hidden_size, spec.row.sines)
+            positions = made.to(self.parts.target.dtype)
+        elif names.positions:
             shape = (first + spec.max_position, spec.hidden_size)
-            positions = self.parts.tensor(f"{names.positions.format(stack)}.weight", shape)[first : first + longest]
+            positions = self.parts.tensor(table, shape)[first : first + longest]
         norm = self._norm(names.embedding_norm.format(stack)) if names.embedding_norm else None
         return TokenEmbedding(words, positions, spec.embedding_factor, norm)
 
@@ -290,11 +290,16 @@ class EncDecBuilder:
         return found if self.spec.row.each_layer else found * spec.num_layers
 
 
-def sines(positions: Tensor, size: int) -> Tensor:
+def sines(positions: Tensor, size: int, kind: Sines) -> Tensor:
     """[positions, size] float32: sines of each position times a falling row of frequencies, then their cosines.
 
-    As tensor2tensor has it (arXiv 1706.03762, section 3.5, has them in turns).
+    paper: arXiv 1706.03762, section 3.5, which has them in turns; of an odd size, one more sine. tensor2tensor: its
+    last frequency is 1 / 10,000, and an odd size ends with a zero.
     """
+    if kind == "paper":
+        exponents = torch.arange((size + 1) // 2, dtype=torch.float64) * 2 / size
+        angles = positions.double()[:, None] / 10_000**exponents
+        return torch.cat((angles.sin(), angles[:, : size // 2].cos()), dim=1).float()
     half = size // 2
     frequencies = torch.exp(torch.arange(half).float() * -(math.log(10_000) / (half - 1)))
     angles = positions.float()[:, None] * frequencies

@@ -12,6 +12,7 @@ import tokenizers
 from tiny_encdec import END
 
 from octavo import LLM, SamplingParams
+from octavo.text.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat.", "translate to German: a dog is 7", "x"]
 
@@ -59,6 +60,17 @@ def test_prompts_are_read_by_the_encoder(bart: LLM, made: tuple[Path, Any]) -> N
         bart.generate({"encoder_prompt": "x", "mm_processor_kwargs": {"a": 1}}, params)
     with pytest.raises(ValueError, match=r"decoder_prompt has 71 tokens"):
         bart.generate({"encoder_prompt": "x", "decoder_prompt": [5] * 70}, params)
+
+
+@pytest.mark.slow
+def test_marian_translates_with_its_own_tokenizer(forked: None, small: dict[str, Any], tmp_path: Path) -> None:  # noqa: ARG001
+    theirs = tiny_encdec.save_marian(tmp_path)
+    tokenizer = Tokenizer.open(tmp_path)
+    texts = ["The house is small.", "a dog"]
+    with LLM(str(tmp_path), **small) as llm:
+        found = llm.generate(texts, SamplingParams(temperature=0, max_tokens=9))
+    truth = [tiny_encdec.generated(theirs, tokenizer.encode(text), 9) for text in texts]
+    assert [output.outputs[0].token_ids for output in found] == truth
 
 
 def test_a_decoder_has_no_encoder(llm: LLM) -> None:

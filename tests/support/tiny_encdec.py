@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mbart": ("MBart", BART_SIZES | {"scale_embedding": True}),
     "m2m_100": ("M2M100", BART_SIZES | {"pad_token_id": 2, "scale_embedding": False}),
     "m2m_100, scaled": ("M2M100", BART_SIZES | {"pad_token_id": 2}),
+    "marian": ("Marian", BART_SIZES | {"decoder_start_token_id": PAD, "activation_function": "swish"}),
+    "marian, scaled": ("Marian", BART_SIZES | {"decoder_start_token_id": PAD, "scale_embedding": True}),
 }
 """The class's first half, and its config."""
 NAMES = [name for name in CASES if "," not in name]
@@ -54,11 +57,14 @@ def make(name: str, directory: Path, *, spread: float = 1.0, **generation: Any) 
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, **sizes)
     config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    class_name = "MarianMTModel" if family == "Marian" else f"{family}ForConditionalGeneration"
+    model = getattr(transformers, class_name)(config).eval()
     if name == "t5, FLAN's":  # a head of its own
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # Marian's sines
+                continue
             drawn = torch.randn_like(parameter) * _size(parameter_name) * spread
             is_scale = parameter_name.endswith("weight") and parameter.ndim == 1
             parameter.copy_(1 + 0.3 * drawn if is_scale else drawn)
@@ -97,6 +103,17 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": LONGEST}
     (directory / "tokenizer_config.json").write_text(json.dumps(named))
+
+
+def save_marian(directory: Path, **generation: Any) -> Any:
+    """MarianMT with its own tokenizer's files, whose likeliest token is always the padding, as nothing else forbids."""
+    model = make("marian", directory, spread=1.5, bad_words_ids=[[PAD]], **generation)
+    model.final_logits_bias[0, PAD] = 30.0
+    model.save_pretrained(directory)
+    (directory / "tokenizer.json").unlink()
+    for name in ("source.spm", "target.spm", "vocab.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(__file__).parent.parent / "fixtures" / "marian" / name, directory / name)
+    return model
 
 
 def texts(count: int, *, seed: int = 0) -> list[list[int]]:

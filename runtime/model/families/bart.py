@@ -1,6 +1,7 @@
-"""BART (arXiv 1910.13461), mBART (arXiv 2001.08210), and M2M-100 and NLLB (arXiv 2010.11125, 2207.04672).
+"""BART (arXiv 1910.13461), mBART (arXiv 2001.08210), M2M-100 and NLLB (arXiv 2010.11125, 2207.04672), and MarianMT
+(arXiv 1804.00344, whose models OPUS-MT's translators are).
 
-LayerNorm and biases everywhere; positions are learned, but those of M2M-100 and NLLB, which are sines.
+LayerNorm and biases everywhere; positions are learned, but those of M2M-100, NLLB and MarianMT, which are sines.
 """
 
 from __future__ import annotations
@@ -89,7 +90,22 @@ FAMILY = Family(
             defaults={**BART.defaults, "activation_function": "relu", "scale_embedding": True, "pad_token_id": 1},
             norms="pre",
             neutral={**_PRE_NORM, "normalize_embedding": (None, False)},
-            sines=True,
+            sines="tensor2tensor",
+        ),
+        "marian": replace(
+            BART,
+            names=replace(_NAMES, embedding_norm=""),
+            classes=("MarianMTModel",),
+            neutral={
+                "normalize_before": (None, False),
+                "normalize_embedding": (None, False),
+                "add_final_layer_norm": (None, False),
+                "add_bias_logits": (None, False),
+                "static_position_embeddings": (None, True),
+                "share_encoder_decoder_embeddings": (None, True),
+            },
+            first_position=0,
+            sines="paper",
         ),
     },
 )

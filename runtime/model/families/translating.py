@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 Config = Mapping[str, Any]
 Stack = Literal["encoder", "decoder"]
+Sines = Literal["tensor2tensor", "paper"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class EncDecArchitecture:
     activation   the key that names it; `gated-` in front of a name: the MLP is down(act(gate(x)) * up(x))
     scale_embedding  the key that says whether embeddings are multiplied by the root of the hidden size; empty: they
                  aren't
-    first_position  the row of the position tables that a text's first token has
-    sines        positions are sines and cosines, which no checkpoint has; they begin behind the padding token's id
+    first_position  the row of the position tables, or the position of the sines, that a text's first token has
+    sines        positions are sines and cosines. tensor2tensor: its frequencies, and no checkpoint has them; they begin
+                 behind the padding token's id. paper: those of arXiv 1706.03762, where the checkpoint has no table
     each_layer   each layer has a bias by distance of its own; else all have the first one's
     scales_head  whether logits are divided by the root of the hidden size
     """
@@ -86,6 +88,6 @@ class EncDecArchitecture:
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     scale_embedding: str = ""
     first_position: int = 0
-    sines: bool = False
+    sines: Sines | None = None
     each_layer: bool = False
     scales_head: Callable[[Config], bool] = lambda _: False

@@ -1,8 +1,9 @@
 """Text to token ids and back, with the `tokenizers` library alone: no torch and no transformers at start.
 
-tokenizer.json is used as it stands; tokenizer_config.json adds the named special tokens, add_bos_token and
-add_eos_token, with the meaning that transformers 5 gives them. `token_bytes` returns the exact bytes that one token
-stands for; the incremental detokenizer and the `bytes` of a logprob are built from it.
+tokenizer.json is used as it stands, and where there is none, MarianMT's own files are (marian.py);
+tokenizer_config.json adds the named special tokens, add_bos_token and add_eos_token, with the meaning that
+transformers 5 gives them. `token_bytes` returns the exact bytes that one token stands for; the incremental detokenizer
+and the `bytes` of a logprob are built from it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tokenizers import Tokenizer as Backend
 
 from octavo.quant.model_files import ANEW, CheckpointError, check_regular, read_object_if_any
 from octavo.quant.printable import shown
+from octavo.text.marian import TwoLanguages, is_marian, read_marian
+from octavo.text.sentencepiece_file import SentencePieceError
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +97,18 @@ class DecodeRules:
 
 
 class Tokenizer:
-    """A tokenizer with its named special tokens. `config` is tokenizer_config.json as read."""
+    """A tokenizer with its named special tokens. `config` is tokenizer_config.json as read.
 
-    def __init__(self, backend: Backend, config: dict[str, Any]) -> None:
+    languages: what turns texts into ids, where that isn't the backend.
+    """
+
+    def __init__(self, backend: Backend, config: dict[str, Any], languages: TwoLanguages | None = None) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.config = config
         self.special_tokens = {name: text for name in NAMED_SPECIAL_TOKENS if (text := _content(config.get(name)))}
         self._backend = backend
+        self._languages = languages
         self._add_missing_tokens()
         self._set_bos_and_eos()
         self._rules = DecodeRules.of(backend)
@@ -125,6 +132,12 @@ class Tokenizer:
         config_file = directory / "tokenizer_config.json"
         config = read_object_if_any(config_file)
         backend = _backend_from_file(directory / "tokenizer.json")
+        languages = None
+        if backend is None and is_marian(directory):
+            try:
+                backend, languages, config = read_marian(directory, config)
+            except SentencePieceError as error:
+                raise TokenizerError(f"{directory}: {error}") from None
         if backend is None:
             logger.warning(
                 "no tokenizer.json in %s: transformers converts its tokenizer, which is slow to start", directory
@@ -132,7 +145,7 @@ class Tokenizer:
             backend = _backend_from_transformers(directory, trust_remote_code)
         try:
             _check_config(config)
-            return cls(backend, config)
+            return cls(backend, config, languages)
         except _ConfigError as error:
             raise TokenizerError(f"{config_file}: {error}") from None
         except TokenizerError as error:
@@ -152,12 +165,15 @@ class Tokenizer:
         """The id of one token's string, or None."""
         return None if token is None else self._backend.token_to_id(token)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, is_answer: bool = False) -> list[int]:
         """Token ids of a text. Special tokens spelled out in the text become special tokens, as in transformers.
 
+        is_answer: it is what the model writes, which may be in another language than what it reads.
         Raises EncodingError.
         """
         try:
+            if self._languages is not None:
+                return self._languages.encode(text, add_special_tokens=add_special_tokens, is_answer=is_answer)
             # of the library's methods only this one releases the GIL; `encode` would stop every other stream
             ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError):  # which one depends on the version of tokenizers

@@ -19,6 +19,8 @@ import torch
 from octavo_server import Server, events, serving
 from tiny_encdec import END, LONGEST, PAD
 
+from octavo.text.tokenizer import Tokenizer
+
 TEXTS = ["the cat sat.", "translate to German: a dog is 7", "x", "Is a (cat) to sit, or the dog?"]
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}</s>"
 
@@ -197,6 +199,33 @@ def test_the_other_dialects_read_with_the_encoder_too(http: httpx.Client, readin
     assert http.post("/tokenize", json={"prompt": text}).json()["tokens"] == truth.ids(text)
     card = http.get("/v1/models").json()["data"][0]
     assert (card["max_model_len"], card["max_input_tokens"]) == (LONGEST, LONGEST)
+
+
+def test_marian_s_own_tokenizer_and_its_padding_that_is_never_said(tmp_path: Path) -> None:
+    """Greedy answers and beams of transformers, which forbids the padding as generation_config.json has it."""
+    theirs = tiny_encdec.save_marian(tmp_path)
+    tokenizer = Tokenizer.open(tmp_path)
+    body: dict[str, Any] = {"model": "marian", "max_tokens": 8, "temperature": 0}
+    with serving("--served-model-name", "marian", model=tmp_path) as running, running.client() as client:
+        for text in ("The house is small.", ">>deu<< Is it a good day? 7"):
+            ids = tokenizer.encode(text)
+            found = client.post("/v1/completions", json=body | {"prompt": text, "return_token_ids": True}).json()
+            (choice,) = found["choices"]
+            truth = tiny_encdec.generated(theirs, ids, 8)
+            assert (choice["prompt_token_ids"], choice["token_ids"]) == (ids, truth)
+            assert PAD not in truth
+            assert choice["text"] == tokenizer.decode(truth, skip_special_tokens=True)
+        begin = tokenizer.encode("Der Hund", add_special_tokens=False, is_answer=True)
+        given = {"prompt": "x", "decoder_prompt": "Der Hund", "return_token_ids": True}
+        (choice,) = client.post("/v1/completions", json=body | given).json()["choices"]
+        assert choice["token_ids"] == tiny_encdec.generated(theirs, tokenizer.encode("x"), 8, begin=[PAD, *begin])
+        wanted = {"prompt": "The dog", "use_beam_search": True, "n": 3, "max_tokens": 4}
+        beams = client.post("/v1/completions", json=body | wanted | {"length_penalty": 0, "ignore_eos": True}).json()
+        how = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "max_new_tokens": 4}
+        ids = torch.tensor([tokenizer.encode("The dog")])
+        searched = theirs.generate(input_ids=ids, do_sample=False, min_new_tokens=4, **how)
+        said = [tokenizer.decode(beam.tolist(), skip_special_tokens=True) for beam in searched]
+        assert [choice["text"] for choice in beams["choices"]] == said
 
 
 def test_a_chat_needs_a_template(http: httpx.Client, truth: Truth, tmp_path: Path) -> None:
