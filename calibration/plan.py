@@ -149,22 +149,37 @@ def _units(
     are outside.
     """
     linears = {**selection.linears, **towers}
-    blocks = {linear.module.partition(f".{linear.index}.")[0]: None for linear in selection.linears.values()}
-    members: dict[int | None, list[Item]] = {None: []}
+    stacks = _stacks(checkpoint, selection)
+    members: dict[tuple[int, int] | None, list[Item]] = {None: []}
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
             match = BLOCK.match(f"{name}.weight")  # tensors of a block itself have no module within it
-            inside = match is not None and f"{match['prefix']}{match['list']}" in blocks
-            is_own = inside and not is_mtp(name, checkpoint.config)
-            index = int(match["index"]) if match is not None and is_own else None
+            stack = None if match is None else stacks.get(f"{match['prefix']}{match['list']}")
+            is_own = stack is not None and not is_mtp(name, checkpoint.config)
+            place = (stack, int(match["index"])) if match is not None and stack is not None and is_own else None
             linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            members.setdefault(index, []).append(_item(name, file, changed.get(name, spec), recipe, linear, schemes))
+            members.setdefault(place, []).append(_item(name, file, changed.get(name, spec), recipe, linear, schemes))
     outside = Unit(OUTSIDE, None, tuple(members.pop(None)), {})
-    prefix = next(iter(blocks))
-    return outside, *(
-        Unit(f"{prefix}.{index}", index, tuple(items), _scale_specs(recipe, f"{prefix}.{index}.self_attn", checkpoint))
-        for index, items in sorted((i, m) for i, m in members.items() if i is not None)
-    )
+    prefixes = {stack: prefix for prefix, stack in reversed(stacks.items())}
+    places = sorted(place for place in members if place is not None)
+    num_first = sum(stack == 0 for stack, _ in places)
+    units = []
+    for stack, number in places:
+        name = f"{prefixes[stack]}.{number}"
+        scales = _scale_specs(recipe, f"{name}.self_attn", checkpoint)
+        units.append(Unit(name, number if stack == 0 else num_first + number, tuple(members[stack, number]), scales))
+    return outside, *units
+
+
+def _stacks(checkpoint: Checkpoint, selection: Selection) -> dict[str, int]:
+    """By the names of lists of blocks, which stack each is: an encoder's is 0, and its decoder's, computed later, 1.
+
+    A model without an encoder has one stack, whatever its lists are called.
+    """
+    if not checkpoint.layout.has_encoder:
+        return {linear.module.partition(f".{linear.index}.")[0]: 0 for linear in selection.linears.values()}
+    matches = [match for name in checkpoint.names if (match := BLOCK.match(name)) is not None]
+    return {f"{m['prefix']}{m['list']}": int(not m["prefix"].endswith("encoder.")) for m in matches}
 
 
 def _item(

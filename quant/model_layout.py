@@ -40,17 +40,24 @@ class ModelLayout:
     blocks_alike  each decoder block has the same linear layers, so that one which a block lacks was lost
     is_encoder    its blocks are those of an encoder, which in other models is another tower
     has_encoder   its blocks are those of a decoder and of the encoder before it, numbered alike
+    reads_text    that encoder does, so that calibration can run both on text
     """
 
     experts: ExpertNames | None = None
     blocks_alike: bool = False
     is_encoder: bool = False
     has_encoder: bool = False
+    reads_text: bool = False
 
     @property
     def is_decoder(self) -> bool:
-        """Its blocks are a decoder's alone, which calibration can run on text."""
+        """Its blocks are a decoder's alone."""
         return not (self.is_encoder or self.has_encoder)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Calibration can run its blocks on text."""
+        return self.is_decoder or self.reads_text
 
 
 UNKNOWN = ModelLayout()

@@ -6,9 +6,9 @@ served. Only the loop differs: all samples go through one block before the next 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,15 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.states import BothCaches, MixerCache, StateCache
-from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.formats.transforms import NO_TRANSFORMS, Transforms
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
-from octavo.quant.qparams import Weight
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.differentiable import DifferentiableBlock
 from octavo.runtime.model.dtypes import choose_dtype
+from octavo.runtime.model.held_tensors import HeldTensors, Through, showing
 from octavo.runtime.model.names import (
     BEFORE_EXPERTS,
     NORMS,
@@ -95,7 +94,7 @@ class BlockRunner:
         self._prefix = prefix
         self._seq_len = seq_len
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
-        self._source = _Tensors(prefix, transforms)
+        self._source = HeldTensors(prefix, transforms)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
         self._routers: dict[int, dict[str, int]] = {}
         self.expert_counts: Tensor | None = None
@@ -154,7 +153,7 @@ class BlockRunner:
 
         def change(name: str, linear: Linear) -> Linear:
             rounded = rounds.get(name)
-            return linear if rounded is None else _Through(linear, lambda x: rounded(x).to(x.dtype))
+            return linear if rounded is None else Through(linear, lambda x: rounded(x).to(x.dtype))
 
         return layer.map_linears(change)
 
@@ -252,11 +251,7 @@ class BlockRunner:
                 return linear
             shown.add(group)
 
-            def show(x: Tensor) -> Tensor:
-                record(group, x)
-                return x
-
-            return _Through(linear, show)
+            return showing(linear, partial(record, group))
 
         return layer.map_linears(change)
 
@@ -289,67 +284,6 @@ def _group(name: str) -> str:
     if name == "beside.in":
         return "qkv"
     return "experts.gate_up" if name.endswith(".gate_up") else name
-
-
-class _Through(Linear):
-    """A linear layer whose input goes through a function first."""
-
-    def __init__(self, inner: Linear, before: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(inner.scheme, inner.parts, inner.bias, inner.out_dtype)
-        self._inner = inner
-        self._before = before
-
-    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
-        return self._inner.forward(self._passed(x), step)
-
-    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
-        return self._inner.partial(self._passed(x), step)
-
-    def _passed(self, x: Hidden) -> Tensor:
-        assert isinstance(x, Tensor)  # calibration's layers are dense: none reads codes
-        return self._before(x)
-
-
-class _Tensors:
-    """A Source over tensors in memory, by their names in the checkpoint."""
-
-    def __init__(self, prefix: str, transforms: Transforms) -> None:
-        self.prefix = prefix
-        self.transforms = transforms
-        self.tensors: Mapping[str, Tensor] = {}
-
-    @contextmanager
-    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the source have these tensors while the context lasts; afterwards nothing holds them."""
-        self.tensors = tensors
-        try:
-            yield
-        finally:
-            self.tensors = {}
-
-    def has(self, module: str) -> bool:
-        return any(name.rpartition(".")[0] == module for name in self.tensors)
-
-    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
-        return self.tensor(f"{module}.weight", (out_features, in_features))
-
-    def leave(self, module: str, out_features: int, in_features: int) -> None:
-        """Never asked for: calibration has one rank, which has every layer."""
-
-    def is_quantized(self, module: str) -> bool:  # noqa: ARG002
-        return False
-
-    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
-        name = f"{module}.bias"
-        return self.tensor(name, (out_features,)) if expected or name in self.tensors else None
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise LoadError(f"the checkpoint has no tensor {name}")
-        if tuple(tensor.shape) != shape:
-            raise LoadError(f"{name} is {list(tensor.shape)} in the checkpoint; config.json makes it {list(shape)}")
-        return tensor
 
 
 def _step(batch: int, length: int, device: torch.device) -> StepInputs:

@@ -10,7 +10,7 @@ What an encoder reads is its own affair: features of sound (speech.py), or a tex
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -24,7 +24,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.states import Cache, with_blocks
 from octavo.quant.linear import Linear
 from octavo.runtime.model.adapters import ModelAdapters
-from octavo.runtime.model.encoder import EncoderLayer, EncoderMlp, Norm
+from octavo.runtime.model.encoder import ChangeLinear, EncoderLayer, EncoderMlp, Norm
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
 from octavo.runtime.model.operators import Ops
@@ -167,6 +167,17 @@ class DecoderLayer:
         attention = {"qkv": self.attention.qkv, "o": self.attention.o}
         cross = {"cross_q": self.cross.q, "cross_kv": self.cross.kv, "cross_o": self.cross.o}
         return attention | cross | self.mlp.linears()
+
+    def map_linears(self, change: ChangeLinear) -> DecoderLayer:
+        """The layer with other linear layers, by their names in it."""
+        attention = replace(self.attention, qkv=change("qkv", self.attention.qkv), o=change("o", self.attention.o))
+        cross = replace(
+            self.cross,
+            q=change("cross_q", self.cross.q),
+            kv=change("cross_kv", self.cross.kv),
+            o=change("cross_o", self.cross.o),
+        )
+        return replace(self, attention=attention, cross=cross, mlp=self.mlp.map_linears(change))
 
     def tensors(self) -> Iterator[Tensor]:
         for norm in (self.attention_norm, self.cross_norm, self.mlp_norm):

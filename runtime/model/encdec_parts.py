@@ -20,6 +20,7 @@ from octavo.runtime.model.dtypes import choose_dtype
 from octavo.runtime.model.encdec import SourceMemory
 from octavo.runtime.model.encoder import LayerNorm, RmsNorm
 from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.model.held_tensors import HeldTensors
 from octavo.runtime.model.refused_flags import FOR_DECODERS, Flags, refuse_flags
 from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
@@ -36,23 +37,37 @@ NOT_SERVED: Flags = {
 
 
 class EncDecParts:
-    """One checkpoint's modules, each read once. target: what they are made for."""
+    """One checkpoint's modules, each made once. target: what they are made for; source: of what."""
 
-    def __init__(self, config: EngineConfig, device: Device, what: str, stored: str | None) -> None:
-        """what: the model and its kind, for errors. stored: the type that its config names.
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        source: CheckpointSource | HeldTensors,
+        target: Target,
+        notes: list[str],
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.source = source
+        self.target = target
+        self.ops = select_ops(target.device, target.dtype)
+        self.notes = notes
+
+    @classmethod
+    def open(cls, config: EngineConfig, device: Device, what: str, stored: str | None) -> EncDecParts:
+        """Of `config.model`. what: the model and its kind, for errors. stored: the type that its config names.
 
         Raises LoadError for flags and devices that such a model isn't served with.
         """
         refuse_flags(config, NOT_SERVED, what)
         if device.torch_device.type != "cpu":
             raise LoadError(f"{what}; these run on the CPU so far: --device cpu works")
-        self.config = config
-        self.notes = list(device.notes)
-        dtype = choose_dtype(config.dtype, stored or "float32", device.torch_device, self.notes)
-        self.target = Target.of(device.torch_device, dtype)
-        self.ops = select_ops(self.target.device, dtype)
-        self.checkpoint = Checkpoint.open(Path(config.model), LAYOUTS)
-        self.source = CheckpointSource(self.checkpoint)
+        notes = list(device.notes)
+        dtype = choose_dtype(config.dtype, stored or "float32", device.torch_device, notes)
+        checkpoint = Checkpoint.open(Path(config.model), LAYOUTS)
+        source = CheckpointSource(checkpoint)
+        return cls(config, checkpoint, source, Target.of(device.torch_device, dtype), notes)
 
     def linear(self, modules: Mapping[str, bool], rows: int, columns: int) -> Linear:
         """One layer of modules that share their input, `rows` of each; by each module's name whether it has a bias."""

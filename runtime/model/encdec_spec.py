@@ -13,7 +13,7 @@ from typing import Any
 from octavo.runtime.model.config_types import Count, Index, ModelConfigError, Positive, check_types, config_struct
 from octavo.runtime.model.encoder_spec import EncoderActivation, activation_of
 from octavo.runtime.model.families.registry import ENCODER_DECODERS
-from octavo.runtime.model.families.translating import EncDecArchitecture, EncDecNames
+from octavo.runtime.model.families.translating import EncDecArchitecture, EncDecNames, Stack
 from octavo.runtime.model.spec import UnsupportedModelError, stored_dtype
 
 NORM_EPS = 1e-5  # torch's own default for LayerNorm, where no key says it; of Whisper's, too
@@ -64,6 +64,22 @@ class EncDecSpec:
     def names(self) -> EncDecNames:
         """Of its modules."""
         return self.row.names
+
+    def modules(self, stack: Stack, index: int) -> dict[str, tuple[str, ...]]:
+        """The checkpoint's modules of each linear layer of one layer, by the linear layer's name in it."""
+        names = self.names
+        layer = names.layer.format(stack, index)
+        q, k, v, o = names.projections
+        found = {"qkv": (q, k, v), "o": (o,)}
+        found = {kind: tuple(f"{layer}{names.own}{name}" for name in parts) for kind, parts in found.items()}
+        if stack == "decoder":
+            cross = {"cross_q": (q,), "cross_kv": (k, v), "cross_o": (o,)}
+            found |= {kind: tuple(f"{layer}{names.cross}{name}" for name in parts) for kind, parts in cross.items()}
+        first = {"gate_up": names.gated_up} if self.gated else {"up": names.up}
+        mlp = first | {"down": (names.down,)}
+        return found | {
+            kind: tuple(f"{layer}{names.mlp(stack)}{name}" for name in parts) for kind, parts in mlp.items()
+        }
 
     @property
     def width(self) -> int:

@@ -80,8 +80,10 @@ def load_encoder_decoder(config: EngineConfig, device: Device, hf_config: dict[s
         _longest(spec, flag, wanted)
         for flag, wanted in (("--max-model-len", config.max_model_len), ("--max-source-len", config.max_source_len))
     )
-    parts = EncDecParts(config, device, f"{spec.architecture} is an encoder-decoder", spec.dtype)
-    builder = EncDecBuilder(spec, parts, *lengths)
+    parts = EncDecParts.open(config, device, f"{spec.architecture} is an encoder-decoder", spec.dtype)
+    max_position, max_source = lengths
+    each = source_bytes(spec.decoder.num_layers, max_source, spec.width, parts.target.dtype)
+    builder = EncDecBuilder(spec, parts, max_position, max_source, parts.num_places(each, "prompt"))
     model = builder.build()
     parts.notes += [*parts.checkpoint.notes, *_not_applied(Path(config.model))]
     parts.check_complete(builder.unused())
@@ -107,16 +109,19 @@ def _not_applied(directory: Path) -> list[str]:
 
 
 class EncDecBuilder:
-    """Builds one model out of a checkpoint."""
+    """Builds one model out of a checkpoint, or single layers of it."""
 
-    def __init__(self, spec: EncDecSpec, parts: EncDecParts, max_position: int, max_source: int) -> None:
-        """max_position, max_source: tokens of a sequence of the decoder, and of a text that the encoder reads."""
+    def __init__(
+        self, spec: EncDecSpec, parts: EncDecParts, max_position: int, max_source: int, num_places: int
+    ) -> None:
+        """max_position, max_source: tokens of a sequence of the decoder, and of a text that the encoder reads.
+        num_places: for as many sources' keys and values.
+        """
         self.spec = spec
         self.parts = parts
         self.max_position = max_position
         self.max_source = max_source
-        each = source_bytes(spec.decoder.num_layers, max_source, spec.width, parts.target.dtype)
-        self.num_places = parts.num_places(each, "prompt")
+        self.num_places = num_places
         self._unused = {*spec.names.unused}
 
     def build(self) -> EncoderDecoder:
@@ -124,9 +129,9 @@ class EncDecBuilder:
         words = self._words()
         stack = EncDecStack(
             self._encoder(words),
-            self._embedding("decoder", words, self.max_position),
+            self.embedding("decoder", words, self.max_position),
             self._decoder_layers(),
-            self._final_norm("decoder", spec.head_factor),
+            self.final_norm("decoder", spec.head_factor),
             self._head(words),
         )
         source = TextSource(self.max_source, self.num_places, spec.padding)
@@ -159,7 +164,7 @@ class EncDecBuilder:
             bias = found.clone() if found.any() else None
         return self.parts.head(weight, bias)
 
-    def _embedding(self, stack: Stack, words: Tensor, longest: int) -> TokenEmbedding:
+    def embedding(self, stack: Stack, words: Tensor, longest: int) -> TokenEmbedding:
         spec = self.spec
         names = spec.names
         positions = None
@@ -177,57 +182,58 @@ class EncDecBuilder:
     def _encoder(self, words: Tensor) -> TextEncoder:
         spec = self.spec
         longest = self.max_source
-        distances = self._distances("encoder", torch.arange(-longest + 1, longest), spec.encoder)
+        distances = self.distances("encoder")
         return TextEncoder(
-            self._embedding("encoder", words, longest),
-            [self._encoder_layer(index) for index in range(spec.encoder.num_layers)],
+            self.embedding("encoder", words, longest),
+            [self.encoder_layer(index) for index in range(spec.encoder.num_layers)],
             distances or None,
-            self._final_norm("encoder"),
+            self.final_norm("encoder"),
         )
 
-    def _encoder_layer(self, index: int) -> EncoderLayer:
+    def encoder_layer(self, index: int) -> EncoderLayer:
         spec = self.spec
         names = spec.names
         layer = names.layer.format("encoder", index)
+        modules = spec.modules("encoder", index)
         heads = spec.encoder.num_heads
         width = heads * spec.head_dim
         attention = EncoderAttention(
-            self._projections(f"{layer}{names.own}", "qkv", width),
-            self._o(f"{layer}{names.own}", width),
+            self._linear(modules["qkv"], width, spec.hidden_size),
+            self._linear(modules["o"], spec.hidden_size, width),
             PackedShape(heads, spec.head_dim, spec.scale),
             None,
         )
-        mlp, mlp_norm = self._mlp("encoder", layer, spec.encoder)
+        mlp, mlp_norm = self._mlp("encoder", index, spec.encoder)
         attention_norm = self._norm(f"{layer}{names.attention_norm}")
         return EncoderLayer(attention, attention_norm, mlp, mlp_norm, norms_first=spec.row.norms == "pre")
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         spec = self.spec
-        distances = self._distances("decoder", torch.arange(self.max_position), spec.decoder)
+        distances = self.distances("decoder")
         return [
-            self._decoder_layer(index, distances[index] if distances else None)
+            self.decoder_layer(index, distances[index] if distances else None)
             for index in range(spec.decoder.num_layers)
         ]
 
-    def _decoder_layer(self, index: int, distances: Tensor | None) -> DecoderLayer:
+    def decoder_layer(self, index: int, distances: Tensor | None) -> DecoderLayer:
         spec = self.spec
         names = spec.names
         layer = names.layer.format("decoder", index)
-        own = f"{layer}{names.own}"
-        cross = f"{layer}{names.cross}"
+        modules = spec.modules("decoder", index)
+        hidden = spec.hidden_size
         heads = spec.decoder.num_heads
         shape = AttentionShape(heads, heads, spec.head_dim, spec.scale)
-        attention = SelfAttention(
-            self.parts.ops, self._projections(own, "qkv", spec.width), self._o(own, spec.width), shape, distances
-        )
+        qkv = self._linear(modules["qkv"], spec.width, hidden)
+        o = self._linear(modules["o"], hidden, spec.width)
+        attention = SelfAttention(self.parts.ops, qkv, o, shape, distances)
         cross_attention = CrossAttention(
-            self._projections(cross, "q", spec.width),
-            self._projections(cross, "kv", spec.width),
-            self._o(cross, spec.width),
+            self._linear(modules["cross_q"], spec.width, hidden),
+            self._linear(modules["cross_kv"], spec.width, hidden),
+            self._linear(modules["cross_o"], hidden, spec.width),
             self.parts.memory(self.num_places, heads, self.max_source, spec.head_dim),
             spec.scale,
         )
-        mlp, mlp_norm = self._mlp("decoder", layer, spec.decoder)
+        mlp, mlp_norm = self._mlp("decoder", index, spec.decoder)
         return DecoderLayer(
             self._norm(f"{layer}{names.attention_norm}"),
             attention,
@@ -238,28 +244,19 @@ class EncDecBuilder:
             norms_first=spec.row.norms == "pre",
         )
 
-    def _projections(self, owner: str, kinds: str, width: int) -> Linear:
-        """Attention's projections of one input: 'qkv', 'kv' or 'q'."""
-        names = dict(zip("qkvo", self.spec.names.projections, strict=True))
-        modules = {f"{owner}{names[kind]}": self.spec.row.has_bias for kind in kinds}
-        return self.parts.linear(modules, width, self.spec.hidden_size)
+    def _linear(self, modules: tuple[str, ...], rows: int, columns: int) -> Linear:
+        return self.parts.linear(dict.fromkeys(modules, self.spec.row.has_bias), rows, columns)
 
-    def _o(self, owner: str, width: int) -> Linear:
-        module = f"{owner}{self.spec.names.projections[3]}"
-        return self.parts.linear({module: self.spec.row.has_bias}, self.spec.hidden_size, width)
-
-    def _mlp(self, stack: Stack, layer: str, spec: StackSpec) -> tuple[EncoderMlp, Norm]:
+    def _mlp(self, stack: Stack, index: int, spec: StackSpec) -> tuple[EncoderMlp, Norm]:
         """An MLP, and its norm."""
         names = self.spec.names
-        owner = f"{layer}{names.mlp(stack)}"
         hidden = self.spec.hidden_size
-        has_bias = self.spec.row.has_bias
-        first = names.gated_up if self.spec.gated else names.up
-        up = self.parts.linear({f"{owner}{name}": has_bias for name in first}, spec.intermediate_size, hidden)
-        down = self.parts.linear({f"{owner}{names.down}": has_bias}, hidden, spec.intermediate_size)
+        modules = self.spec.modules(stack, index)
+        up = self._linear(modules["gate_up" if self.spec.gated else "up"], spec.intermediate_size, hidden)
+        down = self._linear(modules["down"], hidden, spec.intermediate_size)
         act = ACTIVATIONS[self.spec.activation]
         mlp = GatedEncoderMlp(up, down, act, gate_is_last=False) if self.spec.gated else PlainMlp(up, down, act)
-        return mlp, self._norm(f"{owner}{names.mlp_norm}")
+        return mlp, self._norm(f"{names.layer.format(stack, index)}{names.mlp(stack)}{names.mlp_norm}")
 
     def _norm(self, module: str, factor: float = 1.0) -> Norm:
         """factor: what its output is multiplied by; of RMSNorm alone."""
@@ -268,19 +265,23 @@ class EncDecBuilder:
             return self.parts.rms_norm(module, size, self.spec.norm_eps, factor)
         return self.parts.layer_norm(module, size, self.spec.norm_eps)
 
-    def _final_norm(self, stack: Stack, factor: float = 1.0) -> Norm | None:
+    def final_norm(self, stack: Stack, factor: float = 1.0) -> Norm | None:
         name = self.spec.names.final_norm
         return self._norm(name.format(stack), factor) if name else None
 
-    def _distances(self, stack: Stack, distances: Tensor, spec: StackSpec) -> list[Tensor]:
-        """Of each layer, the numbers [heads, distances] of these; none where there is no bias by distance.
+    def distances(self, stack: Stack) -> list[Tensor]:
+        """Of each layer, the numbers [heads, distances]; none where there is no bias by distance.
 
-        distances  of an encoder a key's place minus its query's; of a decoder how far it is behind
+        Distances are those of a key's place from its query's in an encoder, and how far it is behind in a decoder.
         """
+        longest = self.max_source
+        in_encoder = stack == "encoder"
+        distances = torch.arange(-longest + 1, longest) if in_encoder else torch.arange(self.max_position)
+        spec = self.spec.encoder if in_encoder else self.spec.decoder
         names = self.spec.names
         if not names.distances:
             return []
-        bucket_of = both_ways if stack == "encoder" else behind
+        bucket_of = both_ways if in_encoder else behind
         buckets = bucket_of(distances, self.spec.num_buckets, self.spec.farthest)
         shape = (self.spec.num_buckets, spec.num_heads)
         count = spec.num_layers if self.spec.row.each_layer else 1

@@ -37,6 +37,9 @@ ACTIVATIONS: dict[EncoderActivation, Callable[[Tensor], Tensor]] = {
 }
 
 
+ChangeLinear = Callable[[str, Linear], Linear]
+
+
 @dataclass(frozen=True, slots=True)
 class Texts:
     """The texts of one step, sorted by length. With T tokens:
@@ -167,6 +170,8 @@ class EncoderMlp(Protocol):
 
     def linears(self) -> dict[str, Linear]: ...
 
+    def map_linears(self, change: ChangeLinear) -> EncoderMlp: ...
+
 
 @dataclass(frozen=True, slots=True)
 class PlainMlp:
@@ -191,6 +196,9 @@ class PlainMlp:
 
     def linears(self) -> dict[str, Linear]:
         return {"up": self.up, "down": self.down}
+
+    def map_linears(self, change: ChangeLinear) -> PlainMlp:
+        return replace(self, up=change("up", self.up), down=change("down", self.down))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +229,9 @@ class GatedEncoderMlp:
     def linears(self) -> dict[str, Linear]:
         return {"gate_up": self.gate_up, "down": self.down}
 
+    def map_linears(self, change: ChangeLinear) -> GatedEncoderMlp:
+        return replace(self, gate_up=change("gate_up", self.gate_up), down=change("down", self.down))
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderLayer:
@@ -247,6 +258,11 @@ class EncoderLayer:
 
     def linears(self) -> dict[str, Linear]:
         return {"qkv": self.attention.qkv, "o": self.attention.o} | self.mlp.linears()
+
+    def map_linears(self, change: ChangeLinear) -> EncoderLayer:
+        """The layer with other linear layers, by their names in it."""
+        attention = replace(self.attention, qkv=change("qkv", self.attention.qkv), o=change("o", self.attention.o))
+        return replace(self, attention=attention, mlp=self.mlp.map_linears(change))
 
     def tensors(self) -> Iterator[Tensor]:
         if self.attention_norm is not None:

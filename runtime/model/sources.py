@@ -101,7 +101,7 @@ class CheckpointSource:
 
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         weight = self.checkpoint.linear(module)
-        _check_shape(f"{module}.weight", weight.shape, (out_features, in_features))
+        check_shape(f"{module}.weight", weight.shape, (out_features, in_features))
         if isinstance(weight, Tensor):
             _check_float(f"{module}.weight", weight)
             return weight.clone()
@@ -140,7 +140,7 @@ class CheckpointSource:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.checkpoint.tensor(name)
-        _check_shape(name, tensor.shape, shape)
+        check_shape(name, tensor.shape, shape)
         _check_float(name, tensor)
         return tensor
 
@@ -238,7 +238,7 @@ class DummySource:
         return empty.normal_(0.0, 0.02, generator=self._generator)
 
 
-def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+def check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(shape) != wanted:
         raise LoadError(f"{name} is {list(shape)} in the checkpoint; config.json makes it {list(wanted)}")
 

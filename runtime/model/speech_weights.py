@@ -35,7 +35,7 @@ def load_speech(config: EngineConfig, device: Device, hf_config: dict[str, Any])
     spec = SpeechSpec.from_hf(hf_config)
     if config.max_model_len is not None and config.max_model_len > spec.max_position:
         raise LoadError(f"--max-model-len {config.max_model_len}: the model has {spec.max_position} positions")
-    parts = EncDecParts(config, device, f"{spec.architecture} is a speech model", spec.dtype)
+    parts = EncDecParts.open(config, device, f"{spec.architecture} is a speech model", spec.dtype)
     model = SpeechBuilder(spec, parts).build()
     parts.notes += parts.checkpoint.notes
     parts.check_complete({HEAD})

@@ -71,5 +71,6 @@ LAYOUTS: Layouts = MappingProxyType(
     {model_type: _layout(row) for model_type, row in ARCHITECTURES.items()}
     | {outer: _layout(ARCHITECTURES[texts[0]]) for outer, texts in VISION.items()}
     | dict.fromkeys(ENCODERS, ModelLayout(blocks_alike=True, is_encoder=True))
-    | dict.fromkeys((*SPEECH, *ENCODER_DECODERS), ModelLayout(has_encoder=True))
+    | dict.fromkeys(SPEECH, ModelLayout(has_encoder=True))
+    | dict.fromkeys(ENCODER_DECODERS, ModelLayout(has_encoder=True, reads_text=True))
 )

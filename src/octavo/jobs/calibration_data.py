@@ -123,7 +123,8 @@ def default_num_samples(config: dict[str, Any], max_seq_length: int) -> int:
     (GPTQ, AutoRound), which is more than a small model needs and a CPU has time for.
     """
     text_config = config.get("text_config") or config
-    widths = [text_config.get(key) for key in ("hidden_size", "intermediate_size")]
+    keys = ("hidden_size", "intermediate_size", "d_model", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
+    widths = [text_config.get(key) for key in keys]
     heads = text_config.get("num_attention_heads")
     head_dim = text_config.get("head_dim")
     widths.append(heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else None)

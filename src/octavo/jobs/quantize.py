@@ -282,9 +282,13 @@ def prepare(job: Job) -> Prepared:
     checkpoint = open_source(source, job.output, layouts=LAYOUTS, **how)
     notes = check_source(checkpoint, runs_blocks=_runs_blocks(_resolved(job, calibrates=False)))
     asked = job
-    job = _resolved(asked, calibrates=not notes and checkpoint.layout.is_decoder)
+    job = _resolved(asked, calibrates=not notes and checkpoint.layout.is_calibrated)
     notes += [source_note(checkpoint.source)] if checkpoint.source else []
     _check_options(job)
+    if checkpoint.layout.reads_text and _runs_blocks(job):
+        from octavo.jobs.encdec_calibration import check_job
+
+        check_job(job.recipe, measures=job.target is not None, device=job.device)
     seconds: dict[str, float] = {}
     job = _with_layers_kept(job, source, notes, seconds) if checkpoint.layout.is_encoder else job
     checkpoint = rotated_source(checkpoint, job.recipe, notes)
@@ -361,6 +365,11 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     from octavo.runtime.model.device import Device
     from octavo.runtime.model.sources import CheckpointSource
 
+    if checkpoint.layout.reads_text:
+        from octavo.jobs.encdec_calibration import encdec_calibration
+
+        job.listener.phase("calibration text")
+        return encdec_calibration(checkpoint, job.data, job.offload_dir, job.listener.progress)
     length = job.data.max_seq_length
     try:
         device = Device.choose(job.device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from octavo.calibration.layers import QuantizeError
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.encdec_spec import EncDecSpec
 from octavo.runtime.model.encoder_spec import EncoderSpec, UnsupportedEncoderError
 from octavo.runtime.model.families.registry import SPEECH
+from octavo.runtime.model.families.translating import Stack
 from octavo.runtime.model.inventory import check_dense
 from octavo.runtime.model.rope import RopeError
 from octavo.runtime.model.sources import LoadError
@@ -17,7 +20,6 @@ from octavo.runtime.model.speech_spec import SpeechSpec
 _WHAT = {
     "encoder": "is an encoder",
     "speech": "hears, and is calibrated on no text",
-    "encoder-decoder": "has an encoder before its decoder",
 }
 
 
@@ -31,8 +33,8 @@ def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
         layout = checkpoint.layout
         if layout.is_decoder:
             check_dense(checkpoint)
-        elif runs_blocks:
-            kind = "encoder" if layout.is_encoder else "speech" if is_speech else "encoder-decoder"
+        elif runs_blocks and not layout.is_calibrated:
+            kind = "encoder" if layout.is_encoder else "speech"
             raise QuantizeError(
                 f"calibration runs a decoder's blocks, and this model {_WHAT[kind]}; algorithm rtn with a scheme whose "
                 "activations are dynamic, such as W8A8 or W8A16, needs no model"
@@ -42,7 +44,7 @@ def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
         elif is_speech:
             SpeechSpec.from_hf(checkpoint.config)
         else:
-            EncDecSpec.from_hf(checkpoint.config)
+            _check_layers(checkpoint, EncDecSpec.from_hf(checkpoint.config))
     except (UnsupportedModelError, UnsupportedEncoderError, RopeError) as e:
         if runs_blocks:
             raise QuantizeError(
@@ -53,3 +55,20 @@ def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
     except (LoadError, ModelConfigError) as e:
         raise QuantizeError(f"{checkpoint.directory.name} is not a whole model: {e}") from e
     return []
+
+
+def _check_layers(checkpoint: Checkpoint, spec: EncDecSpec) -> None:
+    """Raise LoadError where a stack of an encoder-decoder lacks a layer, or has more than its config says."""
+    stacks: tuple[tuple[Stack, int], ...] = (
+        ("encoder", spec.encoder.num_layers),
+        ("decoder", spec.decoder.num_layers),
+    )
+    for stack, count in stacks:
+        begin, end = spec.names.layer.format(stack, "#").split("#")
+        layer = re.compile(rf"{re.escape(begin)}(\d{{1,9}}){re.escape(end)}")
+        found = {int(match[1]) for name in checkpoint.names if (match := layer.match(name)) is not None}
+        lacking = next((index for index in range(count) if index not in found), None)
+        if lacking is not None:
+            raise LoadError(f"its {stack} has {count} layers, and there is no layer {lacking} in the files")
+        if max(found) >= count:
+            raise LoadError(f"its {stack} has {count} layers, and there is a layer {max(found)} in the files")
