@@ -1,7 +1,6 @@
 """The CPU's fast Walsh-Hadamard transform of rows, in place: float32 inside. Reference: `hadamard.reference`.
 
-Two levels at a time are one pass over the block, so that each number is loaded half as often. Neighbors up to 8 apart
-lie within one vector; their passes have strides that are known, which LLVM makes shuffles of.
+Blocks of 16 numbers and more are done by `vectors`, in as few passes as registers allow; smaller ones level by level.
 """
 
 from __future__ import annotations
@@ -11,87 +10,65 @@ import numpy as np
 from torch import Tensor
 
 from octavo.kernels.hadamard.reference import is_block
+from octavo.kernels.hadamard.vectors import LANES, first_pass, next_pass
+from octavo.kernels.native import cpu_features
 from octavo.kernels.native.dtypes import KINDS, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for
 
-_EXACT = {"contract", "nsz"}
-
-
-@numba.njit(fastmath=_EXACT)
-def _pairs(row, count):  # type: ignore[no-untyped-def]
-    """The first level: neighbors."""
-    for i in range(count // 2):
-        first = row[2 * i]
-        second = row[2 * i + 1]
-        row[2 * i] = first + second
-        row[2 * i + 1] = first - second
-
-
-@numba.njit(fastmath=_EXACT)
-def _fours(row, count):  # type: ignore[no-untyped-def]
-    """The first two levels."""
-    for i in range(count // 4):
-        a = row[4 * i]
-        b = row[4 * i + 1]
-        c = row[4 * i + 2]
-        d = row[4 * i + 3]
-        row[4 * i] = (a + b) + (c + d)
-        row[4 * i + 1] = (a - b) + (c - d)
-        row[4 * i + 2] = (a + b) - (c + d)
-        row[4 * i + 3] = (a - b) - (c - d)
-
-
-@numba.njit(fastmath=_EXACT)
-def _two_levels(row, count, half):  # type: ignore[no-untyped-def]
-    """The levels of numbers that lie half and 2 half apart."""
-    for begin in range(0, count, 4 * half):
-        for i in range(begin, begin + half):
-            a = row[i]
-            b = row[i + half]
-            c = row[i + 2 * half]
-            d = row[i + 3 * half]
-            row[i] = (a + b) + (c + d)
-            row[i + half] = (a - b) + (c - d)
-            row[i + 2 * half] = (a + b) - (c + d)
-            row[i + 3 * half] = (a - b) - (c - d)
+MOST_VECTORS = 16  # of a pass where a register holds a vector
+FEWER_VECTORS = 4  # where it takes two or four
 
 
 @numba.njit
-def hadamard_row(row, count, block):  # type: ignore[no-untyped-def]
-    """A float32 row times the matrix, in place; block: a power of two that divides count."""
-    levels = 0
-    while 1 << levels < block:
-        levels += 1
+def _small_blocks(row, count, block, factor):  # type: ignore[no-untyped-def]
+    """A float32 row times the matrix, in place, level by level."""
     half = 1
-    if levels % 2:
-        _pairs(row, count)
-        half = 2
-    elif levels:
-        _fours(row, count)
-        half = 4
     while half < block:
-        _two_levels(row, count, half)
-        half *= 4
-    factor = np.float32(np.float64(block) ** -0.5)
+        for begin in range(0, count, 2 * half):
+            for i in range(begin, begin + half):
+                first = row[i]
+                second = row[i + half]
+                row[i] = first + second
+                row[i + half] = first - second
+        half *= 2
     for i in range(count):
         row[i] *= factor
 
 
-@kernel("qqqqq")
+@numba.njit
+def _large_blocks(address, count, block, factor, most):  # type: ignore[no-untyped-def]
+    """The same of float32 at an address, by passes over up to `most` vectors."""
+    vectors = min(block // LANES, most)
+    first_pass(address, count, vectors, factor)
+    done = vectors * LANES
+    while done < block:
+        vectors = min(block // done, most)
+        next_pass(address, count, vectors, done)
+        done *= vectors
+
+
+@kernel("qqqqqq")
 def _rows(args):  # type: ignore[no-untyped-def]
-    """x, kind, rows, columns, block; items are single rows."""
-    a = numba.carray(args, (6,), np.int64)
+    """x, kind, rows, columns, block, most vectors; items are single rows."""
+    a = numba.carray(args, (7,), np.int64)
     kind = a[2]
     rows = a[3]
     count = a[4]
+    block = a[5]
     stride = count * size_of(kind)
-    row = np.empty(count, np.float32)
+    factor = np.float32(np.float64(block) ** -0.5)
+    room = np.empty(count + LANES, np.float32)
+    start = (-room.ctypes.data % 64) // 4  # loads of whole cache lines
+    row = room[start : start + count]
     while True:
         i = next_item(args)
         if i >= rows:
             break
         load_row(a[1] + i * stride, kind, row, count)
-        hadamard_row(row, count, a[5])
+        if block < LANES:
+            _small_blocks(row, count, block, factor)
+        else:
+            _large_blocks(row.ctypes.data, count, block, factor, a[6])
         store_row(row, np.float32(1), a[1] + i * stride, kind, count)
 
 
@@ -100,7 +77,8 @@ def hadamard_(x: Tensor, block: int) -> Tensor:
     rows, columns = x.shape
     if not is_block(block, columns) or not x.is_contiguous():
         raise ValueError(f"rows {list(x.shape)} have no Hadamard blocks of {block}")
-    _rows.start(threads_for(x.numel()), x.data_ptr(), KINDS[x.dtype], rows, columns, block)
+    most = MOST_VECTORS if cpu_features.has_wide_registers() else FEWER_VECTORS
+    _rows.start(threads_for(x.numel()), x.data_ptr(), KINDS[x.dtype], rows, columns, block, most)
     return x
 
 

@@ -9,3 +9,8 @@ def has_dot_products() -> bool:
     LLVM can't compile those for another processor: it would end the process.
     """
     return bool(torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported())
+
+
+def has_wide_registers() -> bool:
+    """AVX-512: 32 registers of 16 float32 numbers."""
+    return bool(torch.cpu._is_avx512_supported())
