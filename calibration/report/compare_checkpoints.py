@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from octavo.calibration.layers import BLOCK
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
@@ -16,6 +17,7 @@ from octavo.quant.scheme import QuantScheme
 
 SAME_NORM = 0.02  # relative; a quantizer that only stores norms in float16 or bfloat16 changes them by 0.004 at most
 HEADS = ("v_proj", "o_proj")  # where R2 turns values, and back
+FUSED = "qkv_proj"  # whose last rows are values
 SAME_PRODUCT = 0.6  # relative; 2 bits in groups of 32 change it by 0.38, and another weight by 1 and more
 
 
@@ -55,15 +57,30 @@ def compare_checkpoints(original: Checkpoint, quantized: Checkpoint) -> SideBySi
 def _is_rotated(row: LayerRow, original: Checkpoint, quantized: Checkpoint) -> bool:
     """Whether R2 has turned the weight: that changes it, and not its product with itself, which heads are summed in."""
     module = row.module
-    if row.noise <= row.signal or not module.endswith(HEADS):
+    is_fused = module.endswith(FUSED)
+    if not is_fused and (row.noise <= row.signal or not module.endswith(HEADS)):
         return False
     weight = quantized.linear(module)
     assert isinstance(weight, QuantizedWeight)  # it has a row
-    before, after = (
-        matrix @ matrix.t() if module.endswith("o_proj") else matrix.t() @ matrix
-        for matrix in (original.tensor(f"{module}.weight").float(), weight.dequantize())
-    )
-    return bool((after - before).norm() < SAME_PRODUCT * before.norm())
+    before = original.tensor(f"{module}.weight").float()
+    after = weight.dequantize()
+    if is_fused:
+        first = _first_turned(before, after)
+        before = before[first:]
+        after = after[first:]
+    elif module.endswith("o_proj"):
+        before = before.t()
+        after = after.t()
+    product = before.t() @ before
+    return bool((after.t() @ after - product).norm() < SAME_PRODUCT * product.norm())
+
+
+def _first_turned(before: Tensor, after: Tensor) -> int:
+    """Where the last rows begin that are other ones in the two, for the most part; behind the last row if none are."""
+    is_other = (after - before).square().sum(1) > before.square().sum(1)
+    balance = (2 * is_other.int() - 1).flip(0).cumsum(0)  # of the last 1, 2, ... rows: others over the rest
+    best = int(balance.argmax())
+    return len(before) - 1 - best if balance[best] > 0 else len(before)
 
 
 def _quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantScheme]:

@@ -278,6 +278,30 @@ def test_rotated_heads_of_two_bits_are_no_broken_ones(fixtures: Path, tmp_path: 
     assert found.notes == ()
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W2A16@32"])
+def test_rotated_values_of_fused_layers_are_no_broken_ones(scheme: str, tmp_path: Path) -> None:
+    """Values are the last rows of qkv; what is rounded without a rotation, or has wrong scales there, is compared."""
+    model = make_hf(*CASES["phi3"])
+    source = save(model, tmp_path / "model")
+    original = Checkpoint.open(source)
+    for name, rotations in (("turned", ("R2",)), ("plain", ())):
+        how = {"scheme": scheme, "algorithm": "rtn", "evaluate": False}
+        octavo.quantize(source, tmp_path / name, rotations=rotations, **how)
+    found = compare_checkpoints(original, Checkpoint.open(tmp_path / "turned"))
+    (note,) = found.notes
+    assert "self_attn.qkv_proj" in note
+    assert {row.kind.rpartition(".")[2] for row in found.rows} == {"gate_up_proj", "down_proj"}
+    plain = compare_checkpoints(original, Checkpoint.open(tmp_path / "plain"))
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    scales = tensors["model.layers.0.self_attn.qkv_proj.weight_scale"]
+    scales[-scales.shape[0] // 4 :] *= 2.4
+    save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    broken = compare_checkpoints(original, Checkpoint.open(tmp_path / "plain"))
+    for comparison in (plain, broken):
+        assert comparison.notes == ()
+        assert len(comparison.rows) == 4 * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
