@@ -1,15 +1,17 @@
-"""AMD Quark's FP8, INT8, MXFP4 and integers of 4 bits, read.
+"""AMD Quark's FP8, INT8, MXFP4, MXFP6 and integers of 4 bits, read.
 
 Source: amd/Quark `torch/export/`, `torch/quantization/config/config.py`, `torch/utils/pack.py`. A linear layer [N, K]:
 
 fp8, int8     weight e4m3 or int8 [N, K]; weight_scale [] or [N], of integers weight_zero_point alike; of static inputs
               input_scale []
 fp4           MXFP4, as `microscaling` has it: weight [N, K / 2] uint8, weight_scale [N, K / 32] e8m0
+fp6           MXFP6, e2m3 or e3m2: see `mxfp6`
 int4, uint4   in G groups as AWQ: weight [K, N / 8] int32, weight_zero_point [G, N / 8] alike, weight_scale [G, N]. With
               pack_method reorder fields are in AWQ's order, else one after the other; int4's are two's complement
 
-The config has `global_quant_config` for all layers but those that `exclude` names (globs): specs of weights and of
-inputs.
+The config has specs of weights and of inputs: in `layer_quant_config` for the layers of a name or a glob, whose order a
+sorted file doesn't keep; in `layer_type_quant_config` for linear layers; in `global_quant_config` for all others. Those
+that `exclude` names (globs) have none.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
 from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.microscaling import MicroscalingFormat
+from octavo.quant.formats.mxfp6 import Mxfp6Format
 from octavo.quant.formats.reading import check_nothing_left, check_shape, sides, take_scales, take_words
 from octavo.quant.packing import unpack
 from octavo.quant.qparams import QuantizedWeight
@@ -46,7 +49,9 @@ from octavo.quant.scheme import (
 
 DTYPES = ("fp8_e4m3", "int8")
 FOUR_BITS = {"int4": True, "uint4": False}  # whether they are symmetric
+SIX_BITS = {"fp6_e2m3": 2, "fp6_e3m2": 3}  # bits of their exponents
 ALONG_COLUMNS = (-1, 1)
+LINEAR = "Linear"
 SIGNS = -0x77777778  # the highest bit of each field of a word
 
 
@@ -77,8 +82,8 @@ class _Layer(msgspec.Struct):
 class _Config(msgspec.Struct):
     global_quant_config: _Layer
     exclude: list[str] | None = None
-    layer_quant_config: dict[str, object] | None = None
-    layer_type_quant_config: dict[str, object] | None = None
+    layer_quant_config: dict[str, _Layer] | None = None
+    layer_type_quant_config: dict[str, _Layer] | None = None
     kv_cache_quant_config: dict[str, object] | None = None
     softmax_quant_spec: dict[str, object] | None = None
     algo_config: list[dict[str, object]] | dict[str, object] | None = None
@@ -141,40 +146,78 @@ class QuarkInt4Format:
 
 @dataclass(frozen=True)
 class QuarkConfig:
-    """One format for the quantized layers."""
+    """The quantized layers' formats; None: not quantized.
 
-    format: QuantFormat
+    format    of layers that are not among the others
+    named     of single ones, by their full names
+    patterns  of those that a glob matches
+    """
+
+    format: QuantFormat | None
     excluded: tuple[str, ...]
+    named: Mapping[str, QuantFormat | None]
+    patterns: Mapping[str, QuantFormat | None]
     name: str = "quark"
     kv_cache: str | None = None
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> QuantFormat | None:
-        """The format of a linear layer, given its full name; None if it is not quantized."""
+        """The format of a linear layer, given its full name; None if it is not quantized.
+
+        Raises FormatError for a layer that globs of different formats match.
+        """
         if any(fnmatchcase(module, pattern) for pattern in self.excluded):
             return None
         if suffixes is not None and "weight_scale" not in suffixes:
             return None
-        return self.format
+        if module in self.named:
+            return self.named[module]
+        matching = {pattern: found for pattern, found in self.patterns.items() if fnmatchcase(module, pattern)}
+        if len(formats := set(matching.values())) > 1:
+            raise FormatError(
+                f"{module}: {' and '.join(matching)} of Quark's layer_quant_config match it with different schemes, "
+                "and their order isn't known; one that matches, or the layer's own name, works"
+            )
+        return formats.pop() if formats else self.format
 
 
 def parse_quark(raw: Mapping[str, Any]) -> QuarkConfig:
     """A `quantization_config` with quant_method quark. Raises FormatError for what isn't supported."""
     config = check_types(raw, _Config)
-    for key in ("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config", "softmax_quant_spec"):
+    for key in ("kv_cache_quant_config", "softmax_quant_spec"):
         if getattr(config, key):
-            raise FormatError(
-                f"Quark's {key} is not supported: one scheme for all layers, and none of attention or its cache, is"
-            )
+            raise FormatError(f"Quark's {key} is not supported: attention and its cache as they are, are")
     _check_algorithms([config.algo_config] if isinstance(config.algo_config, dict) else config.algo_config or [])
-    layer = config.global_quant_config
-    if layer.weight is None or layer.output_tensors is not None:
-        raise FormatError("Quark's global_quant_config needs a weight, and outputs that aren't quantized")
+    types = config.layer_type_quant_config or {}
+    if others := sorted(types.keys() - {LINEAR}):
+        raise FormatError(f"Quark's layer_type_quant_config has {', '.join(others)}; {LINEAR} alone is supported")
+    layers = config.layer_quant_config or {}
     pack_method = "reorder" if config.export is None else config.export.pack_method
+    key, layer = (
+        ("layer_type_quant_config", types[LINEAR]) if types else ("global_quant_config", config.global_quant_config)
+    )
+    if layer.weight is None and not layers:
+        raise FormatError(f"Quark's {key} needs a weight where no layer_quant_config has one")
+    formats = {name: _layer_format(f"layer_quant_config {name!r}", one, pack_method) for name, one in layers.items()}
+    globs = {name for name in formats if set("*?[") & set(name)}
+    return QuarkConfig(
+        _layer_format(key, layer, pack_method),
+        tuple(config.exclude or ()),
+        {name: one for name, one in formats.items() if name not in globs},
+        {name: one for name, one in formats.items() if name in globs},
+    )
+
+
+def _layer_format(key: str, layer: _Layer, pack_method: str) -> QuantFormat | None:
+    """The format that a layer's specs say; None: its weight isn't quantized."""
+    if layer.output_tensors is not None or (layer.weight is None and layer.input_tensors is not None):
+        what = "outputs" if layer.output_tensors is not None else "inputs of weights that aren't"
+        raise FormatError(f"Quark's {key} quantizes {what}, which is not supported; weights, and inputs with them, are")
+    if layer.weight is None:
+        return None
     try:
-        found = _format(layer.weight, layer.input_tensors, pack_method)
+        return _format(layer.weight, layer.input_tensors, pack_method)
     except SchemeError as e:
-        raise FormatError(str(e)) from e
-    return QuarkConfig(found, tuple(config.exclude or ()))
+        raise FormatError(f"{key}: {e}") from e
 
 
 def _check_algorithms(algorithms: list[dict[str, object]]) -> None:
@@ -195,10 +238,17 @@ def _check_algorithms(algorithms: list[dict[str, object]]) -> None:
 
 
 def _format(weight: _Spec, inputs: _Spec | None, pack_method: str) -> QuantFormat:
-    if weight.dtype == "fp4" and _is_mxfp4(weight) and not weight.is_dynamic:
+    if weight.dtype in SIX_BITS and _is_mx(weight, weight.dtype) and not weight.is_dynamic:
+        if inputs is not None:
+            raise SchemeError(
+                f"Quark's {inputs.dtype} inputs are not supported with MXFP6 weights; inputs as they are "
+                "(input_tensors null) are"
+            )
+        return Mxfp6Format(SIX_BITS[weight.dtype])
+    if _is_mx(weight, "fp4") and not weight.is_dynamic:
         if inputs is None:
             return MicroscalingFormat(QuantScheme(MXFP4), modelopt=True)
-        if not (_is_mxfp4(inputs) and inputs.is_dynamic) or inputs.scale_calculation_mode not in (None, "even"):
+        if not (_is_mx(inputs, "fp4") and inputs.is_dynamic) or inputs.scale_calculation_mode not in (None, "even"):
             raise SchemeError(
                 f"Quark's {inputs.dtype} inputs, {inputs.qscheme}, dynamic {inputs.is_dynamic}, scales by "
                 f"{inputs.scale_calculation_mode}, are not supported with MXFP4 weights; dynamic MXFP4 by even is"
@@ -211,9 +261,9 @@ def _format(weight: _Spec, inputs: _Spec | None, pack_method: str) -> QuantForma
     return CompressedTensorsFormat(QuantScheme(_weight(weight), None if inputs is None else _input(inputs)))
 
 
-def _is_mxfp4(spec: _Spec) -> bool:
+def _is_mx(spec: _Spec, dtype: str) -> bool:
     kind = (spec.dtype, spec.qscheme, spec.group_size, spec.scale_format)
-    return kind == ("fp4", "per_group", 32, "e8m0") and spec.ch_axis in ALONG_COLUMNS
+    return kind == (dtype, "per_group", 32, "e8m0") and spec.ch_axis in ALONG_COLUMNS
 
 
 def _is_plain_int4(spec: _Spec) -> bool:
@@ -229,7 +279,7 @@ def _weight(spec: _Spec) -> WeightScheme:
         raise SchemeError(
             f"Quark's {spec.dtype} weights, {spec.qscheme} along {spec.ch_axis}, symmetric {spec.symmetric}, are not "
             f"supported; {' and '.join(DTYPES)}, symmetric, per tensor or per channel along 0 are, and in groups along "
-            "-1 MXFP4, int4 that is symmetric and uint4 that isn't, inputs as they are"
+            "-1 MXFP4, MXFP6, int4 that is symmetric and uint4 that isn't, inputs as they are"
         )
     return WeightScheme("int8" if spec.dtype == "int8" else "fp8_e4m3", granularity)
 

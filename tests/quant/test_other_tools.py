@@ -18,6 +18,7 @@ from trimmed import whole
 from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint, CheckpointError
 from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.mxfp6 import Mxfp6Format
 from octavo.quant.formats.select import parse_quantization
 from octavo.quant.formats.torchao import parse_torchao
 from octavo.quant.input_rounding import input_rounding
@@ -26,6 +27,7 @@ from octavo.quant.qparams import QuantizedWeight
 Q = "model.layers.0.self_attn.q_proj"
 INT4 = {"dtype": "int4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32, "symmetric": True}
 MXFP4 = {"dtype": "fp4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32, "scale_format": "e8m0"}
+FP6 = MXFP4 | {"dtype": "fp6_e2m3"}
 # name -> the scheme of a layer that is served as it is stored; None: it is decoded
 SCHEMES = {
     "tiny--bnb-nf4-double": None,
@@ -38,9 +40,20 @@ SCHEMES = {
     "tiny--quark-int8": "int8/channel",
     "tiny--quark-int4": "int4/g32",
     "tiny--quark-uint4": "int4/g32/asym",
+    "tiny--quark-mixed": "fp4_e2m1/g32/e8m0",
     "tiny--torchao-int8-dynamic": "int8/channel x int8/token",
     "tiny--torchao-int4": "int4/g32/asym",
     "tiny--torchao-fp8": "fp8_e4m3/channel",
+}
+
+
+OF_QUARK_MIXED = {
+    "0.self_attn.q_proj": "fp4_e2m1/g32/e8m0",
+    "0.self_attn.o_proj": "fp8_e4m3/g32/e8m0",
+    "1.self_attn.o_proj": "int8/channel",
+    "0.mlp.up_proj": "fp8_e4m3/g32/e8m0",
+    "0.mlp.down_proj": "fp8_e4m3/g32/e8m0",
+    "1.mlp.down_proj": None,
 }
 
 
@@ -73,6 +86,20 @@ def test_numbers_are_quark_s_own(fixtures: Path, name: str) -> None:
         if torch.equal(theirs, theirs.bfloat16().float()) and "fp4" not in name:
             ours = ours.bfloat16().float()  # of 8 bits Quark's layer multiplies in that type
         assert torch.equal(ours, theirs)
+
+
+def test_layers_of_quark_have_schemes_of_their_own(fixtures: Path) -> None:
+    """By name, by glob, by type (the global one is int8, which no layer has), and excluded; MXFP6 is held as MXFP8."""
+    checkpoint = Checkpoint.open(fixtures / "tiny--quark-mixed")
+    found = {name: checkpoint.linear(f"model.layers.{name}") for name in OF_QUARK_MIXED}
+    schemes = {name: str(it.scheme) if isinstance(it, QuantizedWeight) else None for name, it in found.items()}
+    assert schemes == OF_QUARK_MIXED
+    for name, smallest, largest in (("0.mlp.up_proj", 0.125, 7.5), ("0.mlp.down_proj", 0.0625, 28)):
+        weight = found[name]
+        assert isinstance(weight, QuantizedWeight)
+        magnitudes = weight.codes.float().abs().unique()
+        assert len(magnitudes) == 32  # all that the six bits can say
+        assert (magnitudes[1], magnitudes[-1]) == (smallest, largest)
 
 
 def test_integers_of_quark_in_the_order_of_their_columns(fixtures: Path, tmp_path: Path) -> None:
@@ -245,6 +272,52 @@ def test_other_weights_of_quark_are_refused_by_name(weight: dict[str, Any], mess
 def test_other_inputs_of_mxfp4_are_refused_by_name(inputs: dict[str, Any]) -> None:
     with pytest.raises(FormatError, match=f"Quark's {inputs['dtype']} inputs, .* are not supported with MXFP4 weights"):
         parse_quantization({"quant_method": "quark", "global_quant_config": {"weight": MXFP4, "input_tensors": inputs}})
+
+
+def test_a_layer_s_own_name_goes_before_globs_of_quark() -> None:
+    layers = {"*.q_proj": {"weight": INT4}, "model.layers.0.*": {"weight": MXFP4}, Q: {"weight": FP6}, "*.o_proj": {}}
+    config = {"quant_method": "quark", "global_quant_config": {}, "layer_quant_config": layers}
+    found = parse_quantization(config)
+    named = found.format_of(Q)
+    assert named is not None
+    assert str(named.scheme) == "fp8_e4m3/g32/e8m0"
+    assert found.format_of("model.layers.1.self_attn.o_proj") is None
+    assert found.format_of("model.layers.1.self_attn.k_proj") is None
+    message = r"model.layers.0.x.q_proj: \*.q_proj and model.layers.0.\* of Quark's layer_quant_config"
+    with pytest.raises(FormatError, match=message):
+        found.format_of("model.layers.0.x.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layer_type_quant_config": {"Embedding": {"weight": MXFP4}}}, "layer_type_quant_config has Embedding"),
+        ({"layer_quant_config": {"*": {"weight": {"dtype": "bfp16"}}}}, r"config '\*': Quark's bfp16 weights"),
+        ({"layer_quant_config": {"*": {"weight": [MXFP4]}}}, "quantization_config: Expected"),
+        ({"layer_quant_config": {"*": {"weight": MXFP4, "output_tensors": MXFP4}}}, r"'\*' quantizes outputs"),
+        ({"layer_quant_config": {"*": {"input_tensors": MXFP4}}}, r"'\*' quantizes inputs of weights that aren't"),
+        ({"global_quant_config": {}}, "global_quant_config needs a weight"),
+        ({"global_quant_config": {"weight": FP6, "input_tensors": FP6}}, "fp6_e2m3 inputs .* MXFP6"),
+        ({"global_quant_config": {"weight": FP6 | {"group_size": 16}}}, "Quark's fp6_e2m3 weights"),
+        ({"global_quant_config": {"weight": FP6 | {"is_dynamic": True}}}, "Quark's fp6_e2m3 weights"),
+    ],
+)  # fmt: skip
+def test_other_layers_of_quark_are_refused_by_name(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_quantization({"quant_method": "quark", "global_quant_config": {"weight": MXFP4}} | changed)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(2, 20, dtype=torch.uint8), "uint8 .* in groups of 32 columns"),
+        (torch.zeros(2, 24), "weight is torch.float32"),
+        (torch.zeros(2, 48, dtype=torch.uint8), r"weight_scale is torch.uint8 \[2, 1\]"),
+    ],
+)
+def test_damaged_mxfp6_is_refused_by_name(weight: Tensor, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        Mxfp6Format(2).read({"weight": weight, "weight_scale": torch.zeros(2, 1, dtype=torch.uint8)})
 
 
 @pytest.mark.parametrize(
