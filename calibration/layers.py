@@ -16,7 +16,7 @@ from octavo.calibration.recipe import means_layer
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.formats.reading import FLOATS
 from octavo.quant.mtp_names import is_mtp, mtp_patterns
-from octavo.quant.scheme import GROUP_SIZES, QuantScheme
+from octavo.quant.scheme import GROUP_SIZES, TENSOR, QuantScheme
 from octavo.quant.split_experts import LAYOUTS
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)(?P<list>layers?|block)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
@@ -287,6 +287,12 @@ def portability_warnings(
         warnings.append(
             "int8 experts with int8 inputs: transformers 5.24 with compressed-tensors 0.20 finds none of their tensors "
             "and doesn't load the model; octavo does, and what transformers loads is FP8_DYNAMIC or W4A16"
+        )
+    if format == "fp8" and scheme.weight.granularity == TENSOR:
+        warnings.append(
+            "one scale a tensor: transformers 5.24 takes such scales by names of its own (weight_scale_inv, "
+            "activation_scale), says no error without them, and computes another model; vLLM reads them, and "
+            "--format compressed-tensors is read by both"
         )
     if not scheme.weight.symmetric and format == "compressed-tensors":
         warnings.append(

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo.calibration.layers import QuantizeError
+from octavo.calibration.layers import QuantizeError, Selection, portability_warnings
 from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import Quantized, quantize_model
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.report.weight_error import snr_db
 from octavo.quant.checkpoint import INDEX, Checkpoint, CheckpointError
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
+from octavo.quant.scheme import PRESETS
 from octavo.runtime.model.families.registry import LAYOUTS
 
 SCHEMES = {
@@ -77,6 +78,13 @@ def test_every_scheme_is_written_and_read_back(model: Path, tmp_path: Path, name
     # 352 is no multiple of 128; compressed-tensors 0.20 loses zero points.
     assert bool(result.warnings) == (name in ("FP8_BLOCK", "W4A16_ASYM"))
     assert left_behind(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(("scheme", "format", "is_said"), [("FP8", "fp8", True), ("FP8_BLOCK", "fp8", False)])
+def test_scales_that_transformers_reads_by_other_names(scheme: str, format: str, is_said: bool) -> None:
+    found = portability_warnings(PRESETS[scheme], Selection({}, []), format)
+    assert any("names of its own (weight_scale_inv, activation_scale)" in warning for warning in found) == is_said
+    assert not portability_warnings(PRESETS[scheme], Selection({}, []))
 
 
 def test_other_files_come_along_and_nothing_of_this_machine(model: Path, tmp_path: Path) -> None:
