@@ -44,6 +44,10 @@ PACKED = ("vLLM", "gptqmodel")
 LLAMA = ("llama.cpp",)
 MADE_BY_LLAMA = "llama-quantize"
 G = "--group-size 64"
+SHORT_BLOCKS = "128 doesn't divide 576, and no engine takes short blocks; Qwen2.5's whole ones load ({}-2026-11-24.md)"
+OTHER_NAMES = "transformers takes such scales by names of its own, and computes without them"
+Q8_INPUTS = "llama.cpp's inputs of 8 bits move leads by {} (gguf-inputs-2026-12-01.md)"
+REASONS = {"Q4_1": Q8_INPUTS.format(0.365), "IQ4_XS": Q8_INPUTS.format(0.513)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Case:
     scheme: str
     flags: str
     engines: tuple[str, ...]
+    reason: str = ""  # why a difference is no near-tie, or no engine loads it
 
     @property
     def name(self) -> str:
@@ -63,17 +68,17 @@ class Case:
 CASES = (
     *(Case("compressed-tensors", s, G, CT) for s in ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A16")),
     *(Case("compressed-tensors", s, G, CT) for s in ("W4A8", "W4AFP8")),
-    *(Case("compressed-tensors", s, "", CT) for s in ("W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")),
+    *(Case("compressed-tensors", s, "", CT) for s in ("W8A8", "FP8_DYNAMIC", "FP8")),
+    Case("compressed-tensors", "FP8_BLOCK", "", CT, SHORT_BLOCKS.format("greedy")),
     *(Case("compressed-tensors", s, "", CT) for s in ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16")),
     *(Case("gptq", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16")),
-    *(Case("gptq_v2", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM")),
+    *(Case("gptq_v2", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16")),
     *(Case("awq", s, G, PACKED) for s in ("W4A16_ASYM", "W4A16")),
-    *(Case("fp8", s, "", CT) for s in ("FP8", "FP8_BLOCK")),
-    *(
-        Case("gguf", s, "", LLAMA)
-        for s in ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-    ),
-    *(Case(MADE_BY_LLAMA, s, "", LLAMA) for s in ("IQ4_XS", "IQ4_NL", "IQ3_S", "IQ2_XS")),
+    Case("fp8", "FP8", "", CT, OTHER_NAMES),
+    Case("fp8", "FP8_BLOCK", "", CT, SHORT_BLOCKS.format("calibrated")),
+    *(Case("gguf", s, "", LLAMA) for s in ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q4_K", "Q5_K", "Q6_K")),
+    *(Case("gguf", s, "", LLAMA, REASONS.get(s, "")) for s in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")),
+    *(Case(MADE_BY_LLAMA, s, "", LLAMA, REASONS.get(s, "")) for s in ("IQ4_XS", "IQ4_NL", "IQ3_S", "IQ2_XS")),
 )
 
 
@@ -223,7 +228,16 @@ def brief(words: str) -> str:
     return without_paths(" ".join(words.split()))[-WORDS:].replace("|", "/")
 
 
+def with_reason(case: Case, row: list[str]) -> tuple[str, ...]:
+    """The row, and why it isn't as it should be."""
+    *cells, remark = row
+    if case.reason and "none" in cells:
+        return *cells, case.reason
+    return *cells, f"{remark}: {case.reason}" if case.reason and "NO near-tie" in remark else remark
+
+
 def write(path: Path, found: dict[str, Any]) -> None:
+    rows = [with_reason(case, found[case.name]["row"]) for case in CASES if case.name in found]
     cases = [found[case.name] for case in CASES if case.name in found]
     versions = dict.fromkeys(version for case in cases for version in case["versions"])
     lines = [
@@ -232,7 +246,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
         f"Greedy tokens equal from the start, of {GOAL}, for each prompt of `peers.py`. What the columns mean stands",
         "in `formats.py`.",
         "",
-        *markdown(HEAD, [tuple(case["row"]) for case in cases]),
+        *markdown(HEAD, rows),
         "",
         "Asked before, or at all, and not loaded there, in the engines' own words:",
         "",
