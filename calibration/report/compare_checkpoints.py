@@ -85,17 +85,9 @@ def _first_turned(before: Tensor, after: Tensor) -> int:
 
 def _quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantScheme]:
     """Linear layers in blocks that have a scheme, in the order of their names."""
-    if checkpoint.quantization is None:
-        return {}
-    modules = sorted({name.rpartition(".")[0] for name in checkpoint.names})
-    formats = {m: checkpoint.quantization.format_of(m, suffixes) for m in modules if (suffixes := _of(checkpoint, m))}
+    modules = [module for module in checkpoint.quantized if BLOCK.match(f"{module}.weight")]
+    formats = {module: checkpoint.format_of(module) for module in modules}
     return {module: format_.scheme for module, format_ in formats.items() if format_ is not None}
-
-
-def _of(checkpoint: Checkpoint, module: str) -> list[str]:
-    """Its tensors, if it may be a linear layer: norms have a `weight` too, of one dimension."""
-    suffixes = checkpoint.suffixes(module) if BLOCK.match(f"{module}.weight") else []
-    return suffixes if any(len(checkpoint.spec(f"{module}.{suffix}").shape) > 1 for suffix in suffixes) else []
 
 
 def _row(module: str, original: Checkpoint, quantized: Checkpoint) -> LayerRow | None:

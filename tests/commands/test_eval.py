@@ -12,14 +12,20 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf_oracle import write_gguf
+from hf_oracle import CASES, make_hf, save
 from safetensors.torch import load_file, save_file
+from slow_cases import slow
 from torch import Tensor
 from trimmed import whole
 
+from octavo.calibration.prepare import prepare
+from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe
 from octavo.calibration.report.compare_checkpoints import compare_checkpoints
 from octavo.calibration.report.report import read_report
 from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.model.families.registry import LAYOUTS
 
 pytestmark = pytest.mark.long
 
@@ -115,6 +121,17 @@ def test_the_weights_error_is_that_of_the_tools_own_dequantized_weights(fixtures
         weight = original[f"{module}.weight"].double()
         noise = (expected[f"dequantized.{module}"].double() - weight).square().sum()
         assert rows[module].snr_db == pytest.approx(10 * math.log10(weight.square().sum() / noise), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mamba2", *map(slow, ("lfm2", "falcon_h1", "granitemoehybrid", "qwen3_next"))])
+def test_convolutions_are_no_quantized_layers(name: str, tmp_path: Path) -> None:
+    """No config ignores a mixer's convolution by name, whose weight is no linear layer's."""
+    source = save(make_hf(*CASES[name]), tmp_path / "source")
+    done = quantize_model(prepare(source, tmp_path / "out", Recipe("FP8_DYNAMIC"), layouts=LAYOUTS))
+    original = Checkpoint.open(source, LAYOUTS)
+    sides = compare_checkpoints(original, Checkpoint.open(tmp_path / "out", LAYOUTS))
+    noises = {row.module: row.noise for row in done.layers if original.has(f"{row.module}.weight")}
+    assert {row.module: row.noise for row in sides.rows} == pytest.approx(noises)
 
 
 def test_a_broken_layer_is_found_and_the_exit_code_is_3(
