@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import SentenceModel
+from tiny_encoders import CrossEncoder, SentenceModel
 
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.recipe import parse_scheme
 from octavo.jobs import encoder_layers
-from octavo.jobs.embedding_quality import measure_embeddings
+from octavo.jobs.embedding_quality import measure_embeddings, vectors_of
 from octavo.jobs.quantize import quantize
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.messages import PoolingParams
 from octavo.runtime.model.encoder import Encoder
 from octavo.runtime.model.weights import load_model
+from octavo.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,20 @@ def test_an_encoder_is_quantized_and_served(scheme: str, least: float, sentence:
     step = StepInputs.prefill([len(ids)], 64, token_ids=ids, logits_index=torch.arange(len(ids)))
     (found,) = model.pooler.pool([model.hidden(step, [])], [PoolingParams()])
     assert float(found @ sentence.embedding(ids)) > least
+
+
+def test_what_labels_are_computed_from_is_compared(tmp_path: Path) -> None:
+    """A single logit has a sign and no direction: its cosine would be 1 or -1."""
+    cross = CrossEncoder(tmp_path / "plain")
+    texts = ["the cat sat on a mat", "red"]
+    own = vectors_of(_loaded(cross.directory, "float32"), texts, Tokenizer.open(cross.directory))
+    with torch.inference_mode():
+        ids = [torch.tensor([cross.tokenizer.encode(text).ids]) for text in texts]
+        theirs = torch.cat([cross.model.bert(each).pooler_output for each in ids])
+    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
+    quantize(str(cross.directory), tmp_path / "out", scheme="W8A8", algorithm="rtn", evaluate=False, ignore="lm_head")
+    quality = measure_embeddings(cross.directory, tmp_path / "out")
+    assert 0.98 < quality.least < quality.mean < 1
 
 
 def test_layers_that_cost_most_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

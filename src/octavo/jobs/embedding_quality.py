@@ -1,12 +1,13 @@
 """What a quantization costs a model that makes embeddings or scores: the cosine of what both versions say of a text.
 
-Both run as the server would, one after the other. The original computes in its own type, or in float32.
+Both run as the server would, one after the other. The original computes in its own type, or in float32. Of a classifier
+it is the cosine of what its labels are computed from: that of a single logit would be its sign.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,15 +70,18 @@ def _vectors(directory: Path, dtype: Dtype, tokenizer: Tokenizer) -> Tensor:
 
 @torch.inference_mode()
 def vectors_of(model: Encoder, texts: Iterable[str], tokenizer: Tokenizer) -> Tensor:
-    """Of each text the embedding, or a classifier's logits, [texts, size]."""
-    task = model.pooler.tasks[0]
+    """Of each text the embedding, or what a classifier's last layer makes logits of, [texts, size]."""
+    pooler = model.pooler
+    task = pooler.tasks[0]
+    if task != "embed":
+        pooler = replace(pooler, projections=pooler.projections[:-1])
     found = []
     for text in texts:
         ids = tokenizer.encode(text)[: model.max_position]
         rows = model.hidden(
             StepInputs.prefill([len(ids)], len(ids), token_ids=ids, logits_index=torch.arange(len(ids))), []
         )
-        (vector,) = model.pooler.pool([rows], [PoolingParams(task, use_activation=False)])
+        (vector,) = pooler.pool([rows], [PoolingParams(task, use_activation=False)])
         found.append(vector.mean(dim=0) if vector.ndim > 1 else vector)
     return torch.stack(found)
 
