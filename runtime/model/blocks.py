@@ -51,6 +51,13 @@ RecordKV = Callable[[Tensor, Tensor], None]  # keys after rope, values, [T, Hkv,
 NO_ROUNDING: Mapping[str, Round] = {}
 
 
+def why_uncalibrated(spec: DecoderSpec) -> str | None:
+    """Why a model's blocks can't be run one by one; None: they can."""
+    if spec.reads_more is None:
+        return None
+    return f"{spec.architecture} has {spec.reads_more}, and calibration runs its blocks one by one"
+
+
 class BlockRunner:
     """Runs sequences of equal length through single blocks of the model that a config describes.
 
@@ -74,11 +81,8 @@ class BlockRunner:
         device None: the GPU, if there is one. transforms: of inputs, as of the checkpoint that is to be written.
         """
         self.spec = DecoderSpec.from_hf(config)
-        if self.spec.reads_more is not None:
-            raise LoadError(
-                f"{self.spec.architecture} has {self.spec.reads_more}, and calibration runs its blocks one by one; "
-                "--algorithm rtn needs no calibration"
-            )
+        if (why := why_uncalibrated(self.spec)) is not None:
+            raise LoadError(f"{why}; --algorithm rtn needs no calibration")
         if seq_len > self.spec.max_position:
             raise LoadError(
                 f"--max-seq-length {seq_len}: the model has {self.spec.max_position} positions; "

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hf_oracle import CASES, make_hf, save
 
 import octavo
 from octavo.calibration.choices import Algorithm, Effort
+from octavo.calibration.layers import QuantizeError
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.report.report import read_report
 from octavo.calibration.text.documents import DataError
@@ -97,6 +99,20 @@ def test_a_model_without_a_decoder_here_is_rounded_to_nearest(fixtures: Path, tm
     assert "octavo doesn't have this model's code" in report.warnings[0]
     with pytest.raises(RecipeError, match="algorithm rtn with scheme W4A16@32 uses no calibration text"):
         octavo.quantize(model, tmp_path / "more", scheme="W4A16@32", data=str(text))
+
+
+def test_a_model_whose_layers_read_the_cache_of_others_is_rounded_to_nearest(tmp_path: Path) -> None:
+    """Its blocks can't be run one by one. What asks for that by name is refused with what would work."""
+    model = save(make_hf(*CASES["gemma3n_text"]), tmp_path / "model")
+    why = "gemma3n_text has layers that read the cache of others, and calibration runs its blocks one by one"
+    report = octavo.quantize(model, tmp_path / "out", scheme="W8A8", evaluate=False)
+    assert report.algorithm == "rtn"
+    assert f"algorithm rtn, which needs no calibration: {why}" in report.warnings
+    asked = octavo.quantize(model, tmp_path / "asked", scheme="W8A8", algorithm="rtn", evaluate=False)
+    assert not any(why in warning for warning in asked.warnings)
+    for options in ({"scheme": "W8A8", "algorithm": "gptq"}, {"scheme": "NVFP4"}):
+        with pytest.raises(QuantizeError, match=f"{why}; algorithm rtn with a scheme whose activations are dynamic"):
+            octavo.quantize(model, tmp_path / "more", evaluate=False, **options)
 
 
 def test_a_model_that_can_write_no_text_is_rounded_to_nearest(fixtures: Path, tmp_path: Path) -> None:

@@ -271,7 +271,6 @@ def prepare(job: Job) -> Prepared:
     from octavo.calibration.text.documents import NoTextError
     from octavo.jobs.mixed_recipe import check_target, mixed_recipe
     from octavo.jobs.rotated_source import rotated_source
-    from octavo.jobs.source_check import check_source
     from octavo.quant.hub import resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
 
@@ -280,9 +279,8 @@ def prepare(job: Job) -> Prepared:
     _check_effort(job)
     _check_options(_resolved(job, calibrates=True))
     checkpoint = open_source(source, job.output, layouts=LAYOUTS, **how)
-    notes = check_source(checkpoint, runs_blocks=_runs_blocks(_resolved(job, calibrates=False)))
     asked = job
-    job = _resolved(asked, calibrates=not notes and checkpoint.layout.is_calibrated)
+    job, notes = _for_source(asked, checkpoint)
     notes += [source_note(checkpoint.source)] if checkpoint.source else []
     _check_options(job)
     if checkpoint.layout.reads_text and _runs_blocks(job):
@@ -319,6 +317,17 @@ def prepare(job: Job) -> Prepared:
     _check_memory(prepared)
     text = None if calibration is None else calibration.data
     return replace(prepared, text=text, notes=tuple(notes), seconds=seconds)
+
+
+def _for_source(job: Job, checkpoint: Checkpoint) -> tuple[Job, list[str]]:
+    """The job with an algorithm that the model can have, and notes for the report. Raises QuantizeError."""
+    from octavo.jobs.source_check import check_source
+
+    notes, uncalibrated = check_source(checkpoint, runs_blocks=_runs_blocks(_resolved(job, calibrates=False)))
+    resolved = _resolved(job, calibrates=not (notes or uncalibrated) and checkpoint.layout.is_calibrated)
+    if uncalibrated and resolved != _resolved(job, calibrates=True):
+        notes.append(f"algorithm {resolved.recipe.algorithm}, which needs no calibration: {uncalibrated}")
+    return resolved, notes
 
 
 def _check_memory(prepared: Prepared) -> None:

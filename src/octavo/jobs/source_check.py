@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from octavo.calibration.layers import QuantizeError
 from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.model.blocks import why_uncalibrated
 from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.encdec_spec import EncDecSpec
 from octavo.runtime.model.encoder_spec import EncoderSpec, UnsupportedEncoderError
@@ -21,24 +23,32 @@ _WHAT = {
     "encoder": "is an encoder",
     "speech": "hears, and is calibrated on no text",
 }
+_WITHOUT = "algorithm rtn with a scheme whose activations are dynamic, such as W4A16 or W8A8, needs no calibration"
 
 
-def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
-    """Refuse an incomplete model before anything is done. Returns notes for the report if its blocks can't be run.
+class Checked(NamedTuple):
+    """notes: for the report. uncalibrated: why blocks of a decoder that octavo knows can't be run; None: they can."""
+
+    notes: list[str]
+    uncalibrated: str | None
+
+
+def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> Checked:
+    """Refuse an incomplete model before anything is done.
 
     runs_blocks: the job does, as calibration has it.
     """
     is_speech = checkpoint.config.get("model_type") in SPEECH
+    uncalibrated = None
     try:
         layout = checkpoint.layout
         if layout.is_decoder:
-            check_dense(checkpoint)
+            uncalibrated = why_uncalibrated(check_dense(checkpoint))
+            if runs_blocks and uncalibrated is not None:
+                raise QuantizeError(f"{uncalibrated}; {_WITHOUT}")
         elif runs_blocks and not layout.is_calibrated:
             kind = "encoder" if layout.is_encoder else "speech"
-            raise QuantizeError(
-                f"calibration runs a decoder's blocks, and this model {_WHAT[kind]}; algorithm rtn with a scheme whose "
-                "activations are dynamic, such as W8A8 or W8A16, needs no model"
-            )
+            raise QuantizeError(f"calibration runs a decoder's blocks, and this model {_WHAT[kind]}; {_WITHOUT}")
         elif layout.is_encoder:
             EncoderSpec.from_hf(checkpoint.config)
         elif is_speech:
@@ -48,13 +58,12 @@ def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> list[str]:
     except (UnsupportedModelError, UnsupportedEncoderError, RopeError) as e:
         if runs_blocks:
             raise QuantizeError(
-                f"calibration runs the model block by block, which this one can't be: {e}; algorithm rtn with a scheme "
-                "whose activations are dynamic, such as W4A16 or W8A8, needs no model"
+                f"calibration runs the model block by block, which this one can't be: {e}; {_WITHOUT}"
             ) from e
-        return [f"octavo doesn't have this model's code, so that no tensor's shape was checked: {e}"]
+        return Checked([f"octavo doesn't have this model's code, so that no tensor's shape was checked: {e}"], None)
     except (LoadError, ModelConfigError) as e:
         raise QuantizeError(f"{checkpoint.directory.name} is not a whole model: {e}") from e
-    return []
+    return Checked([], uncalibrated)
 
 
 def _check_layers(checkpoint: Checkpoint, spec: EncDecSpec) -> None:
