@@ -85,6 +85,11 @@ def test_what_calibrates_is_refused(sentence: SentenceModel, tmp_path: Path) -> 
         quantize(str(sentence.directory), tmp_path / "out", scheme="W4A16@32", algorithm="gptq")
 
 
+def test_a_limit_of_what_is_not_measured_is_refused(sentence: SentenceModel, tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match=r"--max-kl 0.1: a KL is measured of decoders alone"):
+        quantize(str(sentence.directory), tmp_path / "out", scheme="W8A8", max_kl=0.1)
+
+
 def test_inputs_are_balanced_with_weights_where_they_are_rounded_at_load(tmp_path: Path) -> None:
     """A channel far above the others, as real encoders have some, takes a token's scale from all of its others."""
     sentence = SentenceModel(tmp_path / "plain")

@@ -321,9 +321,14 @@ def prepare(job: Job) -> Prepared:
 
 def _for_source(job: Job, checkpoint: Checkpoint) -> tuple[Job, list[str]]:
     """The job with an algorithm that the model can have, and notes for the report. Raises QuantizeError."""
+    from octavo.calibration.layers import QuantizeError
     from octavo.jobs.source_check import check_source
 
     notes, uncalibrated = check_source(checkpoint, runs_blocks=_runs_blocks(_resolved(job, calibrates=False)))
+    if job.max_kl is not None and not checkpoint.layout.is_decoder:
+        raise QuantizeError(
+            f"--max-kl {job.max_kl:g}: a KL is measured of decoders alone, and this is none; leave it out"
+        )
     resolved = _resolved(job, calibrates=not (notes or uncalibrated) and checkpoint.layout.is_calibrated)
     if uncalibrated and resolved != _resolved(job, calibrates=True):
         notes.append(f"algorithm {resolved.recipe.algorithm}, which needs no calibration: {uncalibrated}")
