@@ -121,6 +121,10 @@ def test_a_noisy_machine_widens_the_intervals_and_the_report_says_so() -> None:
     assert widths[1] > 5 * widths[0]
 
 
+def test_where_nothing_was_measured_nobody_is_said_to_keep_the_machine_busy() -> None:
+    assert noise(reported({"m": ServerState("", problem="HTTP 400")})) == ("No load was measured.", False)
+
+
 def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not() -> None:
     of = settings(seconds=5)
     whole = measured(QueueServer(SERVICE), of)

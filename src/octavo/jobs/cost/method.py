@@ -14,6 +14,8 @@ from octavo.jobs.cost.wording import dollars, percent
 def noise(state: State) -> tuple[str, bool]:
     """How busy others kept the machine, and whether that is too much."""
     found = [run.busy_elsewhere for s in state.servers for run in s.runs if run.busy_elsewhere is not None]
+    if not any(server.runs for server in state.servers):
+        return "No load was measured.", False
     if not found:
         return "This system doesn't say how busy other programs kept the machine.", False
     cores = state.machine.cores
