@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType
 from gguf_oracle import write_gguf
+from hf_oracle import CASES, make_hf, save
 from trimmed import whole
 
 from octavo.cli import main
@@ -125,6 +126,17 @@ def test_inspect_names_kernels_of_another_machine(
     assert said in down["reason"]
     assert main(["inspect", model, "--device", device]) == 0
     assert kernel in " ".join(capsys.readouterr().out.split())
+
+
+def test_layers_of_a_name_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts, those that are shared and dense MLPs of a Nemotron all have an up_proj."""
+    monkeypatch.setenv("COLUMNS", "500")
+    assert main(["inspect", str(save(make_hf(*CASES["nemotron_h"]), tmp_path / "model"))]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "up_proj" in line and " for " in line]
+    names = line.partition(" for ")[2].partition(":")[0].split(", ")
+    assert sorted(names) == sorted(set(names))
 
 
 def test_inspect_refuses_a_device_that_is_none(fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:

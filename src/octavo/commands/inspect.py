@@ -284,12 +284,12 @@ def _target(device: str, spec: DecoderSpec) -> Target:
 
 
 def _kernel_lines(facts: dict[str, Any]) -> list[str]:
-    """One for each kernel and reason, with the layers that it serves."""
-    served: dict[tuple[str, str], list[str]] = {}
+    """One for each kernel and reason, with the layers that it serves, each name once."""
+    served: dict[tuple[str, str], dict[str, None]] = {}
     for row in facts["layers"]:
         if row["kernel"]:
             kernel = f"{row['kernel']} (batch-invariant)" if row["batch_invariant"] else row["kernel"]
-            served.setdefault((kernel, row["reason"]), []).append(row["kind"].rpartition(".")[2])
+            served.setdefault((kernel, row["reason"]), {})[row["kind"].rpartition(".")[2]] = None
     lines = [f"kernels on {facts['to_serve']['device']}:"]
     lines += [f"  {kernel} for {', '.join(kinds)}: {reason}" for (kernel, reason), kinds in served.items()]
     return lines
