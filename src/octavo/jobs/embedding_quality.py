@@ -61,6 +61,14 @@ def measure_embeddings(original: Path, quantized: Path, *, dtype: Dtype = "auto"
     return EmbeddingQuality(float(cosines.mean()), float(cosines.min()), len(cosines))
 
 
+def loss_of(original: Path, quantized: Path) -> str:
+    """What `measure_embeddings` finds, in a line, or why it finds nothing."""
+    try:
+        return str(measure_embeddings(original, quantized))
+    except (RuntimeError, ValueError) as e:
+        return f"quality could not be measured: {e}"
+
+
 def _vectors(directory: Path, dtype: Dtype, tokenizer: Tokenizer) -> Tensor:
     model = load_model(EngineConfig(model=str(directory), dtype=dtype))
     if not isinstance(model, Encoder):

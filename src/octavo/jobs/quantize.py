@@ -283,10 +283,6 @@ def prepare(job: Job) -> Prepared:
     job, notes = _for_source(asked, checkpoint)
     notes += [source_note(checkpoint.source)] if checkpoint.source else []
     _check_options(job)
-    if checkpoint.layout.reads_text and _runs_blocks(job):
-        from octavo.jobs.encdec_calibration import check_job
-
-        check_job(job.recipe, measures=job.target is not None, device=job.device)
     seconds: dict[str, float] = {}
     job = _with_layers_kept(job, source, notes, seconds) if checkpoint.layout.is_encoder else job
     checkpoint = rotated_source(checkpoint, job.recipe, notes)
@@ -315,23 +311,22 @@ def prepare(job: Job) -> Prepared:
     prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
     job.listener.estimate(prepared.estimate)
     _check_memory(prepared)
-    text = None if calibration is None else calibration.data
-    return replace(prepared, text=text, notes=tuple(notes), seconds=seconds)
+    return replace(prepared, text=calibration and calibration.data, notes=tuple(notes), seconds=seconds)
 
 
 def _for_source(job: Job, checkpoint: Checkpoint) -> tuple[Job, list[str]]:
     """The job with an algorithm that the model can have, and notes for the report. Raises QuantizeError."""
-    from octavo.calibration.layers import QuantizeError
     from octavo.jobs.source_check import check_source
 
-    notes, uncalibrated = check_source(checkpoint, runs_blocks=_runs_blocks(_resolved(job, calibrates=False)))
-    if job.max_kl is not None and not checkpoint.layout.is_decoder:
-        raise QuantizeError(
-            f"--max-kl {job.max_kl:g}: a KL is measured of decoders alone, and this is none; leave it out"
-        )
+    runs_blocks = _runs_blocks(_resolved(job, calibrates=False))
+    notes, uncalibrated = check_source(checkpoint, runs_blocks=runs_blocks, max_kl=job.max_kl)
     resolved = _resolved(job, calibrates=not (notes or uncalibrated) and checkpoint.layout.is_calibrated)
     if uncalibrated and resolved != _resolved(job, calibrates=True):
         notes.append(f"algorithm {resolved.recipe.algorithm}, which needs no calibration: {uncalibrated}")
+    if checkpoint.layout.reads_text and _runs_blocks(resolved):
+        from octavo.jobs.encdec_calibration import check_job
+
+        check_job(resolved.recipe, measures=job.target is not None, device=job.device)
     return resolved, notes
 
 
@@ -439,30 +434,19 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
     )
 
 
-def _with_cosine(job: Job, source: Path, report: Report) -> Report:
-    """The report of an encoder with what it cost: the verdict on logits says nothing of embeddings."""
-    from octavo.jobs.embedding_quality import measure_embeddings
-
-    try:
-        said = str(measure_embeddings(source, job.output))
-    except (RuntimeError, ValueError) as e:
-        said = f"quality could not be measured: {e}"
-    return replace(report, warnings=(*report.warnings, said))
-
-
 def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
     """The report with measured quality and a verdict, or with the reason why there are none."""
     from octavo.calibration.report.report import rounded
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError
-    from octavo.jobs.embedding_quality import is_encoder, unmeasured
+    from octavo.jobs.embedding_quality import is_encoder, loss_of, unmeasured
     from octavo.jobs.quality import recorded
     from octavo.runtime.config import EngineConfig
 
     job.listener.phase("measuring quality")
     begin = time.perf_counter()
     if is_encoder(source):
-        return _with_cosine(job, source, report)
+        return replace(report, warnings=(*report.warnings, loss_of(source, job.output)))
     if (where := unmeasured(source)) is not None:
         return replace(report, warnings=(*report.warnings, f"quality was not measured: {where}"))
     progress = job.listener.progress

@@ -33,8 +33,8 @@ class Checked(NamedTuple):
     uncalibrated: str | None
 
 
-def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> Checked:
-    """Refuse an incomplete model before anything is done.
+def check_source(checkpoint: Checkpoint, *, runs_blocks: bool, max_kl: float | None = None) -> Checked:
+    """Refuse an incomplete model before anything is done, and a limit of what isn't measured of it.
 
     runs_blocks: the job does, as calibration has it.
     """
@@ -42,6 +42,10 @@ def check_source(checkpoint: Checkpoint, *, runs_blocks: bool) -> Checked:
     uncalibrated = None
     try:
         layout = checkpoint.layout
+        if max_kl is not None and not layout.is_decoder:
+            raise QuantizeError(
+                f"--max-kl {max_kl:g}: a KL is measured of decoders alone, and this is none; leave it out"
+            )
         if layout.is_decoder:
             uncalibrated = why_uncalibrated(check_dense(checkpoint))
             if runs_blocks and uncalibrated is not None:
