@@ -19,8 +19,9 @@ from octavo.runtime.model.sources import CheckpointSource
 def calibration(model: Path, token_ids: Tensor) -> Calibration:
     """token_ids [num_samples, seq_len]."""
     checkpoint = Checkpoint.open(model)
-    data = from_token_ids(list(token_ids), vocab_size=checkpoint.config["vocab_size"], source="a test")
-    return Calibration(data, BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, token_ids.shape[1]))
+    runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, token_ids.shape[1])
+    data = from_token_ids(list(token_ids), vocab_size=runner.spec.vocab_size, source="a test")
+    return Calibration(data, runner)
 
 
 def held_out_tokens(model: Path, num_samples: int = 32, seq_len: int = 64) -> Tensor:

@@ -1,6 +1,7 @@
 """Every model type that octavo serves, with how its tiny random checkpoint is made and what its own code says of it.
 
-A case of `hf_oracle.CASES` or of `encoder_oracle.CASES` that is named by its model type is found here by itself.
+A case of `hf_oracle.CASES`, `encoder_oracle.CASES`, `tiny_encdec.CASES` or `tiny_vision.MAKERS` that is named by its
+model type is found here by itself.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import encoder_oracle
 import hf_oracle
 import tiny_encdec
+import tiny_vision
+import tiny_whisper
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+Kind = Literal["decoder", "images", "encoder", "encoder-decoder", "speech"]
 Truth = Callable[[list[int]], Tensor]  # token ids [T] -> logits [T, vocab], or an encoder's hidden states [T, H]
 
 ALIASES = {
@@ -28,32 +33,39 @@ ALIASES = {
 }
 """Model types with the one that is the same but for its name, and their class."""
 HALVES = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
-"""Model types that are found in vision checkpoints alone: tests/runtime/vision compares them with what they see."""
+"""Model types that are found in vision checkpoints alone, with which they are proved."""
 SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "q_lora_rank")
 SIZES += ("head_dim", "global_head_dim", "hidden_size_per_layer_input", "laurel_rank", "intermediate_size")
 SIZES += ("shared_intermediate_size", "linear_value_head_dim", "moe_shared_expert_intermediate_size")
 GROUP = 32
 """Of a group of weights. These sizes are multiples of it here, so that nothing is refused for being tiny."""
+DEPTHS = {"qwen3_next": 2}
+"""Layers of models whose random weights make so much of noise that four bits leave nothing of four layers: transformers
+with noise of eight bits' size in its weights is a tenth of the logits' variance off."""
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model type's tiny checkpoint. write: into a directory; returns what transformers computes with it."""
+    """A model type's tiny checkpoint.
+
+    write: into a directory that isn't there; returns what transformers computes with it: a Truth, or a TinyVision.
+    """
 
     model_type: str
-    is_encoder: bool
-    write: Callable[[Path], Truth]
-    reads_source: bool = False
+    kind: Kind
+    write: Callable[[Path], Any]
 
     @property
     def is_decoder(self) -> bool:
-        return not (self.is_encoder or self.reads_source)
+        """Whether it can be calibrated, and has what decoders have."""
+        return self.kind in ("decoder", "images")
 
 
 def _write_decoder(name: str, directory: Path) -> Truth:
     family, overrides = hf_oracle.CASES[name]
     grouped = {key: _grouped(overrides[key]) for key in SIZES if overrides.get(key)}
-    model = hf_oracle.make_hf(family, overrides | grouped)
+    depth = {"num_hidden_layers": DEPTHS[name]} if name in DEPTHS else {}
+    model = hf_oracle.make_hf(family, overrides | grouped | depth)
     hf_oracle.save(model, directory)
     return partial(_logits, model)
 
@@ -91,19 +103,37 @@ def _write_encoder_decoder(name: str, directory: Path) -> Truth:
     return lambda ids: tiny_encdec.logits(model, tiny_encdec.texts(1)[0], ids)
 
 
+def _write_whisper(directory: Path) -> Truth:
+    """Logits of what the decoder reads; the encoder has heard `tiny_whisper.heard()`."""
+    directory.mkdir()
+    model = tiny_whisper.make_whisper(directory)
+    return lambda ids: tiny_whisper.logits(model, tiny_whisper.heard(), ids)
+
+
+def _write_gemma3n(directory: Path) -> Truth:
+    """As the Hub has it, without its towers, which transformers has no code of its own for."""
+    truth = _write_decoder("gemma3n_text", directory)
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    tensors = load_file(weights)
+    save_file({name.replace("model.", "model.language_model.", 1): x for name, x in tensors.items()}, weights)
+    outer = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]}
+    config.write_text(json.dumps(outer | {"text_config": json.loads(config.read_text())}))
+    return truth
+
+
 def _all() -> dict[str, TinyModel]:
     decoders = {name: partial(_write_decoder, name) for name in hf_oracle.CASES if "-" not in name}
     encoders = {name: partial(_write_encoder, name) for name in encoder_oracle.CASES if "," not in name}
     for name, (same, _) in ALIASES.items():
         (encoders if same in encoders else decoders)[name] = partial(_write_alias, name)
-    found = {
-        name: TinyModel(name, is_encoder, write)
-        for is_encoder, writers in ((False, decoders), (True, encoders))
-        for name, write in sorted(writers.items())
+    writers: dict[Kind, dict[str, Callable[[Path], Any]]] = {
+        "decoder": decoders | {"gemma3n": _write_gemma3n},
+        "images": {name: partial(tiny_vision.make_tiny_vision, name) for name in tiny_vision.MAKERS if "-" not in name},
+        "encoder": encoders,
+        "encoder-decoder": {name: partial(_write_encoder_decoder, name) for name in tiny_encdec.NAMES},
+        "speech": {"whisper": _write_whisper},
     }
-    for name in sorted(tiny_encdec.NAMES):
-        found[name] = TinyModel(name, False, partial(_write_encoder_decoder, name), reads_source=True)
-    return found
+    return {name: TinyModel(name, kind, write) for kind in writers for name, write in sorted(writers[kind].items())}
 
 
 MODEL_TYPES = _all()

@@ -143,15 +143,22 @@ def generated(model: Any, source: list[int], max_tokens: int, **how: Any) -> lis
 
 def computed(model: EncoderDecoder, source: list[int], decoded: list[int], size: int = LONGEST) -> Tensor:
     """[len(decoded), vocab] of octavo, in steps of so many tokens."""
+    return computed_behind(model, torch.tensor(source), len(source), decoded, size)
+
+
+def computed_behind(
+    model: EncoderDecoder, source: Tensor, length: int, decoded: list[int], size: int = LONGEST
+) -> Tensor:
+    """The same of what any encoder reads, which becomes so many positions."""
     block_size = 16
     caches = kv_cache.allocate(model, LONGEST // block_size, block_size, model.dtype)
     rows = []
-    new: tuple[NewSource, ...] = (NewSource((0,), torch.tensor(source)),)
+    new: tuple[NewSource, ...] = (NewSource((0,), source),)
     for begin in range(0, len(decoded), size):
         tokens = decoded[begin : begin + size]
         wanted = torch.arange(len(tokens))
         end = begin + len(tokens)
         step = StepInputs.prefill([end], block_size, sizes=[len(tokens)], token_ids=tokens, logits_index=wanted)
-        rows.append(model.forward(replace(step, sources=SourceRows((0,), (len(source),), new)), caches))
+        rows.append(model.forward(replace(step, sources=SourceRows((0,), (length,), new)), caches))
         new = ()
     return torch.cat(rows)

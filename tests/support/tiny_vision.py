@@ -269,7 +269,7 @@ def _gemma3(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
 def _llama4(kind: str, tokenizer: Any) -> tuple[Any, Any]:  # noqa: ARG001
     tokens = ["<|image|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|patch|>", *tokens]})
-    text = TEXT | {"num_local_experts": 4, "intermediate_size_mlp": 72, "head_dim": 16, "attention_chunk_size": 32}
+    text = TEXT | {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 16, "attention_chunk_size": 32}
     vision = TOWER | {"image_size": 28, "patch_size": 7, "intermediate_size": 128, "vision_output_dim": 40}
     config = transformers.Llama4Config(
         text_config=transformers.Llama4TextConfig(**text, vocab_size=len(tokenizer)),

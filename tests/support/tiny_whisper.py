@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 END = 256  # behind the bytes
 MARKS = ["startoftranscript", "en", "de", "haw", "translate", "transcribe", "startoflm", "startofprev", "nospeech"]
@@ -85,3 +86,15 @@ def save_text_side(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     named = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "model_max_length": 64}
     (directory / "tokenizer_config.json").write_text(json.dumps(named))
+
+
+def heard(seed: int = 0) -> Tensor:
+    """Random features of one second: [mels, 2 * POSITIONS]."""
+    return torch.randn(NUM_MELS, 2 * POSITIONS, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def logits(model: transformers.WhisperForConditionalGeneration, features: Tensor, decoded: list[int]) -> Tensor:
+    """[len(decoded), vocab] of transformers."""
+    found: Tensor = model(input_features=features[None], decoder_input_ids=torch.tensor([decoded])).logits[0]
+    return found

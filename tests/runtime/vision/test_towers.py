@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from PIL import Image
+from asked_images import BLOCK, FIRST, SECOND, engine_of, logprobs_of, mark_of, request_of, text_of
 from safetensors.torch import load_file, save_file
 from slow_cases import slow
-from tiny_vision import MARKS, TinyVision, as_png, make_tiny_vision, picture
+from tiny_vision import TinyVision, make_tiny_vision, picture
 from toy_model import run_to_end, tokens_of
 
 from octavo.calibration.prepare import prepare
@@ -26,16 +23,12 @@ from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig, MediaLimits
-from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.offload.select import digest_of_files
-from octavo.runtime.startup import load_engine
 from octavo.runtime.vision.loading import tower_of
 from octavo.runtime.vision.preprocessing import Preprocessing, UnreadImagesError
-from octavo.server.media.frames import frames_of
-from octavo.server.media.prompt import ReadImage, expanded, placed
 
 OTHERS = ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl")
 OTHERS += ("llama4", "paligemma", "paligemma-2", "gemma4", "gemma4-small", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
@@ -53,67 +46,14 @@ OTHERWISE = [
     ("qwen2_5_vl", 1),
     *((kind, 2048) for kind in ("llava", "qwen2_5_vl", "gemma3", *OTHERS)),
 ]
-BLOCK = 4
 HAS_STATES = ("qwen3_5", "qwen3_5_moe")
 NUM_LINEARS = {"llama4": 57, "gemma4": 28, "gemma4-small": 32, "qwen3_vl_moe": 48, "qwen3_5": 19, "qwen3_5_moe": 55}
 """Linear layers of text halves that don't have 3 layers with 7 each."""
-FIRST, SECOND = picture(1, 50, 37), picture(2, 31, 90)
-MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyVision:
     return make_tiny_vision(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def engine_of(directory: Path, chunk: int = 2048, **options: object) -> Engine:
-    limits = {"num_blocks": 200, "block_size": BLOCK, "max_model_len": 200, "max_num_batched_tokens": chunk}
-    return load_engine(EngineConfig(model=str(directory), **{"dtype": "float32"} | limits | options), time.time())[0]
-
-
-def mark_of(tiny: TinyVision) -> str:
-    return MARKS[tiny.model.config.model_type]
-
-
-def text_of(tiny: TinyVision, count: int) -> str:
-    mark = mark_of(tiny)
-    return "user: look " + f" and {mark}".join(["", *[", then"] * count]) + " what is it?\nassistant: "
-
-
-def request_of(
-    tiny: TinyVision, engine: Engine, pictures: list[Image.Image], name: str = "a", **params: object
-) -> AddRequest:
-    """As the server makes it, out of files."""
-    facts = engine.worker.model.tower.facts
-    read = []
-    for one in pictures:
-        made = frames_of(as_png(one), facts.recipe_for(len(pictures)))
-        digest = hashlib.sha256(repr((made.size, made.frames)).encode() + made.pixels).digest()
-        read.append(ReadImage(digest, made.size, made.frames, made.pixels))
-    text = expanded(
-        text_of(tiny, len(pictures)),
-        read,
-        facts,
-        tiny.placeholder if tiny.kind.startswith("qwen") else mark_of(tiny),
-        tiny.placeholder,
-    )
-    ids = tiny.processor.tokenizer(text)["input_ids"]
-    settings = {"max_tokens": 6, "temperature": 0.0} | params
-    images = placed(ids, read, facts)
-    return AddRequest(name, ids, SamplingParams(**settings), 0.0, images=images)
-
-
-def logprobs_of(outputs: list[TokenOutput]) -> torch.Tensor:
-    """[T - 1, vocab] of a prompt's tokens but the first, by token id."""
-    listed = outputs[0].prompt_logprobs
-    assert listed is not None
-    rows = []
-    for entry in listed[1:]:
-        assert entry is not None
-        row = torch.empty(len(entry.top_ids))
-        row[entry.top_ids] = torch.tensor(entry.top_logprobs)
-        rows.append(row)
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize(("tiny", "chunk"), [*IN_CHUNKS, *(slow(*case) for case in OTHERWISE)], indirect=["tiny"])
