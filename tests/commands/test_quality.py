@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.calibration.verify import held_out_text
-from octavo.jobs.quality import WINDOW, QualityError, measure_quality, perplexity_of
+from octavo.jobs.measured_text import QualityError
+from octavo.jobs.quality import WINDOW, measure_quality, perplexity_of
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
 

@@ -273,4 +273,6 @@ def test_commands_say_what_it_is(made: tuple[str, Path]) -> None:
     assert "reads a prompt with its encoder, and its decoder writes" in done.stdout
     measured = commands.run("eval", str(directory), seconds=100)
     assert measured.code != 0
-    assert "quality is not measured here: an encoder-decoder's shows in its answers" in measured.stderr
+    assert "is an encoder-decoder, which is measured on answers to prompts: --data FILE.jsonl" in measured.stderr
+    asked = commands.run("eval", str(directory), "--tasks", "arc_easy", seconds=100)
+    assert "--tasks: quality is not measured here: an encoder-decoder's shows in its answers" in asked.stderr

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     from octavo.calibration.report.terminal import print_report
     from octavo.calibration.verify import NotFiniteError
-    from octavo.jobs.quality import QualityError
+    from octavo.jobs.measured_text import QualityError
     from octavo.offline.errors import EngineError
     from octavo.quant.hub import resolve_model
     from octavo.quant.model_files import CheckpointError
@@ -123,9 +123,12 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
 def _of_encoder(options: EvalOptions, directory: Path, console: Console) -> bool:
     """Whether the model is an encoder, whose cosines to the original are printed then."""
     from octavo.jobs.embedding_quality import is_encoder, measure_embeddings, unmeasured
+    from octavo.jobs.measured_text import reads_pairs
     from octavo.quant.hub import model_name, resolve_model
     from octavo.report.files import write_whole
 
+    if reads_pairs(directory):
+        return False
     if (where := unmeasured(directory)) is not None:
         raise EvalError(f"quality is not measured here: {where}")
     if not is_encoder(directory):

@@ -34,7 +34,8 @@ class EvalOptions(msgspec.Struct, frozen=True):
     data: Annotated[
         Path | None,
         Meta(
-            description="a text file, or .jsonl, .json, .parquet or .csv as for calibration",
+            description="a text file, or .jsonl, .json, .parquet or .csv as for calibration; of an encoder-decoder a "
+            ".jsonl of prompts and completions",
             extra={"group": "the text", "metavar": "FILE", "default": "octavo's held-out text"},
         ),
     ] = None

@@ -26,7 +26,7 @@ from octavo.text.tokenizer import Tokenizer
 WORDS = (6, 12, 25, 50, 100)  # of the texts, in turns
 NUM_TEXTS = 100
 OF_SPEECH = "a speech model's shows in transcripts of recordings, beside those of the original"
-OF_ANSWERS = "an encoder-decoder's shows in its answers, beside those of the original"
+OF_ANSWERS = "an encoder-decoder's shows in its answers, which octavo eval --data FILE.jsonl takes beside their prompts"
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ class ModelText:
         self.max_position: int | None = text_config.get("max_position_embeddings")
         self.has_chat_template = bool(self._template.templates)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Raises DataError if the tokenizer can't encode it."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, is_answer: bool = False) -> list[int]:
+        """Token ids of a text. is_answer: the model writes it. Raises DataError if the tokenizer can't encode it."""
         try:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, is_answer=is_answer)
         except EncodingError as e:
             raise DataError(f"{self._directory / 'tokenizer.json'}: {e}; other text works") from e
 

@@ -10,27 +10,19 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.calibration.progress import Progress, silent
-from octavo.calibration.verify import (
-    HELD_OUT,
-    BlockNoise,
-    Comparison,
-    Likelihood,
-    Perplexity,
-    Quality,
-    held_out_text,
-    windows,
-)
-from octavo.kernels.attention.step import StepInputs
+from octavo.calibration.verify import BlockNoise, Comparison, Likelihood, Perplexity, Quality
+from octavo.jobs.measured_text import PAIR, MeasuredText, QualityError, Window, measured_text
+from octavo.kernels.attention.step import NewSource, SourceRows, StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.dequantized import open_dequantized
 from octavo.quant.scheme import AT_LOAD
@@ -39,19 +31,13 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.model import Model, Tap
 from octavo.runtime.model.weights import OnLayer, load_model
+from octavo.runtime.source_messages import TextSource
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import choose_device, free_memory
-
-if TYPE_CHECKING:
-    from octavo.jobs.model_text import ModelText
 
 WINDOW = 256
 BLOCK = 16
 MOST_OF_ROUNDING = 0.7  # of an embedding in two bits; two vectors of a size that have nothing in common differ by 1.4
-
-
-class QualityError(RuntimeError):
-    """Quality can't be measured here; the message says why. That says nothing against the checkpoint."""
 
 
 def measure_quality(
@@ -110,23 +96,23 @@ def recorded(
     text: as of `measure_quality`; device: also of those models. dequantized: an original that is quantized itself is
     the model that its weights stand for, inputs as they are. Raises what measure_quality does.
     """
-    token_ids, prefix, source = _tokens(Path(original.model), text, max_tokens)
+    measured = measured_text(Path(original.model), text, max_tokens)
     with tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
         with torch.inference_mode():  # not around the yield, or its caller would be in it
             loading = _loading(progress, "original")
-            runner = _load(original, token_ids, prefix, loading, device=device, dequantized=dequantized)
+            runner = _load(original, measured, loading, device=device, dequantized=dequantized)
             facts = runner.facts
             window = runner.window
             table_rows = runner.table_rows
             record = _Recording(logits), _Recording(hidden)
             _check_disk(runner)
-            for number, token_window in enumerate(runner.windows):
-                record[0].write(runner.run(token_window, lambda _, states: record[1].write(states)))
+            for number, window_of_text in enumerate(runner.windows):
+                record[0].write(runner.run(window_of_text, lambda _, states: record[1].write(states)))
                 _tell(progress, number, runner, "original")
             del runner
             gc.collect()
         directory = Path(original.model)
-        yield Recorded(directory, token_ids, prefix, source, window, facts, table_rows, logits, hidden, device)
+        yield Recorded(directory, measured, window, facts, table_rows, logits, hidden, device)
 
 
 def perplexity_of(
@@ -134,14 +120,14 @@ def perplexity_of(
 ) -> Perplexity:
     """Perplexity of one model. Raises what measure_quality does."""
     Checkpoint.open(Path(model.model), LAYOUTS, takes_transforms=True)
-    token_ids, prefix, source = _tokens(Path(model.model), text, max_tokens)
+    measured = measured_text(Path(model.model), text, max_tokens)
     likelihood = Likelihood()
     with torch.inference_mode():
-        runner = _load(model, token_ids, prefix, _loading(progress, "model"))
-        for number, token_window in enumerate(runner.windows):
-            likelihood.add(token_window, runner.run(token_window))
+        runner = _load(model, measured, _loading(progress, "model"))
+        for number, window in enumerate(runner.windows):
+            likelihood.add(window.token_ids, runner.run(window))
             _tell(progress, number, runner, "model")
-    return Perplexity(source, runner.window, likelihood.num_tokens, likelihood.perplexity)
+    return Perplexity(measured.name, runner.window, likelihood.num_tokens, likelihood.perplexity)
 
 
 class _Recording:
@@ -183,10 +169,11 @@ class _Facts:
 class _Runner:
     """A model that runs window by window over a cache as the server would give it."""
 
-    def __init__(self, model: Model, config: EngineConfig, token_windows: list[Tensor], window: int) -> None:
+    def __init__(self, model: Model, config: EngineConfig, measured: MeasuredText, window: int) -> None:
         self.model = model
         self.window = window
-        self.windows = token_windows
+        self.windows = measured.windows(window)
+        self._shows_hidden = model.gives_hidden and not measured.pairs
         notes: list[str] = []
         dtype = kv_cache.choose_dtype(model, config.kv_cache_dtype, notes)
         scales = kv_cache.choose_scales(model, dtype, notes)
@@ -196,34 +183,34 @@ class _Runner:
     @property
     def num_blocks(self) -> int:
         """Number of blocks whose hidden states can be had."""
-        return self.model.num_layers if self.model.gives_hidden else 0
+        return self.model.num_layers if self._shows_hidden else 0
 
     @property
     def table_rows(self) -> Tensor | None:
         """The embedding's rows [T, hidden] of the first window's tokens; None: the model doesn't show any."""
-        return self.model.token_table[self.windows[0]].float().cpu() if self.model.gives_hidden else None
+        return self.model.token_table[self.windows[0].token_ids].float().cpu() if self._shows_hidden else None
 
-    def run(self, token_ids: Tensor, tap: Tap | None = None) -> Tensor:
+    def run(self, window: Window, tap: Tap | None = None) -> Tensor:
         """All logits [T, vocab] of one window, in one prefill step."""
-        length = len(token_ids)
-        step = StepInputs.prefill([length], BLOCK, token_ids=token_ids, logits_index=range(length))
+        length = len(window.token_ids)
+        step = StepInputs.prefill([length], BLOCK, token_ids=window.token_ids, logits_index=range(length))
         step = step.to(self.model.device)
-        return self.model.forward(step, self._caches, tap if self.model.gives_hidden else None).float().cpu()
+        if window.source is not None:
+            new = (NewSource((0,), window.source),)
+            step = replace(step, sources=SourceRows((0,), (len(window.source),), new))
+        return self.model.forward(step, self._caches, tap if self._shows_hidden else None).float().cpu()
 
 
 @dataclass(frozen=True)
 class Recorded:
     """An original's logits and hidden states over a text, in temporary files; see `recorded`.
 
-    prefix  tokens before each window of the text's token_ids; source: the text's name
     table_rows  the embedding's rows of the first window's tokens, or None
     device  where models that are compared with it run; None: where they would be served
     """
 
     directory: Path
-    token_ids: list[int]
-    prefix: list[int]
-    source: str
+    text: MeasuredText
     window: int
     facts: _Facts
     table_rows: Tensor | None
@@ -235,7 +222,7 @@ class Recorded:
     def compare(self, quantized: EngineConfig, progress: Progress = silent) -> Quality:
         """Run a quantized model and compare it. Raises what measure_quality does."""
         loading = _loading(progress, "quantized")
-        runner = _load(quantized, self.token_ids, self.prefix, loading, self.window, self.device)
+        runner = _load(quantized, self.text, loading, self.window, self.device)
         _check_alike(self.directory, self.facts, Path(quantized.model), runner.facts)
         logits = _Recording(self.logits)
         hidden = _Recording(self.hidden)
@@ -247,11 +234,11 @@ class Recorded:
             states = states.float().cpu()
             noise.add(block, hidden.read(states), states)
 
-        for number, token_window in enumerate(runner.windows):
-            after = runner.run(token_window, tap if is_same_stream else None)
-            comparison.add(token_window, logits.read(after), after)
+        for number, window in enumerate(runner.windows):
+            after = runner.run(window, tap if is_same_stream else None)
+            comparison.add(window.token_ids, logits.read(after), after)
             _tell(progress, number, runner, "quantized")
-        return comparison.result(self.source, runner.window, noise.result())
+        return comparison.result(self.text.name, runner.window, noise.result())
 
 
 def _is_same_stream(before: Tensor | None, after: Tensor | None) -> bool:
@@ -267,8 +254,7 @@ def _loading(progress: Progress, which: str) -> OnLayer:
 
 def _load(
     config: EngineConfig,
-    token_ids: list[int],
-    prefix: list[int],
+    measured: MeasuredText,
     on_layer: OnLayer,
     window: int | None = None,
     device: Device | None = None,
@@ -281,12 +267,26 @@ def _load(
         model = load_model(config, device, rounds_inputs=True, dequantized=dequantized, on_layer=on_layer)
     except (ValueError, OSError) as e:
         raise QualityError(f"{directory.name} can't be run: {e}") from e
-    if max(token_ids) >= model.vocab_size:
-        raise QualityError(f"the tokenizer gives token {max(token_ids)}, and {directory} has {model.vocab_size}")
+    largest = max(measured.token_ids)
+    if largest >= model.vocab_size:
+        raise QualityError(f"the tokenizer gives token {largest}, and {directory} has {model.vocab_size}")
+    if measured.pairs:
+        return _Runner(model, config, measured, _longest_answer(model, measured))
     if window is not None and window > model.max_position:
         raise QualityError(f"{directory} has {model.max_position} positions, and the original {window} or more")
     window = window or min(WINDOW, model.max_position)
-    return _Runner(model, config, windows(token_ids, window, prefix), window)
+    return _Runner(model, config, measured, window)
+
+
+def _longest_answer(model: Model, measured: MeasuredText) -> int:
+    """Tokens of the longest one. Raises QualityError for pairs that the model doesn't read."""
+    if not isinstance(model.source, TextSource):
+        raise QualityError(f"{model.architecture} has no encoder of text, and {measured.name} has prompts with answers")
+    longest = measured.longest
+    for found, most, whose in zip(longest, (model.source.positions, model.max_position), PAIR, strict=True):
+        if found > most:
+            raise QualityError(f"{measured.name}: a {whose} has {found} tokens, and {model.architecture} reads {most}")
+    return longest[1]
 
 
 def _tell(progress: Progress, number: int, runner: _Runner, which: str) -> None:
@@ -311,7 +311,7 @@ def _check_memory(directory: Path, *, dequantized: bool) -> None:
 
 
 def _check_disk(runner: _Runner) -> None:
-    tokens = sum(len(token_window) for token_window in runner.windows)
+    tokens = sum(len(window.token_ids) for window in runner.windows)
     facts = runner.facts
     needed = 4 * tokens * (facts.vocab_size + runner.num_blocks * facts.hidden_size)
     directory = tempfile.gettempdir()
@@ -327,53 +327,3 @@ def _bytes_to_serve(checkpoint: Checkpoint) -> int:
     """Bytes of a checkpoint's tensors in memory; a CPU keeps fp8 as bf16."""
     specs = [checkpoint.spec(name) for name in checkpoint.names]
     return sum(spec.nbytes * (2 if spec.dtype == torch.float8_e4m3fn else 1) for spec in specs)
-
-
-def _tokens(directory: Path, text: Path | None, max_tokens: int) -> tuple[list[int], list[int], str]:
-    """A text's first max_tokens tokens, the tokens before each window (BOS, if any), and the text's name."""
-    from octavo.calibration.text.documents import DataError
-    from octavo.jobs.model_text import ModelText
-
-    try:
-        model_text = ModelText(directory)
-        source = HELD_OUT if text is None else text.name
-        content = held_out_text() if text is None else _read_text(text, model_text)
-    except DataError as e:
-        raise QualityError(str(e)) from e
-    plain, framed = (model_text.encode("a", add_special_tokens=special) for special in (False, True))
-    token_ids = _encode(model_text, content, max_tokens)
-    if len(token_ids) < 2:
-        raise QualityError(f"{source} has {len(token_ids)} tokens; 2 are the fewest that say anything")
-    if max(token_ids) >= model_text.vocab_size:
-        raise QualityError(f"the tokenizer gives token {max(token_ids)}, and the model has {model_text.vocab_size}")
-    return token_ids, framed[: framed.index(plain[0])], source
-
-
-def _read_text(path: Path, model_text: ModelText) -> str:
-    """A text file as it is, or a data set's documents (.jsonl, .json, .csv, .parquet, .gz) joined by blank lines."""
-    from octavo.calibration.text.data import ConversationError
-    from octavo.calibration.text.documents import SUFFIXES, DataError, open_file
-
-    try:
-        if path.suffix.lower() == ".txt" or not path.name.lower().endswith(SUFFIXES):
-            return path.read_text("utf-8")
-        with ExitStack() as stack:
-            documents = open_file(path, stack)
-            found = [documents[i] for i in range(len(documents))]
-        return "\n\n".join(d.text if d.text is not None else model_text.render(d.messages) for d in found)
-    except OSError as e:
-        raise QualityError(f"the text {path} can't be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise QualityError(f"the text {path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
-    except ConversationError as e:
-        raise DataError(f"{path} has conversations: {e}") from e
-
-
-def _encode(model_text: ModelText, text: str, max_tokens: int) -> list[int]:
-    """The first max_tokens tokens of a text; no more of a large file is tokenized than they take."""
-    length = 32 * max_tokens
-    while True:
-        token_ids = model_text.encode(text[:length], add_special_tokens=False)
-        if length >= len(text) or len(token_ids) >= 2 * max_tokens:
-            return token_ids[:max_tokens]
-        length *= 2
