@@ -9,6 +9,9 @@ prompts of peers.py greedily. Where the first GOAL tokens are not octavo's, the 
 distance of the two log-probabilities by octavo in float32. Near is what octavo itself moves leads by, 99 of 100 times,
 between its float32 and its bfloat16. llama.cpp rounds inputs to 8 bits besides, which that doesn't count.
 
+vLLM's build for CPUs lacks the CUDA op that rotates inputs while serving (hadacore_transform): it is asked again with
+that one op in plain torch, and the engine's cell says so.
+
 I-quants are llama-quantize's own, out of --llama-f16 with --llama-imatrix: octavo reads them and doesn't write them.
 
 A case that WORK/rows.json has is not run again.
@@ -59,10 +62,16 @@ class Case:
     flags: str
     engines: tuple[str, ...]
     reason: str = ""  # why a difference is no near-tie, or no engine loads it
+    rotations: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.format}-{self.scheme}"
+        return "-".join((self.format, self.scheme, *self.rotations.split()))
+
+    @property
+    def label(self) -> str:
+        """The scheme's cell."""
+        return f"{self.scheme}, {self.rotations}" if self.rotations else self.scheme
 
 
 CASES = (
@@ -71,6 +80,7 @@ CASES = (
     *(Case("compressed-tensors", s, "", CT) for s in ("W8A8", "FP8_DYNAMIC", "FP8")),
     Case("compressed-tensors", "FP8_BLOCK", "", CT, SHORT_BLOCKS.format("greedy")),
     *(Case("compressed-tensors", s, "", CT) for s in ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16")),
+    Case("compressed-tensors", "W4A16", G, ("vLLM",), rotations="R1 R2 R4"),
     *(Case("gptq", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16")),
     *(Case("gptq_v2", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16")),
     *(Case("awq", s, G, PACKED) for s in ("W4A16_ASYM", "W4A16")),
@@ -123,7 +133,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         quantize_by_llama(case, args, checkpoint) if case.format == MADE_BY_LLAMA else quantize(case, args, checkpoint)
     )
     if refused:
-        return {"row": [case.format, case.scheme, "octavo", "not written", refused], "refusals": [], "versions": []}
+        return {"row": [case.format, case.label, "octavo", "not written", refused], "refusals": [], "versions": []}
     refusals = []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -139,10 +149,10 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
                 ours = single if name.endswith("float32") else half
                 near = distance(single, half).lead_p99
                 cells = greedy_cells(run.url, asked.prompts, begun(ours), begun(answer), near)
-                row = [case.format, case.scheme, name, *cells]
+                row = [case.format, case.label, name, *cells]
                 return {"row": row, "refusals": refusals, "versions": [answer.version]}
     return {
-        "row": [case.format, case.scheme, "none", "", "see the reasons below"],
+        "row": [case.format, case.label, "none", "", "see the reasons below"],
         "refusals": refusals,
         "versions": [],
     }
@@ -155,6 +165,7 @@ def quantize(case: Case, args: argparse.Namespace, checkpoint: Path) -> str | No
     shutil.rmtree(checkpoint, ignore_errors=True)
     command = [sys.executable, "-m", "octavo", "quantize", str(args.model), "-o", str(checkpoint), "--no-eval"]
     command += ["--scheme", case.scheme, "--format", case.format, "--algorithm", "rtn", *case.flags.split()]
+    command += ["--rotations", *case.rotations.split()] if case.rotations else []
     if case.scheme in ("FP8", "NVFP4"):
         command += ["--dataset", str(args.text), "--num-calibration-samples", "8"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -184,6 +195,9 @@ def answers(case: Case, args: argparse.Namespace, checkpoint: Path, asked: Quest
             environment = {"LD_PRELOAD": args.vllm_preload}
             peer = Peer("vLLM, bfloat16", args.vllm_python, "vllm_greedy.py", "bfloat16", environment)
             yield peer.name, ask(peer, checkpoint, asked)
+            if case.rotations:
+                peer = replace(peer, environment=environment | {"HADACORE": "torch"})
+                yield "vLLM with hadacore_transform in plain torch, bfloat16", ask(peer, checkpoint, asked)
         elif engine == "gptqmodel" and args.gptq_python:
             peer = Peer("gptqmodel, bfloat16", args.gptq_python, "gptqmodel_greedy.py", "bfloat16")
             yield peer.name, ask(peer, checkpoint, asked)

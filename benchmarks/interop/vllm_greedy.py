@@ -1,6 +1,9 @@
 """One checkpoint by vLLM: runs in vLLM's environment, knows nothing of octavo. The job is described in peers.py.
 
-python vllm_greedy.py CHECKPOINT JOB.json
+    python vllm_greedy.py CHECKPOINT JOB.json
+
+With HADACORE=torch in the environment, the op that multiplies by Sylvester's matrix over sqrt(n), which vLLM's build
+for CPUs lacks, is plain torch; all else is vLLM's own.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an error in the worker reaches us with its words
     import vllm
 
+    if os.environ.get("HADACORE") == "torch":
+        replace_hadacore()
     try:
         model = vllm.LLM(
             checkpoint, dtype=job["dtype"], max_model_len=1024, enforce_eager=True, enable_prefix_caching=False
@@ -32,6 +37,22 @@ def main() -> None:
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer | {"version": f"vLLM {vllm.__version__}"}), flush=True)
     os._exit(0)  # some builds end in `terminate called` after a correct answer
+
+
+def replace_hadacore() -> None:
+    import torch
+    from vllm import _custom_ops
+
+    def transform(x, inplace=True):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        out = x.float().reshape(-1, x.shape[-1])
+        half = 1
+        while half < x.shape[-1]:
+            first, second = out.view(len(out), -1, 2, half).unbind(2)
+            out = torch.stack([first + second, first - second], 2).reshape(len(out), -1)
+            half *= 2
+        return (out * x.shape[-1] ** -0.5).to(x.dtype).view(x.shape)
+
+    _custom_ops.hadacore_transform = transform
 
 
 def run(model, prompts: list[list[int]], params):  # type: ignore[no-untyped-def]
