@@ -89,7 +89,8 @@ def without(engine: Engine) -> Engine:
     """An engine that doesn't speculate, over the same model and the same memory for its cache."""
     worker = engine.worker
     limits = engine.scheduler.config
-    replays = None if worker.replays is None else StepReplays(worker.model, worker.caches, limits.max_model_len)
+    sizes = (limits.max_model_len, limits.block_size)
+    replays = None if worker.replays is None else StepReplays(worker.model, worker.caches, *sizes)
     return Engine(Worker(worker.model, worker.caches, limits, replays=replays), limits, overlaps=False)
 
 

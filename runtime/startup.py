@@ -176,7 +176,9 @@ def at_once(config: EngineConfig, rank: LoadedRank, clock: Phases) -> tuple[Step
         graphs = StepGraphs(model, rank.caches, *sizes)
         clock.end("cuda graphs")
         return graphs, None
-    return None, StepReplays(model, rank.caches, limits.max_model_len) if model.recordable else None
+    if not model.recordable:
+        return None, None
+    return None, StepReplays(model, rank.caches, limits.max_model_len, limits.block_size)
 
 
 def prepare_device(config: EngineConfig, device: Device | None, clock: Phases) -> tuple[Device, int]:

@@ -16,6 +16,7 @@ The state of a sequence is S of all heads, and the inputs of the convolution of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,10 @@ class Mamba2Weights:
     skip: Tensor
     norm: Tensor | None
     factors: Tensor | None = None
+
+
+Mamba2Body = Callable[[Tensor, StepInputs, StateCache, Mamba2Shape, Mamba2Weights, float], Tensor]
+"""As `mamba2`."""
 
 
 def mamba2(

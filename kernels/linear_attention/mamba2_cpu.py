@@ -1,4 +1,4 @@
-"""CPU body of Mamba 2's state space: prompts a chunk of tokens at once, in matrix products; decode steps all at once.
+"""Mamba 2's state space in plain torch: prompts a chunk of tokens at once, in matrix products.
 
 With l the sum of rate * dt within a chunk, of its tokens i and j (arXiv 2405.21060, section 6)
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.mamba2 import (
+    Mamba2Body,
     Mamba2Shape,
     Mamba2Weights,
     by_head,
@@ -25,7 +26,7 @@ from octavo.kernels.linear_attention.mamba2 import (
     projected,
     times,
 )
-from octavo.kernels.linear_attention.states import StateCache, StateShape, is_one_token_each, pieces, rows_of, taken
+from octavo.kernels.linear_attention.states import StateCache, StateShape, is_one_token_each, pieces, taken
 
 CHUNK = 64
 """Tokens. Their pairs are [H, CHUNK, CHUNK] numbers."""
@@ -33,24 +34,28 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Mamba2:
-    """One layer's. eps: of the norm."""
+    """One layer's. eps: of the norm. decode: the body of one token of each sequence, if any."""
 
     shape: Mamba2Shape
     weights: Mamba2Weights
     eps: float
+    decode: Mamba2Body | None = None
 
     @property
     def state(self) -> StateShape:
         return self.shape.state
 
+    @property
+    def recordable(self) -> bool:
+        """Torch asks in Python which sequences begin (`states.taken`)."""
+        return self.decode is not None
+
     def forward(self, x: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
         """`mamba2.mamba2`."""
+        if self.decode is not None and is_one_token_each(step, len(x)):
+            return self.decode(x, step, cache, self.shape, self.weights, self.eps)
         z, mixed, dt = projected(x, self.shape, self.weights)
-        steps = times(dt, self.shape, self.weights)
-        if is_one_token_each(step, len(x)):
-            y = self._decode(mixed, steps, step, cache)
-        else:
-            y = self._prefill(mixed, steps, step, cache)
+        y = self._prefill(mixed, times(dt, self.shape, self.weights), step, cache)
         return gated_and_normed(y, z, self.shape, self.weights, self.eps).to(x.dtype)
 
     def whole(self, x: Tensor) -> Tensor:
@@ -64,20 +69,6 @@ class Mamba2:
         weights = self.weights
         yield from (weights.conv, weights.conv_bias, weights.rate, weights.dt_bias, weights.skip)
         yield from (tensor for tensor in (weights.norm, weights.factors) if tensor is not None)
-
-    def _decode(self, mixed: Tensor, steps: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
-        """Of one token of each sequence: y [S, inner]."""
-        weights = self.weights
-        history, state = taken(cache, step)
-        taps = torch.cat((history, mixed.unsqueeze(1)), dim=1)
-        x, b, c = by_head(F.silu((taps * weights.conv).sum(1) + weights.conv_bias), self.shape)
-        state *= torch.exp(weights.rate * steps)[..., None, None]
-        state += (steps.unsqueeze(2) * x).unsqueeze(3) * b.unsqueeze(2)
-        rows = rows_of(step).rows
-        cache.parts[0][rows] = taps[:, 1:]
-        cache.parts[1][rows] = state
-        y = torch.matmul(state, c.unsqueeze(3)).squeeze(3)
-        return (y + weights.skip.unsqueeze(1) * x).flatten(1)
 
     def _prefill(self, mixed: Tensor, steps: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
         """Of any number of tokens of each sequence: y [T, inner]."""

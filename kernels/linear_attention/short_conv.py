@@ -9,36 +9,43 @@ The state of a sequence is b * x of its latest tokens, the oldest first. Float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.linear_attention.states import StateCache, StateShape, is_one_token_each, pieces, rows_of, taken
+from octavo.kernels.linear_attention.states import StateCache, StateShape, is_one_token_each, pieces, taken
+
+ShortConvDecode = Callable[[Tensor, StepInputs, StateCache, Tensor], Tensor]
+"""x [S, 3 H], one token of each sequence, and the taps: [S, H]. It writes the states of the step's sequences."""
 
 
 @dataclass(frozen=True)
 class ShortConv:
-    """weight [taps, H] float32, the latest token's tap last."""
+    """weight [taps, H] float32, the latest token's tap last. decode: the body of one token of each sequence, if any."""
 
     weight: Tensor
+    decode: ShortConvDecode | None = None
 
     @property
     def state(self) -> StateShape:
         taps, channels = self.weight.shape
         return StateShape(((taps - 1, channels),))
 
+    @property
+    def recordable(self) -> bool:
+        """Torch asks in Python which sequences begin (`states.taken`)."""
+        return self.decode is not None
+
     def forward(self, x: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
         """x [T, 3 H] of b, c and x -> [T, H]; writes the states of the step's sequences, and copies it asks for."""
+        if self.decode is not None and is_one_token_each(step, len(x)):
+            return self.decode(x, step, cache, self.weight)
         b, c, values = x.float().chunk(3, dim=1)
         gated = b * values
         (history,) = taken(cache, step)
-        if is_one_token_each(step, len(x)):
-            seen = torch.cat((history, gated.unsqueeze(1)), dim=1)
-            cache.parts[0][rows_of(step).rows] = seen[:, 1:]
-            return (c * self._convolve(seen).squeeze(1)).to(x.dtype)
         out = torch.empty_like(gated)
         for piece in pieces(step):
             now = slice(piece.begin, piece.end)

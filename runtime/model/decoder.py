@@ -36,7 +36,7 @@ from octavo.runtime.model.side_by_side import SideBySide
 from octavo.runtime.model.single_layers import AnyLayer
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.stages import HandedOn, Received
-from octavo.runtime.model.state_layers import GatedDelta, StateMixing
+from octavo.runtime.model.state_layers import StateMixing
 from octavo.runtime.source_messages import Source
 from octavo.runtime.vision.towers import VisionTower
 
@@ -130,7 +130,7 @@ class Decoder:
     @property
     def recordable(self) -> bool:
         known = all(_is_recordable(layer) for layer in self._layers)
-        return self.ops.recordable and known and self.spec.has_gates and not self.spec.scales_queries
+        return self.ops.recordable and known and not self.spec.scales_queries
 
     @property
     def mixtures(self) -> list[GroupedExperts]:
@@ -300,8 +300,10 @@ def _cache_shapes(layer: AnyLayer | AltUpLayer) -> list[CacheShape]:
 
 def _is_recordable(layer: AnyLayer | AltUpLayer) -> bool:
     attention = layer.attention
-    if isinstance(attention, StateMixing | SideBySide) and not isinstance(attention, GatedDelta):
-        return False  # asks in Python which sequences begin (`states.taken`)
     if layer.mlp is not None and not layer.mlp.capturable:
         return False
-    return attention is None or isinstance(attention, GatedDelta) or attention.shape.head_dim % 16 == 0
+    if isinstance(attention, StateMixing):
+        return attention.recordable
+    if isinstance(attention, SideBySide) and not attention.mixer.recordable:
+        return False
+    return attention is None or attention.shape.head_dim % 16 == 0

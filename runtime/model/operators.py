@@ -24,6 +24,8 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.hadamard.reference import hadamard_rows
 from octavo.kernels.linear_attention import gated_delta as gated_delta_reference
 from octavo.kernels.linear_attention.gated_delta import GatedDeltaBody
+from octavo.kernels.linear_attention.mamba2 import Mamba2Body
+from octavo.kernels.linear_attention.short_conv import ShortConvDecode
 from octavo.kernels.norm import reference as norm_reference
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden, refuse_input_quant
 
@@ -139,6 +141,7 @@ class Ops:
     invariant         the bodies that are so, on the same device; None: none are known
     latent            attention over latents (kernels/attention/latent.py); None: the device has none
     gated_delta       the gated delta rule (kernels/linear_attention/gated_delta.py); None: the device has none
+    mamba2_decode, short_conv_decode  of one token of each sequence (kernels/linear_attention/); None: torch does it
     hadamard      of inputs that are rotated while serving (kernels/hadamard/); None: the device has none
     """
 
@@ -156,6 +159,8 @@ class Ops:
     invariant: Ops | None = None
     latent: LatentBody | None = None
     gated_delta: GatedDeltaBody | None = None
+    mamba2_decode: Mamba2Body | None = None
+    short_conv_decode: ShortConvDecode | None = None
     hadamard: HadamardBody | None = None
 
 

@@ -27,7 +27,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     from octavo.kernels.attention import cpu as attention_cpu
     from octavo.kernels.attention import latent_cpu, rope_cpu
     from octavo.kernels.hadamard import cpu as hadamard_cpu
-    from octavo.kernels.linear_attention import gated_delta_cpu
+    from octavo.kernels.linear_attention import gated_delta_cpu, mamba2_decode_cpu, short_conv_decode_cpu
     from octavo.kernels.norm import cpu as fused_cpu
 
     ops = Ops(
@@ -42,6 +42,8 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         recordable=True,
         latent=LatentBody(latent_cpu.write_latents, attention_cpu.paged_attention),
         gated_delta=gated_delta_cpu.gated_delta,
+        mamba2_decode=mamba2_decode_cpu.mamba2_decode,
+        short_conv_decode=short_conv_decode_cpu.short_conv_decode,
         hadamard=hadamard_cpu.hadamard_,
     )
     attention = one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.invariant_attention)

@@ -34,6 +34,7 @@ class GatedDelta:
     out: Linear
     shape: GatedDeltaShape
     weights: GatedDeltaWeights
+    recordable = True
 
     @property
     def input_quant(self) -> ActivationQuant | None:
@@ -73,6 +74,11 @@ class StateBody(Protocol):
     @property
     def state(self) -> StateShape: ...
 
+    @property
+    def recordable(self) -> bool:
+        """Whether it launches the same kernels in all decode steps of a size (kernels/native/recording.py)."""
+        ...
+
     def forward(self, x: Tensor, step: StepInputs, cache: StateCache) -> Tensor:
         """x [T, N] -> [T, M]; the states of the step's sequences go into the cache."""
         ...
@@ -99,6 +105,10 @@ class StateMixer:
     @property
     def input_quant(self) -> ActivationQuant | None:
         return self.into.input_quant
+
+    @property
+    def recordable(self) -> bool:
+        return self.body.recordable
 
     def forward(self, x: Hidden, step: StepInputs, cache: MixerCache, rows: Tensor | None = None) -> Tensor:
         """As `Attention.forward`."""
@@ -130,6 +140,7 @@ class KimiDeltaAttention:
     qkv: Linear
     gates: Linear
     out: Linear
+    recordable = False  # it asks in Python which sequences begin (`states.taken`)
 
     @property
     def input_quant(self) -> ActivationQuant | None:

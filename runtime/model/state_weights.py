@@ -51,19 +51,19 @@ def _read_between(
     tensors = _read_tensors(builder, index, mixer)
     body: StateBody
     if isinstance(mixer, ShortConvSpec):
-        body = ShortConv(tensors["conv.weight"].squeeze(1).T.contiguous())
+        body = ShortConv(tensors["conv.weight"].squeeze(1).T.contiguous(), builder.ops.short_conv_decode)
     else:
-        body = _mamba2(mixer, tensors, builder.spec.norm_eps)
+        body = Mamba2(mixer.shape, _mamba2(mixer, tensors), builder.spec.norm_eps, builder.ops.mamba2_decode)
     into, out = (builder.linear(*builder.read(parts)) for parts in (first, last))
     return StateMixer(into, out, body)
 
 
-def _mamba2(mixer: Mamba2Spec, tensors: dict[str, Tensor], eps: float) -> Mamba2:
+def _mamba2(mixer: Mamba2Spec, tensors: dict[str, Tensor]) -> Mamba2Weights:
     bias = tensors.get("conv1d.bias")
     shape = mixer.shape
     group = shape.num_groups * shape.state_dim
     widths = torch.tensor([shape.inner, shape.inner, group, group, shape.num_heads])  # of z, x, B, C and dt
-    weights = Mamba2Weights(
+    return Mamba2Weights(
         conv=tensors["conv1d.weight"].squeeze(1).T.contiguous(),
         conv_bias=torch.zeros(shape.channels) if bias is None else bias,
         rate=-tensors["A_log"].exp(),
@@ -72,7 +72,6 @@ def _mamba2(mixer: Mamba2Spec, tensors: dict[str, Tensor], eps: float) -> Mamba2
         norm=tensors.get("norm.weight"),
         factors=torch.tensor(mixer.factors).repeat_interleave(widths) if mixer.factors else None,
     )
-    return Mamba2(shape, weights, eps)
 
 
 def _read_gated_delta(

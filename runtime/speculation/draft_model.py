@@ -70,7 +70,8 @@ class DraftModel:
         self._longest = min(max_model_len, model.max_position)
         self._pool = BlockPool(first.key.shape[0])
         self._read: OrderedDict[Sequence, _Read] = OrderedDict()  # who was asked about last is the last one
-        self._replays = StepReplays(model, caches, self._longest) if records and model.recordable else None
+        records = records and model.recordable
+        self._replays = StepReplays(model, caches, self._longest, self._block_size) if records else None
         self._choice = DraftChoice(vocab_size, seed, model.device)
 
     @property

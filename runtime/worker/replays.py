@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.step import QUERY_CLASSES, GroupTables, StateRows, StepInputs
-from octavo.kernels.linear_attention.states import Cache, StateCache, with_blocks
+from octavo.kernels.linear_attention.states import Cache, StateCache
 from octavo.kernels.lora.rows import AdapterRows
 from octavo.kernels.native.recording import Memory, NotRecordableError, Recording
 from octavo.runtime.model.model import Model, Tap
@@ -51,13 +51,14 @@ class StepReplays:
     of those before a recording is proven.
     """
 
-    def __init__(self, model: Model, caches: list[Cache], max_model_len: int) -> None:
+    def __init__(self, model: Model, caches: list[Cache], max_model_len: int, block_size: int) -> None:
         from octavo.kernels.native.thread_pool import pool
 
         pool()  # made now, and not in the step that is recorded first
         self._model = model
         self._caches = caches
         self._max_model_len = max_model_len
+        self._block_size = block_size
         self._records_adapters = model.adapters is not None and model.adapters.recordable
         self._state_parts = [part for cache in caches if isinstance(cache, StateCache) for part in cache.parts]
         self._memory = Memory()
@@ -118,7 +119,7 @@ class StepReplays:
         recording = Recording(self._memory)
         before = self._states(inputs)
         try:
-            held = _held(inputs, size, longest, -(-longest // with_blocks(self._caches)[0].block_size))
+            held = _held(inputs, size, longest, -(-longest // self._block_size))
             mark = self.mark
             again = None if mark is None else lambda: recording.call(mark)
             tap = tap_of(again, self.keep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,24 +11,30 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StateRows, StepInputs
 from octavo.kernels.linear_attention import mamba2, mamba2_cpu
-from octavo.kernels.linear_attention.mamba2 import Mamba2Shape, Mamba2Weights
+from octavo.kernels.linear_attention.mamba2 import Mamba2Body, Mamba2Shape, Mamba2Weights
+from octavo.kernels.linear_attention.mamba2_decode_cpu import mamba2_decode
 from octavo.kernels.linear_attention.states import StateCache
 
-Mamba2Body = Callable[[Tensor, StepInputs, StateCache, Mamba2Shape, Mamba2Weights, float], Tensor]
 
-
-def on_cpu(
+def in_torch(
     x: Tensor, step: StepInputs, cache: StateCache, shape: Mamba2Shape, weights: Mamba2Weights, eps: float
 ) -> Tensor:
     return mamba2_cpu.Mamba2(shape, weights, eps).forward(x, step, cache)
 
 
-BODIES: dict[str, Mamba2Body] = {"reference": mamba2.mamba2, "cpu": on_cpu}
+def on_cpu(
+    x: Tensor, step: StepInputs, cache: StateCache, shape: Mamba2Shape, weights: Mamba2Weights, eps: float
+) -> Tensor:
+    return mamba2_cpu.Mamba2(shape, weights, eps, mamba2_decode).forward(x, step, cache)
+
+
+BODIES: dict[str, Mamba2Body] = {"reference": mamba2.mamba2, "torch": in_torch, "cpu": on_cpu}
 SHAPES = {
     "one group": Mamba2Shape(num_heads=4, head_dim=8, num_groups=1, state_dim=16, taps=4),
     "two groups": Mamba2Shape(num_heads=6, head_dim=4, num_groups=2, state_dim=8, taps=3),
     "limits": Mamba2Shape(4, 8, 1, 16, taps=4, dt_limits=(0.3, 0.6)),
     "gate behind the norm": Mamba2Shape(6, 4, 2, 8, taps=4, norms_first=True),
+    "many channels": Mamba2Shape(3, 200, 1, 20, taps=2),
 }
 LENGTHS = (150, 1, 67)
 EPS = 1e-5
@@ -114,9 +119,10 @@ def test_outputs_of_the_linear_layer_are_multiplied_and_a_norm_may_be_missing(bo
     weights = dataclasses.replace(weights_of(shape), norm=None, factors=factors)
     (x, *_) = tokens_of(shape)
     cache = StateCache(tuple(torch.zeros(2, *part) for part in shape.state.parts))
-    (found,) = in_steps(lambda x, step, cache: BODIES[body](x, step, cache, shape, weights, EPS), [x], 70, cache)
     expected = truth(x, shape, weights)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    for size in (70, 1):
+        (found,) = in_steps(lambda x, step, cache: BODIES[body](x, step, cache, shape, weights, EPS), [x], size, cache)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -131,20 +137,23 @@ def test_copies_of_states_are_those_behind_their_tokens(body: str) -> None:
     states = StateRows(torch.tensor([0, 1]), torch.tensor([-1, -1]), saves)
     BODIES[body](both, step_of([100, 20], [0, 0], states), cache, shape, weights, EPS)
     for source, begin, x in ((3, 32, first), (4, 100, first), (0, 100, first), (5, 10, second), (1, 20, second)):
-        end = begin + 17
-        states = StateRows(torch.tensor([2]), torch.tensor([source]))
-        found = BODIES[body](x[begin:end], step_of([17], [begin], states), cache, shape, weights, EPS)
-        expected = truth(x[:end], shape, weights)[begin:]
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+        expected = truth(x[: begin + 17], shape, weights)[begin:]
+        for count in (17, 1):
+            states = StateRows(torch.tensor([2]), torch.tensor([source]))
+            step = step_of([count], [begin], states)
+            found = BODIES[body](x[begin : begin + count], step, cache, shape, weights, EPS)
+            bound = 2e-5 * float(expected.abs().max())
+            torch.testing.assert_close(found.double(), expected[:count], rtol=0, atol=bound)
 
 
-def test_half_types_are_computed_in_float32() -> None:
+@pytest.mark.parametrize("size", [200, 1])
+def test_half_types_are_computed_in_float32(size: int) -> None:
     shape = SHAPES["one group"]
+    weights = weights_of(shape)
     x = tokens_of(shape)[0].bfloat16()
-    cache = StateCache(tuple(torch.zeros(1, *part) for part in shape.state.parts))
-    states = StateRows(torch.tensor([0]), torch.tensor([-1]))
-    found = on_cpu(x, step_of([len(x)], [0], states), cache, shape, weights_of(shape), EPS)
+    cache = StateCache(tuple(torch.zeros(2, *part) for part in shape.state.parts))
+    (found,) = in_steps(lambda x, step, cache: on_cpu(x, step, cache, shape, weights, EPS), [x], size, cache)
     assert found.dtype == torch.bfloat16
-    expected = truth(x, shape, weights_of(shape))
+    expected = truth(x, shape, weights)
     unit = 2.0**-8  # of rounding what comes out
     assert bool(((found.double() - expected).abs() <= unit * expected.abs() + 2e-5 * expected.abs().max()).all())

@@ -81,6 +81,15 @@ def test_answers_are_those_of_the_layers(family: str, dtype: str, tmp_path: Path
     check(save(make_hf(name, overrides | sizes), tmp_path / family), dtype=dtype)
 
 
+@pytest.mark.parametrize("family", ["granitemoehybrid-dense", "falcon_h1", "nemotron_h", "mamba2", "lfm2"])
+def test_answers_of_hybrids_are_those_of_the_layers(family: str, tmp_path: Path) -> None:
+    """With states, which a recorded step goes on with where they are; without experts."""
+    name, overrides = CASES[family]
+    kinds = ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"]
+    dense = {"head_dim": 32, "layers_block_type": kinds} if family == "nemotron_h" else {}
+    check(save(make_hf(name, overrides | dense), tmp_path / family), dtype="bfloat16")
+
+
 @pytest.mark.parametrize("name", ["tiny--llmc-w8a8", "tiny--llmc-fp8-kv", "tiny--llmc-w4a16-g32", "tiny-qwen2"])
 def test_answers_of_quantized_models_are_those_of_the_layers(name: str, fixtures: Path) -> None:
     check(fixtures / name, kv_cache_dtype="fp8_e4m3")
@@ -163,7 +172,7 @@ def test_what_depends_on_a_value_is_not_replayed(
 ) -> None:
     cache = load_cache()
     model: Any = Reading(look)
-    replays = StepReplays(model, cache, 64)
+    replays = StepReplays(model, cache, 64, 4)
     settled = []
     with caplog.at_level(logging.WARNING), torch.inference_mode():
         for length in range(16, 31):
@@ -181,7 +190,7 @@ def test_a_size_that_made_room_for_others_is_recorded_again(monkeypatch: pytest.
 
     monkeypatch.setattr(module, "MOST_REPLAYS", 1)
     model: Any = Reading(lambda _: 3)
-    replays = StepReplays(model, load_cache(), 64)
+    replays = StepReplays(model, load_cache(), 64, 4)
     with torch.inference_mode():
         for count in (1, 2, 1):
             for token in range(10):
