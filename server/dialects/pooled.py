@@ -155,16 +155,17 @@ def _beside(body: EmbeddingRequest, pooled: PooledText) -> int:
 
 def prompt_before(body: EmbeddingRequest, pooled: PooledText) -> str:
     """What stands before each text. Raises ApiError."""
-    if body.prompt is not None:
-        return body.prompt
-    if body.prompt_name is None:
+    return named_prompt(body.prompt_name, pooled) if body.prompt is None else body.prompt
+
+
+def named_prompt(name: str | None, pooled: PooledText) -> str:
+    """One of the model's prompts; None: its default. Raises ApiError."""
+    if name is None:
         return pooled.prompt
-    found = pooled.prompts.get(body.prompt_name)
+    found = pooled.prompts.get(name)
     if found is None:
         known = f"; {', '.join(pooled.prompts)} are known" if pooled.prompts else ", which has none"
-        raise bad_request(
-            f"prompt_name {body.prompt_name[:80]!r} is none of this model's prompts{known}", "prompt_name"
-        )
+        raise bad_request(f"prompt_name {name[:80]!r} is none of this model's prompts{known}", "prompt_name")
     return found
 
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from octavo.offline.requests import Asked, Conversation, Job
     from octavo.runtime.messages import PoolingTask
     from octavo.server.pooled_inputs import PooledPrompt
+    from octavo.server.pooled_text import PooledText
     from octavo.server.pooling import PooledResult
 
 CHAT_OPTIONS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
@@ -253,6 +254,11 @@ class LLM:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(missing("LLM", name))
+
+    @property
+    def pooled(self) -> PooledText | None:
+        """What a model does that generates nothing: its tasks, prompts and labels; None: it generates."""
+        return self._model.model.pooled
 
     def embed(
         self,

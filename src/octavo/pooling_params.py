@@ -13,13 +13,15 @@ class PoolingParams:
 
     dimensions: the first so many numbers of an embedding, of models that were trained for it. use_activation: whether
     embeddings get the length 1, and logits become probabilities. truncate_prompt_tokens: tokens of a longer prompt that
-    are kept, -1 for what the model takes; None: a longer one is refused.
+    are kept, -1 for what the model takes; None: a longer one is refused. prompt_name: which of the prompts in
+    config_sentence_transformers.json stands before each text that is embedded.
     """
 
     truncate_prompt_tokens: int | None = None
     dimensions: int | None = None
     use_activation: bool | None = None
     task: PoolingTask | None = None
+    prompt_name: str | None = None
 
     def __post_init__(self) -> None:
         keep = self.truncate_prompt_tokens

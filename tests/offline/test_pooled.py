@@ -136,3 +136,19 @@ def test_labels_and_an_event_loop(forked: None, tmp_path: Path) -> None:  # noqa
 
     for truth, output in zip(truths, asyncio.run(ask()), strict=True):
         torch.testing.assert_close(output.outputs.data, truth, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_stands_before_texts_that_are_embedded(embedder: LLM, sentence: SentenceModel) -> None:
+    named = PoolingParams(prompt_name="query")
+    (found,) = embedder.embed("red", pooling_params=named, use_tqdm=False)
+    torch.testing.assert_close(
+        torch.tensor(found.outputs.embedding), sentence.embedding("query: red"), atol=1e-4, rtol=1e-4
+    )
+    for ask, said in (
+        (lambda: embedder.embed("red", pooling_params=PoolingParams(prompt_name="x")), "none of this model's prompts"),
+        (lambda: embedder.embed({"prompt_token_ids": [13]}, pooling_params=named), "leave it out"),
+        (lambda: embedder.encode("red", pooling_task="token_embed", pooling_params=named), "leave it out"),
+        (lambda: embedder.score("red", ["red"], pooling_params=named), "leave it out"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask()

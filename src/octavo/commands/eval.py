@@ -1,7 +1,8 @@
 """Measure a model's perplexity; with --against, what a quantized model lost of the original.
 
 Both run as `octavo serve` runs them, one after the other. The exit code is 3 when the mean KL is above --max-kl. With
---tasks, what is measured are tasks of lm-eval instead of a text, and the exit code is 3 when a loss is seen.
+--tasks, what is measured are tasks of lm-eval instead of a text, and the exit code is 3 when a loss is seen. Of models
+that embed or rerank it is nDCG, and the exit code is 3 when that lost more than --max-ndcg-loss.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from octavo.calibration.report.terminal import print_report
     from octavo.calibration.verify import NotFiniteError
+    from octavo.commands.eval_pooled import check_pooled, measure_pooled
     from octavo.jobs.measured_text import QualityError
     from octavo.offline.errors import EngineError
     from octavo.quant.hub import resolve_model
@@ -63,8 +65,10 @@ def run(args: argparse.Namespace) -> int:
         directory = resolve_model(options.model, options.revision)
         if options.tasks:
             return _of_tasks(options, directory, console)
-        if _of_encoder(options, directory, console):
-            return 0
+        if check_pooled(options, directory):
+            assert options.against is not None
+            original = resolve_model(options.against, options.against_revision)
+            return 0 if measure_pooled(options, directory, original, console) else NOT_GOOD_ENOUGH
         if options.against is None:
             _alone(options, directory, console)
             return 0
@@ -82,11 +86,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(options: EvalOptions) -> None:
     """Refuse flags that don't go together, and outputs that can't be written, before minutes are spent."""
+    from octavo.commands.eval_pooled import OF_RANKING
     from octavo.commands.eval_tasks import check_tasks
 
     check_tasks(options)
+    for flag in OF_RANKING:
+        if options.tasks and getattr(options, flag) is not None:
+            raise EvalError(
+                f"--{flag.replace('_', '-')} is about embeddings, and --tasks asks questions: leave one out"
+            )
     if options.against is None:
-        for flag in ("against_revision", "max_kl", "html"):
+        for flag in ("against_revision", "max_kl", "html", *OF_RANKING):
             if getattr(options, flag) is not None:
                 raise EvalError(f"--{flag.replace('_', '-')} compares two models: --against names the original")
     for flag in ("json", "html"):
@@ -118,31 +128,6 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
     return EngineConfig(
         model=str(directory), dtype=options.dtype, kv_cache_dtype=kv, lm_head_dtype=options.lm_head_dtype
     )
-
-
-def _of_encoder(options: EvalOptions, directory: Path, console: Console) -> bool:
-    """Whether the model is an encoder, whose cosines to the original are printed then."""
-    from octavo.jobs.embedding_quality import is_encoder, measure_embeddings, unmeasured
-    from octavo.jobs.measured_text import reads_pairs
-    from octavo.quant.hub import model_name, resolve_model
-    from octavo.report.files import write_whole
-
-    if reads_pairs(directory):
-        return False
-    if (where := unmeasured(directory)) is not None:
-        raise EvalError(f"quality is not measured here: {where}")
-    if not is_encoder(directory):
-        return False
-    if options.against is None:
-        raise EvalError("an encoder has no perplexity: --against names the original, to which embeddings are compared")
-    for flag in ("max_kl", "html", "data"):
-        if getattr(options, flag) is not None:
-            raise EvalError(f"--{flag.replace('_', '-')} is about logits, and an encoder has none; leave it out")
-    found = measure_embeddings(resolve_model(options.against, options.against_revision), directory, dtype=options.dtype)
-    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
-    if options.json is not None:
-        write_whole(options.json, json.dumps({"model": model_name(options.model), **asdict(found)}, indent=2) + "\n")
-    return True
 
 
 def _alone(options: EvalOptions, directory: Path, console: Console) -> None:

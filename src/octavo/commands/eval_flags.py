@@ -76,6 +76,35 @@ class EvalOptions(msgspec.Struct, frozen=True):
     apply_chat_template: Annotated[
         bool, Meta(description="send prompts through the model's chat template", extra={"default": "as plain text"})
     ] = False
+    dataset: Annotated[
+        Path | None,
+        Meta(
+            description="retrieval in BEIR's layout: a directory or .zip with corpus.jsonl, queries.jsonl and "
+            "qrels/test.tsv, or another .tsv of qrels",
+            extra={
+                "group": "models that embed or rerank",
+                "metavar": "DIR|FILE",
+                "default": "octavo's held-out questions",
+            },
+        ),
+    ] = None
+    runner: Annotated[
+        Literal["auto", "generate", "pooling"],
+        Meta(description="pooling: both models embed or rerank, whatever their class", extra={"default": "auto"}),
+    ] = "auto"
+    convert: Annotated[
+        Literal["auto", "none", "embed", "classify"],
+        Meta(description="as in `octavo serve`", extra={"default": "auto"}),
+    ] = "auto"
+    max_ndcg_loss: Annotated[
+        float | None,
+        Meta(
+            ge=0,
+            le=1,
+            description="exit with 3 when nDCG@10 is lower than the original's by more than X",
+            extra={"metavar": "X", "default": "no limit", "what": "a number from 0 to 1"},
+        ),
+    ] = None
     dtype: Annotated[
         Dtype,
         Meta(

@@ -16,7 +16,7 @@ from octavo.pooling_params import PoolingParams
 from octavo.runtime.messages import PoolingParams as EngineParams
 from octavo.runtime.messages import PoolingTask
 from octavo.server.admission import Ticket
-from octavo.server.dialects.pooled import checked_dimensions
+from octavo.server.dialects.pooled import checked_dimensions, named_prompt
 from octavo.server.errors import bad_request
 from octavo.server.pooled_inputs import Cut, PooledPrompt, ids_prompt, text_prompt
 from octavo.server.pooled_text import PooledText
@@ -60,14 +60,17 @@ async def pooled_prompts(
     """What each prompt gave, in order. Raises ValueError and EngineError."""
     pooled, wanted = facts_of(model, task or params.task)
     cut = Cut(params.truncate_prompt_tokens)
-
+    named = params.prompt_name is not None
+    with python_errors():
+        before = named_prompt(params.prompt_name, pooled) if wanted == "embed" or named else ""
+    if named and (wanted != "embed" or any(one.token_ids is not None for one in given)):
+        raise ValueError("prompt_name: texts that are embedded have such a prompt before them; leave it out")
     if any(one.images for one in given):
         raise ValueError("multi_modal_data: images are read by models that generate; leave it out")
 
     def prompt_of(one: Given) -> PooledPrompt:
         if one.token_ids is not None:
             return ids_prompt(one.token_ids, "prompt", model.model, cut)
-        before = pooled.prompt if wanted == "embed" else ""
         return text_prompt(one.text or "", "prompt", model.model, cut, before=before)
 
     with python_errors():
@@ -84,6 +87,8 @@ async def scores(
 ) -> list[tuple[float, PooledPrompt]]:
     """A score for each pair of texts: a cross-encoder's, or the cosine of their embeddings."""
     pooled, task = facts_of(model, None)
+    if params.prompt_name is not None:
+        raise ValueError("prompt_name: a score is of two texts, which have one prompt; leave it out")
     cut = Cut(params.truncate_prompt_tokens)
     with python_errors():
         if task == "classify":
