@@ -98,9 +98,7 @@ class Sleep:
                 self._before = None
             if not left:
                 self.level = 0
-                for member in fleet.members:
-                    self._open(member)
-                fleet.place()
+                self._open_all()
         return time.monotonic() - begin
 
     async def load_instead(self, start: Callable[[int], Engine], undone: Callable[[], None]) -> bool:
@@ -157,13 +155,7 @@ class Sleep:
 
     def _stay_awake(self, problem: str) -> SleepError:
         """An engine could not give its memory back: those that live go on, and others are started again."""
-        for member in self._fleet.members:
-            if member.client.death is None:
-                self._open(member)
-            else:
-                member.is_resting = False
-                self._fleet.lose(member, member.client.death)
-        self._fleet.place()
+        self._open_all()
         return SleepError(problem)
 
     async def _end_engines(self, members: Sequence[Member]) -> int:
@@ -188,7 +180,12 @@ class Sleep:
             await self._end_engines(fleet.members)
             raise SleepError(f"the engines sleep on, since they can't be woken: {error}") from None
 
-    def _open(self, member: Member) -> None:
-        """Let an engine have requests again."""
-        member.is_resting = False
-        self._fleet.chooser.open(member, member.ready)
+    def _open_all(self) -> None:
+        """Let the engines have requests again; those that have died meanwhile are started again."""
+        for member in self._fleet.members:
+            member.is_resting = False
+            if member.client.death is None:
+                self._fleet.chooser.open(member, member.ready)
+            else:
+                self._fleet.lose(member, member.client.death)
+        self._fleet.place()

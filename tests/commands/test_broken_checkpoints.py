@@ -415,7 +415,9 @@ def test_one_line_says_what_is_wrong(
     CASES[name].damage(model)
     done = commands.run(*arguments(command, model), seconds=SECONDS)
     assert done.code in (1, 2), done
-    (line,) = done.stderr.splitlines()
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done
+    line = lines[0]
     assert line.startswith(f"octavo {'quantize' if command == 'calibrate' else command}: ")
     assert len(line) < 3_000
     assert line.isprintable()

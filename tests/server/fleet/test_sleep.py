@@ -188,6 +188,25 @@ def test_an_engine_that_dies_asleep_is_started_when_it_is_to_wake_up() -> None:
     run(test)
 
 
+def test_an_engine_that_dies_while_others_wake_up_is_started_again() -> None:
+    async def test() -> None:
+        async with opened() as (fleet, sleep):
+            await sleep.sleep(2)
+
+            def lose_first(index: int) -> None:  # all engines are ready then, and none is open
+                fleet.on_restart = None
+                fleet.members[0].client.end("lost")
+
+            fleet.on_restart = lose_first
+            await sleep.wake()
+            asked = [request(f"r{n}", [n]) for n in range(4)]
+            assert await asyncio.gather(*(answer(fleet, one) for one in asked)) == [expected(one) for one in asked]
+            await until(lambda: fleet.members[0].is_up)
+            assert not fleet.members[0].client.death
+
+    run(test)
+
+
 def test_an_engine_that_is_not_up_lets_none_sleep() -> None:
     async def test() -> None:
         async with opened() as (fleet, sleep):

@@ -314,7 +314,10 @@ def test_what_is_refused_says_why(seeing: Server, shared: Path, tmp_path: Path) 
 
 
 def test_who_hangs_up_leaves_the_queue() -> None:
-    """One image is decoded at a time: what nobody waits for any more is not, but for one that has begun."""
+    """Images are decoded one by one: of what nobody waits for any more, those go on that have begun.
+
+    These are two at most: one that is decoded, and the one before it, whose answer is being checked.
+    """
     vision = VisionModel(WholeImage((28, 28), 28, 3, 16), 5, 5, 3)
 
     async def left_over() -> int:
@@ -331,7 +334,7 @@ def test_who_hangs_up_leaves_the_queue() -> None:
         images.close()
         return count
 
-    assert asyncio.run(left_over()) <= 1
+    assert asyncio.run(left_over()) <= 2
 
 
 def test_a_template_of_text_alone_refuses_images() -> None:
