@@ -18,8 +18,7 @@ async def drain(fleet: Fleet, index: int) -> None:
             await asyncio.sleep(POLL_SECONDS)
         return
     member.is_draining = True
-    if fleet.on_drain is not None:
-        fleet.on_drain(index)
+    fleet.on_drain(index)
     try:
         while member.num_answers and member.is_up:
             await asyncio.sleep(POLL_SECONDS)

@@ -58,8 +58,8 @@ class Fleet:
 
     start: starts the engine of a number anew. seed: of the seeds of requests that come without one. restarts: who
     decides about those of an engine; None: limits.
-    on_step is called with an engine's number and each of its steps, for the metrics; on_restart with its number when
-    it counts from nothing again. on_down is called with the number of an engine that is no more, the reason, and the
+    on_step is called with an engine's number and each of its steps, for the metrics; on_restart with its number before
+    the first step of one that counts from nothing again, and on_up when that one can serve. on_down is called with the number of an engine that is no more, the reason, and the
     seconds until it is started again; on_drain with that of one that is to be drained. on_death is called once, when no
     engine is left and all streams have been told. elsewhere tells what other processes of the server have under way.
     """
@@ -91,11 +91,12 @@ class Fleet:
         self.death: str | None = None  # why no engine is left; None while there is one, or will be
         self.asleep: str | None = None  # why no new request is taken while the engines sleep
         self._refusal: str | None = None  # why none is taken any more
-        self.on_step: Callable[[int, StepOutputs], None] | None = None
-        self.on_restart: Callable[[int], None] | None = None
-        self.on_down: Callable[[int, str, float | None], None] | None = None
-        self.on_drain: Callable[[int], None] | None = None
-        self.on_death: Callable[[], None] | None = None
+        self.on_step: Callable[[int, StepOutputs], object] = lambda *_: None
+        self.on_restart: Callable[[int], object] = lambda _: None
+        self.on_up: Callable[[int], object] = lambda _: None
+        self.on_down: Callable[[int, str, float | None], object] = lambda *_: None
+        self.on_drain: Callable[[int], object] = lambda _: None
+        self.on_death: Callable[[], object] = lambda: None
         self.elsewhere = Elsewhere()
         rule = restarts or (lambda _: Restarts(self._limits.restarts, self._limits.first_restart))
         self.members = [Member(index, rule(index)) for index in range(len(engines))]
@@ -247,7 +248,7 @@ class Fleet:
 
     async def close(self) -> None:
         """End the engine processes, and the connections to them."""
-        self.on_death = None  # they are meant to end
+        self.on_death = lambda: None  # they are meant to end
         self._die("the server is shutting down")
         for task in self._tasks:
             task.cancel()
@@ -352,8 +353,7 @@ class Fleet:
         self.chooser.stepped(member, step)
         while self.num_pending > MAX_ALL_PENDING and not self._limits.keeps_all:
             max(self._readers, key=lambda stream: stream.num_pending).overflow()
-        if self.on_step is not None:
-            self.on_step(member.index, step)
+        self.on_step(member.index, step)
 
     def _first_output(self, answer: OpenAnswer, output: TokenOutput) -> TokenOutput:
         """What the reader is told with the first output of the engine that has an answer."""
@@ -382,16 +382,20 @@ class Fleet:
 
     def connect(self, member: Member, engine: Engine) -> None:
         """Let this process be the engine."""
-        member.client = self.client_of(member, engine)
+        self._attach(member, self.client_of(member, engine))
 
     def hand_over(self, member: Member, client: EngineClient, ready: Ready) -> None:
         """Let another process, which can serve, be the engine; what the one before had waits for `place`."""
         self.put_aside(member)
-        member.client = client
+        self._attach(member, client)
         member.ready = ready
         self._greet(client)
-        if self.on_restart is not None:
-            self.on_restart(member.index)
+        self.on_up(member.index)
+
+    def _attach(self, member: Member, client: EngineClient) -> None:
+        """Hear this process from now on, which counts from nothing."""
+        member.client = client
+        self.on_restart(member.index)
 
     def _send_all(self, message: ToEngine) -> None:
         for member in self.members:
@@ -413,8 +417,7 @@ class Fleet:
             return
         delay = member.restarts.next_delay()
         member.is_lost = delay is None
-        if self.on_down is not None:
-            self.on_down(member.index, message, delay)
+        self.on_down(member.index, message, delay)
         if all(one.is_lost for one in self.members):
             self._die(named)
             return
@@ -455,8 +458,7 @@ class Fleet:
         if not await self.welcome(member):
             return
         member.num_restarts += 1
-        if self.on_restart is not None:
-            self.on_restart(member.index)
+        self.on_up(member.index)
         logger.info("engine %d is up again", member.index)
 
     async def welcome(self, member: Member) -> bool:
@@ -495,5 +497,4 @@ class Fleet:
         self._resumed.set()
         for answer in list(self._open.values()):
             self._forget(answer)
-        if self.on_death is not None:
-            self.on_death()
+        self.on_death()

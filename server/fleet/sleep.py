@@ -174,8 +174,7 @@ class Sleep:
                 fleet.connect(member, fleet.start(member.index))
             await asyncio.gather(*(fleet.meet(member) for member in gone))
             for member in gone:
-                if fleet.on_restart is not None:
-                    fleet.on_restart(member.index)
+                fleet.on_up(member.index)
         except (EngineDeadError, OSError) as error:
             await self._end_engines(fleet.members)
             raise SleepError(f"the engines sleep on, since they can't be woken: {error}") from None

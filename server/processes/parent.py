@@ -133,7 +133,7 @@ class Parent:
         Raises EngineDeadError, and ServerStartError where it is a server that can't.
         """
         self._client.on_down = self._engine_is_down
-        self._client.on_restart = self.engine_is_up
+        self._client.on_up = self.engine_is_up
         lengths = {"max_model_len": ready.max_model_len}
         self._readies = [msgspec.structs.replace(one, **lengths) for one in self._client.readies]
         for server in self._servers:
@@ -343,12 +343,7 @@ async def serve_with_processes(
             asyncio.create_task(log.tick_forever()),
             asyncio.create_task(parent.count(metrics, counters, figures)),
         ]
-
-        def on_restart(index: int) -> None:
-            metrics.restart(index)
-            parent.engine_is_up(index)
-
-        client.on_restart = on_restart
+        client.on_restart = metrics.restart
         client.on_death = parent.end_without_engine
         stop.server = parent
         listen(listener.socket)

@@ -15,6 +15,7 @@ from fake_engine import GIVEN_BACK, WANTS_VOCABULARY, expected
 from fleets import PATIENCE, VOCABULARY, answer, fleet_of, num_tokens, pids, request, run, until
 
 from octavo.runtime.launch import EngineProcess
+from octavo.runtime.messages import StepOutputs
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.sleep import Level, Sleep, SleepError
@@ -194,15 +195,44 @@ def test_an_engine_that_dies_while_others_wake_up_is_started_again() -> None:
             await sleep.sleep(2)
 
             def lose_first(index: int) -> None:  # all engines are ready then, and none is open
-                fleet.on_restart = None
+                fleet.on_up = lambda _: None
                 fleet.members[0].client.end("lost")
 
-            fleet.on_restart = lose_first
+            fleet.on_up = lose_first
             await sleep.wake()
             asked = [request(f"r{n}", [n]) for n in range(4)]
             assert await asyncio.gather(*(answer(fleet, one) for one in asked)) == [expected(one) for one in asked]
             await until(lambda: fleet.members[0].is_up)
             assert not fleet.members[0].client.death
+
+    run(test)
+
+
+def test_an_engine_that_counts_from_nothing_is_announced_before_its_first_step() -> None:
+    """A step that came first would count less than the one before it, which no counter can."""
+
+    async def test() -> None:
+        starts = Starts()
+        async with opened(starts) as (fleet, sleep):
+            fleet.give_vocabulary(VOCABULARY)  # whatever comes is answered with a step, if it is an empty one
+            await sleep.sleep(2)
+            told = []
+
+            def start(index: int) -> EngineProcess:
+                engine = starts.start(index)
+                if index == 1:
+                    os.kill(engine.process.pid, signal.SIGSTOP)
+                return engine
+
+            def stepped(index: int, _: StepOutputs) -> None:
+                told.append(("step", index))
+                os.kill(pids(fleet)[1], signal.SIGCONT)
+
+            fleet.start = start
+            fleet.on_restart = lambda index: told.append(("restart", index))
+            fleet.on_step = stepped
+            await sleep.wake()
+            assert told.index(("restart", 0)) < told.index(("step", 0))
 
     run(test)
 
