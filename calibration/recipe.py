@@ -253,7 +253,7 @@ class Recipe(msgspec.Struct, frozen=True):
         patterns = list(self.layers)
         names = {pattern: i for i, pattern in enumerate(patterns) if not _WILD.search(pattern)}
         wild = [i for i, pattern in enumerate(patterns) if _WILD.search(pattern)]
-        spelled = {None: self.scheme, **dict(enumerate(self.layers.values()))}
+        spelled: dict[int | None, str] = {None: self.scheme, **dict(enumerate(self.layers.values()))}
         schemes = {which: None if s == KEEP else parse_scheme(s) for which, s in spelled.items()}
         found = {}
         for module, kind in kinds.items():

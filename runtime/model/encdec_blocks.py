@@ -204,16 +204,16 @@ class EncDecBlockRunner:
 
     def _decoded(self, layer: DecoderLayer, read: Tensor, written: Tensor) -> Tensor:
         batch, length, width = written.shape
-        heads, dim = self.spec.decoder.num_heads, self.spec.head_dim
-        key, value, *memory = (torch.zeros(batch, heads, length, dim, dtype=self.dtype) for _ in range(4))
+        heads = self.spec.decoder.num_heads
+        empty = torch.zeros(4, batch, heads, length, self.spec.head_dim, dtype=self.dtype)
         one = torch.ones(heads)
-        layer = replace(layer, cross=replace(layer.cross, memory=SourceMemory(*memory)))
+        layer = replace(layer, cross=replace(layer.cross, memory=SourceMemory(empty[0], empty[1])))
         layer.cross.read(read.reshape(-1, width), [((place,), length) for place in range(batch)])
         step = self._step(batch, length)
         sources = Sources(step.query_starts.tolist(), range(batch), [length] * batch)
         own = layer.attention.distances
         biases = None if own is None else biases_of(own, step)
-        x = layer.forward(written.reshape(-1, width), step, LayerCache(key, value, one, one), sources, biases)
+        x = layer.forward(written.reshape(-1, width), step, LayerCache(empty[2], empty[3], one, one), sources, biases)
         return x.view(batch, length, width)
 
     def _step(self, batch: int, length: int) -> StepInputs:

@@ -59,9 +59,9 @@ class Fleet:
     start: starts the engine of a number anew. seed: of the seeds of requests that come without one. restarts: who
     decides about those of an engine; None: limits.
     on_step is called with an engine's number and each of its steps, for the metrics; on_restart with its number before
-    the first step of one that counts from nothing again, and on_up when that one can serve. on_down is called with the number of an engine that is no more, the reason, and the
-    seconds until it is started again; on_drain with that of one that is to be drained. on_death is called once, when no
-    engine is left and all streams have been told. elsewhere tells what other processes of the server have under way.
+    the first step of one that counts from nothing again, on_up when that one can serve. on_down is called with the
+    number of an engine that is no more, why, and the seconds until it is started again; on_drain with that of one that
+    is to be drained; on_death once, when no engine is left and all streams have been told.
     """
 
     def __init__(

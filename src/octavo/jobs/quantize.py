@@ -305,13 +305,13 @@ def prepare(job: Job) -> Prepared:
         if (target := job.target) is not None and calibration is not None:
             begin = time.perf_counter()
             job.listener.phase("measuring sensitivity")
-            how_mixed = {"each_expert": job.expert_schemes == "expert", "notes": notes}
-            recipe = mixed_recipe(target, planned, calibration, job.listener.progress, **how_mixed)
+            each = job.expert_schemes == "expert"
+            recipe = mixed_recipe(target, planned, calibration, job.listener.progress, each_expert=each, notes=notes)
             seconds["sensitivity"] = time.perf_counter() - begin
     prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
     job.listener.estimate(prepared.estimate)
     _check_memory(prepared)
-    return replace(prepared, text=calibration and calibration.data, notes=tuple(notes), seconds=seconds)
+    return replace(prepared, text=calibration.data if calibration else None, notes=tuple(notes), seconds=seconds)
 
 
 def _for_source(job: Job, checkpoint: Checkpoint) -> tuple[Job, list[str]]:

@@ -194,7 +194,7 @@ def test_an_engine_that_dies_while_others_wake_up_is_started_again() -> None:
         async with opened() as (fleet, sleep):
             await sleep.sleep(2)
 
-            def lose_first(index: int) -> None:  # all engines are ready then, and none is open
+            def lose_first(_: int) -> None:  # all engines are ready then, and none is open
                 fleet.on_up = lambda _: None
                 fleet.members[0].client.end("lost")
 
