@@ -1,4 +1,6 @@
-"""Finds the linear layers of a checkpoint by their tensors' names, and checks that a scheme fits them.
+"""Finds the linear layers of a checkpoint, and checks that a scheme fits them.
+
+By their tensors' names, or as the layout of a model without code here has them from transformers' code (`linears`).
 
 Every decoder that transformers saves keeps its blocks under `...layers.N.`, an encoder also under `...layer.N.`, and in
 them the two-dimensional `.weight`s are linear layers, routers aside. A checkpoint without such names (GPT-2 keeps
@@ -20,6 +22,8 @@ from octavo.quant.scheme import GROUP_SIZES, TENSOR, QuantScheme
 from octavo.quant.split_experts import LAYOUTS
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*?)(?P<list>layers?|block)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
+NUMBERED = re.compile(r"^(?P<prefix>(?:\w+\.)*?)(?P<list>[a-z]\w*)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
+"""Blocks under whatever name, where it is known which weights are linear layers'."""
 TOWER_BLOCK = re.compile(
     r"^(?:\w+\.)*(?:vision_tower|vision_model|visual)\.(?:\w+\.)*(?:layers?|blocks?)\.(?P<index>\d+)\.(?P<kind>.+)\.weight$"
 )
@@ -84,7 +88,8 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
     """
     found, others = _find(checkpoint)
-    _check_blocks(checkpoint, found)
+    if checkpoint.layout.linears is None:
+        _check_blocks(checkpoint, found)
     used: set[str] = set()
     linears = {}
     ignore = ["lm_head", *(["proj_out"] if checkpoint.layout.has_encoder else [])]
@@ -127,7 +132,8 @@ def select_towers(checkpoint: Checkpoint, patterns: list[str]) -> dict[str, Line
 def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
     """Linear layers in decoder blocks, and modules elsewhere that a reader may take for linear layers."""
     found = []
-    others = []
+    known = checkpoint.layout.linears
+    others = sorted(checkpoint.layout.kept)
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
             head = is_mtp(name, checkpoint.config)
@@ -139,13 +145,20 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
             if len(spec.shape) != 2 or not name.endswith(".weight") or DISTANCES.search(name):
                 continue
             module = name.removesuffix(".weight")
-            match = BLOCK.match(name)
-            if match and not head and not (checkpoint.layout.is_decoder and OTHER_TOWERS.search(match["prefix"])):
+            match = (BLOCK if known is None else NUMBERED).match(name)
+            is_linear = known is None or module in known or EXPERT.search(name) is not None
+            of_tower = match and checkpoint.layout.is_decoder and OTHER_TOWERS.search(match["prefix"])
+            if match and is_linear and not head and not of_tower:
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}, and config.json doesn't say that it is quantized")
                 found.append(LinearLayer(module, int(match["index"]), kind_in_block(match["kind"]), *spec.shape))
-            elif not EMBEDDING.search(module):
+            elif (match is None or module in known) if known is not None else not EMBEDDING.search(module):
                 others.append(module)
+    if not found and known is not None:
+        raise QuantizeError(
+            "transformers' code of this model has no linear layers (nn.Linear) in numbered blocks: there is nothing "
+            "that could be quantized (GPT-2's Conv1D and Falcon's FalconLinear are others)"
+        )
     if not found:
         raise QuantizeError("no decoder block was found: no two-dimensional weight is named ...layers.N.<layer>.weight")
     return found, others

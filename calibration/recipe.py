@@ -253,14 +253,13 @@ class Recipe(msgspec.Struct, frozen=True):
         patterns = list(self.layers)
         names = {pattern: i for i, pattern in enumerate(patterns) if not _WILD.search(pattern)}
         wild = [i for i, pattern in enumerate(patterns) if _WILD.search(pattern)]
-        spelled: dict[int | None, str] = {None: self.scheme, **dict(enumerate(self.layers.values()))}
-        schemes = {which: None if s == KEEP else parse_scheme(s) for which, s in spelled.items()}
+        schemes = [None if s == KEEP else parse_scheme(s) for s in (*self.layers.values(), self.scheme)]
         found = {}
         for module, kind in kinds.items():
             by_name = [names[name] for name in (module, kind, kind.rpartition(".")[2]) if name in names]
             first = min(by_name, default=len(patterns))
             match = next((i for i in wild if i < first and means_layer(patterns[i], module, kind)), first)
-            found[module] = schemes[match if match < len(patterns) else None]
+            found[module] = schemes[match]
         return found
 
     def options(self) -> dict[str, str | float | bool | None]:

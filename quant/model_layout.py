@@ -41,6 +41,8 @@ class ModelLayout:
     is_encoder    its blocks are those of an encoder, which in other models is another tower
     has_encoder   its blocks are those of a decoder and of the encoder before it, numbered alike
     reads_text    that encoder does, so that calibration can run both on text
+    linears       full names of the linear layers, where the model's own code tells; None: their tensors' names do
+    kept          full names of what that code has of the class Linear, too, and stays as it is: the head, routers
     """
 
     experts: ExpertNames | None = None
@@ -48,6 +50,8 @@ class ModelLayout:
     is_encoder: bool = False
     has_encoder: bool = False
     reads_text: bool = False
+    linears: frozenset[str] | None = None
+    kept: frozenset[str] = frozenset()
 
     @property
     def is_decoder(self) -> bool:

@@ -47,11 +47,6 @@ def command(model: Path, out: Path, text: Path, algorithm: str, *more: str) -> l
     return [sys.executable, "-m", "octavo", "quantize", *arguments]
 
 
-def run(*arguments: Any) -> None:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def resume(*arguments: Any) -> None:
     """To the end, in a process that is forked."""
     done = forked_commands().run(*command(*arguments, "--resume")[3:], seconds=PATIENCE)
@@ -74,6 +69,19 @@ def units_of(partial: Path) -> int:
     return len(read_manifest(partial)["units"])
 
 
+def duration_of(arguments: list[str]) -> tuple[float, float]:
+    """Seconds of a run until its first unit is written, and until its end."""
+    begin = time.monotonic()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    out = Path(arguments[arguments.index("-o") + 1])
+    while process.poll() is None and units_of(out.with_name(f".{out.name}.partial")) == 0:
+        time.sleep(0.01)
+    begun = time.monotonic() - begin
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return begun, time.monotonic() - begin
+
+
 def kill_when(process: subprocess.Popen[bytes], partial: Path, units: int, after: float) -> bool:
     """SIGKILL so many seconds after so many units are written; whether it still ran."""
     while process.poll() is None and units_of(partial) < units:
@@ -88,16 +96,17 @@ def kill_when(process: subprocess.Popen[bytes], partial: Path, units: int, after
 
 
 def kill_test(model: Path, text: Path, directory: Path, algorithm: str, kills: int, seed: int) -> list[int]:
-    """Kill a run and its successors; returns how many units each left. The last ends by itself, the same."""
-    begin = time.monotonic()
-    run(model, directory / "whole" / "out", text, algorithm)  # the model card has its name
-    duration = time.monotonic() - begin
+    """Kill a run and its successors; returns how many units each left. The last ends by itself, the same.
+
+    A kill comes at any moment of a run, or within the time of the units that follow the next one or two.
+    """
+    begun, duration = duration_of(command(model, directory / "whole" / "out", text, algorithm))  # the card has its name
     rng, left = random.Random(seed), []
     out = directory / "out"
     partial = directory / ".out.partial"
-    for _ in range(kills):
+    while len(left) < kills:
         more = rng.randrange(3)
-        after = rng.uniform(0, duration / 4 if more else duration)
+        after = rng.uniform(0, (duration - begun) / 2 if more else duration)
         process = subprocess.Popen(
             command(model, out, text, algorithm, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
@@ -106,7 +115,7 @@ def kill_test(model: Path, text: Path, directory: Path, algorithm: str, kills: i
         with process.stderr as errors:
             said = errors.read().decode()
         assert was_killed or process.returncode == 0, said
-        left.append(units_of(partial))
+        left += [units_of(partial)] if was_killed else []
         assert not (partial / "config.json").exists() or not out.exists()
         assert not list(partial.glob("*.safetensors")) or (partial / "config.json").exists()
         if out.exists() and rng.random() < 0.5:

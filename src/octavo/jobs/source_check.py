@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 from octavo.calibration.layers import QuantizeError
@@ -36,7 +37,8 @@ class Checked(NamedTuple):
 def check_source(checkpoint: Checkpoint, *, runs_blocks: bool, max_kl: float | None = None) -> Checked:
     """Refuse an incomplete model before anything is done, and a limit of what isn't measured of it.
 
-    runs_blocks: the job does, as calibration has it.
+    runs_blocks: the job does, as calibration has it. The layout of a model without code here gets the linear layers
+    that transformers' code has.
     """
     is_speech = checkpoint.config.get("model_type") in SPEECH
     uncalibrated = None
@@ -64,7 +66,7 @@ def check_source(checkpoint: Checkpoint, *, runs_blocks: bool, max_kl: float | N
             raise QuantizeError(
                 f"calibration runs the model block by block, which this one can't be: {e}; {_WITHOUT}"
             ) from e
-        return Checked([f"octavo doesn't have this model's code, so that no tensor's shape was checked: {e}"], None)
+        return Checked([_linears_by_use(checkpoint, str(e))], None)
     except (LoadError, ModelConfigError) as e:
         raise QuantizeError(f"{checkpoint.directory.name} is not a whole model: {e}") from e
     return Checked([], uncalibrated)
@@ -85,3 +87,16 @@ def _check_layers(checkpoint: Checkpoint, spec: EncDecSpec) -> None:
             raise LoadError(f"its {stack} has {count} layers, and there is no layer {lacking} in the files")
         if max(found) >= count:
             raise LoadError(f"its {stack} has {count} layers, and there is a layer {max(found)} in the files")
+
+
+def _linears_by_use(checkpoint: Checkpoint, why: str) -> str:
+    """Take the linear layers from transformers' code of the model, which has none here; a note of what was done."""
+    from octavo.runtime.model.hf.linear_layers import NotFoundError, find_linear_modules
+
+    begun = f"octavo doesn't have this model's code, so that its weights are rounded to nearest: {why}"
+    try:
+        found = find_linear_modules(checkpoint)
+    except NotFoundError as e:
+        return f"{begun}; its linear layers were told by their tensors' names: {e}"
+    checkpoint.layout = replace(checkpoint.layout, linears=found.names, kept=found.kept)
+    return f"{begun}; its linear layers are those of transformers' {found.architecture}"
