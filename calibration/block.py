@@ -29,7 +29,7 @@ from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
 from octavo.calibration.tune import BlockWeights, Differentiable, tune
-from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.block_map import Fold, InputGroup, StoredCache
 from octavo.quant.input_rounding import Round, input_rounding
 from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -79,6 +79,7 @@ class Runner(Protocol):
         hidden: Tensor,
         record: Callable[[str, Tensor], None] | None = None,
         record_kv: RecordKV | None = None,
+        stored: StoredCache | None = None,
     ) -> Tensor: ...
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
 from torch import Tensor
 
 from octavo.calibration.block import Runner
+from octavo.calibration.cache_choice import WITHOUT_CACHE, CacheChoice, CacheRoom, cache_alone
+from octavo.calibration.kv import KVCollector, KVError
+from octavo.calibration.layers import QuantizeError
 from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.rounded_inputs import with_rounded_inputs
 from octavo.calibration.sensitivity import Choice, Sensitivity, divergences, first_hidden, forward, rounded
-from octavo.quant.scheme import QuantScheme
+from octavo.quant.block_map import StoredCache
+from octavo.quant.scheme import KVScheme, QuantScheme
 
 STATES = 10_000  # of the knapsack
 BUDGETS = 8  # that are measured at a time where a KL is the target
@@ -110,24 +114,67 @@ def expected_kl(units: Sequence[Sensitivity], schemes: Mapping[str, str]) -> flo
 
 
 def best_in_budget(
-    planned: Prepared, calibration: Calibration, units: Sequence[Sensitivity], budget: float, progress: Progress
+    planned: Prepared,
+    calibration: Calibration,
+    units: Sequence[Sensitivity],
+    budget: float,
+    progress: Progress,
+    caches: Sequence[CacheChoice] = WITHOUT_CACHE,
 ) -> Recipe:
-    """The recipe of `choose`, or of one scheme for all or for a layer's experts where that is measured to be better.
+    """The recipe of `choose` and of the KV cache that goes best with it, or, where that is measured to be better, of
+    one scheme for all experts of a layer, or of one for all.
 
-    KLs of single units add up to that of the model only as long as they are small, so the model is measured with the
-    choice as a whole, and with the best single scheme that the budget allows.
+    budget: of all that the weights and the cache take, in bits per weight. KLs of single units add up to that of the
+    model only as long as they are small, so the model is measured with the choice as a whole, and with each single
+    scheme and cache that the budget allows.
     """
+    weights = sum(unit.weights for unit in units)
+    least = sum(min(choice.bits for choice in unit.choices) for unit in units)
     together = by_layer(units)
-    chosen = choose(units, budget)
-    of_layers = choose(together, budget)
-    uniform = min(uniform_choices(units, budget), key=lambda schemes: expected_kl(units, schemes), default=chosen)
-    choices = [chosen, {unit.name: of_layers[unit.layer or unit.name] for unit in units}, uniform]
-    choices = [schemes for i, schemes in enumerate(choices) if schemes not in choices[:i]]
-    recipes = [with_schemes(planned.recipe, units, schemes) for schemes in choices]
+    single: list[_Whole] = []
+    of_experts: list[_Whole] = []
+    of_layers: list[_Whole] = []
+    for cache in caches:
+        left = budget - cache.bits / weights
+        if cache.bits and least > left * weights:
+            continue
+        single += [_Whole(schemes, cache) for schemes in uniform_choices(units, left)]
+        of_experts.append(_Whole(choose(units, left), cache))
+        chosen = choose(together, left)
+        of_layers.append(_Whole({unit.name: chosen[unit.layer or unit.name] for unit in units}, cache))
+    best = [min(found, key=lambda whole: whole.expected(units)) for found in (of_experts, of_layers)]
+    wholes = [whole for i, whole in enumerate([*best, *single]) if whole not in [*best, *single][:i]]
+    recipes = [whole.recipe(planned.recipe, units) for whole in wholes]
     if len(recipes) == 1:
         return recipes[0]
     kls = measure_recipes(planned, calibration, recipes, progress)
     return min(zip(kls, recipes, strict=True), key=lambda one: one[0])[1]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A choice for the whole model: each unit's scheme, and the KV cache."""
+
+    schemes: Mapping[str, str]
+    cache: CacheChoice
+
+    def expected(self, units: Sequence[Sensitivity]) -> float:
+        return expected_kl(units, self.schemes) + self.cache.kl
+
+    def recipe(self, recipe: Recipe, units: Sequence[Sensitivity]) -> Recipe:
+        mixed = with_schemes(recipe, units, self.schemes)
+        return msgspec.structs.replace(mixed, kv_cache=self.cache.kv_cache or recipe.kv_cache)
+
+
+def measure_caches(
+    planned: Prepared, calibration: Calibration, cache: CacheRoom, progress: Progress
+) -> list[CacheChoice]:
+    """What each type of the cache costs when nothing else is rounded."""
+    names = [name for name in cache.bits if name is not None]
+    recipes = [cache_alone(planned.recipe, name) for name in names]
+    found = measure_recipes(planned, calibration, recipes, progress) if len(cache.bits) > 1 else [0.0] * len(names)
+    kls: dict[str | None, float] = {None: 0.0, **dict(zip(names, found, strict=True))}
+    return [CacheChoice(name, bits, kls[name]) for name, bits in cache.bits.items()]
 
 
 def cheapest_for_kl(
@@ -178,7 +225,8 @@ def measure_recipes(
 ) -> list[float]:
     """Mean KL of the model, its weights rounded to nearest and inputs as each recipe says, over the first MAX_TOKENS.
 
-    The recipes differ in the schemes of layers alone, so that a weight is rounded once with each scheme.
+    The recipes differ in the schemes of layers and in the KV cache alone, so that a weight is rounded once with each
+    scheme. Scales of a cache are those of the original's keys and values. Raises QuantizeError where there can be none.
     """
     checkpoint = planned.checkpoint
     runner = calibration.runner
@@ -188,7 +236,7 @@ def measure_recipes(
     for number, unit in enumerate(blocks):
         progress(number, len(blocks), f"choice in {unit.name}")
         tensors = {item.name: item.file.read(item.name) for item in unit.items}
-        absmax, following = _ranges(runner, number, tensors, original, recipes)
+        absmax, caches, following = _original(runner, number, tensors, original, recipes)
         known: dict[tuple[str, QuantScheme], Tensor] = {}  # recipes differ in few of their schemes
         kinds = {item.linear.module: item.linear.kind for item in unit.items if item.linear is not None}
         for i, recipe in enumerate(recipes):
@@ -202,28 +250,39 @@ def measure_recipes(
                 changes[key[0]] = known[key]
             changed = runner.build(number, tensors | changes)
             changed = with_rounded_inputs(runner, number, changed, schemes, absmax)
-            variants[i] = forward(runner, changed, variants[i])
+            variants[i] = forward(runner, changed, variants[i], stored=None if recipe.kv is None else caches[recipe.kv])
         original = following
     return divergences(checkpoint, runner, original, variants, progress)
 
 
-def _ranges(
+def _original(
     runner: Runner, number: int, tensors: Mapping[str, Tensor], hidden: Tensor, recipes: Sequence[Recipe]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The largest magnitudes of each linear layer's input, [K] by module, where a scheme needs them; the output."""
+) -> tuple[dict[str, Tensor], dict[KVScheme, StoredCache], Tensor]:
+    """A block of the original: the largest magnitudes of each linear layer's input, [K] by module, where a scheme needs
+    them; how keys and values are stored with each scheme of a cache; and the output.
+    """
     layer = runner.build(number, tensors)
     activations = [scheme.activation for recipe in recipes for scheme in recipe.schemes]
-    if not any(activation is not None and activation.has_stored_scale for activation in activations):
-        return {}, forward(runner, layer, hidden)
+    needs_ranges = any(activation is not None and activation.has_stored_scale for activation in activations)
+    collectors = {recipe.kv: KVCollector(recipe.kv) for recipe in recipes if recipe.kv is not None}
     seen: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
         largest = x.abs().amax(0).float()
         seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
 
-    output = forward(runner, layer, hidden, record)
+    def record_kv(keys: Tensor, values: Tensor) -> None:
+        for collector in collectors.values():
+            collector.add(keys, values)
+
+    output = forward(runner, layer, hidden, record if needs_ranges else None, record_kv if collectors else None)
     groups = runner.groups(number, layer)
-    return {module: seen[group.name] for group in groups if group.name in seen for module in group.modules}, output
+    absmax = {module: seen[group.name] for group in groups if group.name in seen for module in group.modules}
+    try:
+        caches = {kv: StoredCache(kv, collector.result().scales()) for kv, collector in collectors.items()}
+    except KVError as e:
+        raise QuantizeError(f"block {number}: {e}") from e
+    return absmax, caches, output
 
 
 def with_schemes(recipe: Recipe, units: Sequence[Sensitivity], chosen: Mapping[str, str]) -> Recipe:

@@ -208,6 +208,14 @@ def _scale_specs(recipe: Recipe, attention: str, checkpoint: Checkpoint) -> dict
     kv = recipe.kv
     if kv is None:
         return {}
+    heads = scaled_heads(checkpoint)
+    spec = TensorSpec(torch.float32, (heads, 1, 1) if kv.per_head else (1,))
+    sides = {"k_scale": kv.key, "v_scale": kv.value}
+    return {f"{attention}.{name}": spec for name, dtype in sides.items() if dtype != "bf16"}
+
+
+def scaled_heads(checkpoint: Checkpoint) -> int:
+    """How many KV heads a layer has. Raises RecipeError for a model whose KV cache no scales are made for."""
     text = checkpoint.config.get("text_config") or checkpoint.config
     if text.get("kv_lora_rank"):
         raise RecipeError(
@@ -228,9 +236,7 @@ def _scale_specs(recipe: Recipe, attention: str, checkpoint: Checkpoint) -> dict
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
     if not isinstance(heads, int):
         raise RecipeError("config.json has no num_key_value_heads: KV-cache scales can't be made")
-    spec = TensorSpec(torch.float32, (heads, 1, 1) if kv.per_head else (1,))
-    sides = {"k_scale": kv.key, "v_scale": kv.value}
-    return {f"{attention}.{name}": spec for name, dtype in sides.items() if dtype != "bf16"}
+    return heads
 
 
 def _shards(units: tuple[Unit, ...], most: int) -> dict[str, dict[str, TensorSpec]]:

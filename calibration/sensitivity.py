@@ -19,7 +19,7 @@ from torch import Tensor
 
 from octavo.calibration.algorithms.gptq import gptq_loss, output_energy
 from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
-from octavo.calibration.block import INPUT_ROWS, Runner
+from octavo.calibration.block import INPUT_ROWS, RecordKV, Runner
 from octavo.calibration.candidates import own_candidate
 from octavo.calibration.experts import rarely_chosen
 from octavo.calibration.hidden_states_file import BATCH_TOKENS
@@ -30,6 +30,7 @@ from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress
 from octavo.calibration.recipe import Recipe, parse_scheme
 from octavo.calibration.rounded_inputs import rounding_of, with_rounded_inputs
+from octavo.quant.block_map import StoredCache
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -203,10 +204,17 @@ def _observe(runner: Runner, layer: Any, hidden: Tensor, num_rows: int) -> tuple
     return {name: collector.result() for name, collector in collectors.items()}, output
 
 
-def forward(runner: Runner, layer: Any, hidden: Tensor, record: Callable[[str, Tensor], None] | None = None) -> Tensor:
-    """hidden [S, T, H] through one block, a few samples at a time."""
+def forward(
+    runner: Runner,
+    layer: Any,
+    hidden: Tensor,
+    record: Callable[[str, Tensor], None] | None = None,
+    record_kv: RecordKV | None = None,
+    stored: StoredCache | None = None,
+) -> Tensor:
+    """hidden [S, T, H] through one block, a few samples at a time; see `Runner.forward`."""
     batch = max(1, BATCH_TOKENS // hidden.shape[1])
-    return torch.cat([runner.forward(layer, part, record) for part in torch.split(hidden, batch)])
+    return torch.cat([runner.forward(layer, part, record, record_kv, stored) for part in torch.split(hidden, batch)])
 
 
 def _round(

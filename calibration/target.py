@@ -29,6 +29,30 @@ class Target:
         return f"{self.flag} {self.value:g}"
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What a KV cache is to hold: so many sequences of so many tokens."""
+
+    length: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.count} {'sequence' if self.count == 1 else 'sequences'} of {self.length:,} tokens"
+
+
+def streams_of(target: Target | None, length: int | None, count: int | None) -> Streams | None:
+    """The streams whose KV cache a target counts. Raises RecipeError for some that it doesn't."""
+    if length is None and count is not None:
+        raise RecipeError(f"--max-num-seqs {count}: how long these are is missing; --max-model-len says it")
+    if length is None:
+        return None
+    if target is None or target.kind not in ("size", "bits"):
+        raise RecipeError(
+            f"--max-model-len {length}: a KV cache of that length counts with --target-size and --bits-budget alone"
+        )
+    return Streams(length, 1 if count is None else count)
+
+
 def one_target(**asked: float | None) -> Target | None:
     """The target that is asked for, by kind. Raises RecipeError for two, and for a value that none has."""
     found = [Target(kind, value) for kind, value in asked.items() if value is not None]

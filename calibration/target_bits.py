@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from octavo.calibration.cache_choice import NO_CACHE, CacheRoom
 from octavo.calibration.candidates import candidates
 from octavo.calibration.layers import EXPERT
 from octavo.calibration.plan import Item, Plan
@@ -19,23 +20,27 @@ from octavo.calibration.target import Target, in_gb
 HEADER_BYTES = 160  # of a safetensors header, for each tensor, beside its name
 
 
-def bits_budget(target: Target, plan: Plan, recipe: Recipe) -> float:
-    """The bits per weight that the quantized layers may take for a target that is no KL.
+def bits_budget(target: Target, plan: Plan, recipe: Recipe, cache: CacheRoom = NO_CACHE) -> float:
+    """The bits per weight that the quantized layers and the cache may take for a target that is no KL.
 
     Raises RecipeError for one that the smallest schemes don't hold, with the nearest that they do.
     """
     items = _linears(plan)
-    schemes = candidates(recipe, target.value if target.kind == "bits" else 0, target.flag)
+    is_bits = target.kind == "bits" and cache.streams is None
+    schemes = candidates(recipe, target.value if is_bits else 0, target.flag)
     weights = sum(item.spec.numel for item in items)
-    least = min(layer_bits(items, recipe, scheme) for scheme in schemes)
+    least = min(layer_bits(items, recipe, scheme) for scheme in schemes) + cache.least
+    counted = "" if cache.streams is None else f" with a KV cache of {cache.streams}"
     match target.kind:
         case "bits":
-            most = target.value * weights
-            nearest = f"the smallest schemes take {least / weights:.2f} bits per weight, scales included"
+            numbers = weights + cache.numbers
+            most = target.value * numbers
+            each = "weight, scales included" if not counted else f"number{counted}, scales included"
+            nearest = f"the smallest schemes take {math.ceil(100 * least / numbers) / 100:.2f} bits per {each}"
         case "size":
-            rest = _bytes_around(plan, schemes)
+            rest = _bytes_around(plan, schemes) + (_scale_bytes(plan) if cache.streams is not None else 0)
             most = 8 * (target.value - rest)
-            nearest = f"the smallest schemes make {in_gb(math.ceil(rest + least / 8))}"
+            nearest = f"the smallest schemes make {in_gb(math.ceil(rest + least / 8))}{counted}"
         case _:
             before, rest = _bytes_read(plan)
             most = 8 * (before / target.value - rest)
@@ -44,6 +49,11 @@ def bits_budget(target: Target, plan: Plan, recipe: Recipe) -> float:
     if least > most:
         raise RecipeError(f"{target}: {nearest}; a target that they hold works, or a larger group size")
     return most / weights
+
+
+def _scale_bytes(plan: Plan) -> int:
+    """Of the scales of a KV cache, at the most: one a layer, or one for each of up to 256 heads, of keys and values."""
+    return sum(2 * (4 * 256 + HEADER_BYTES + len(unit.name) + 20) for unit in plan.units if unit.index is not None)
 
 
 def _linears(plan: Plan) -> list[Item]:

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
+from octavo.quant.scheme import KVScheme
+
 
 @dataclass(frozen=True)
 class InputGroup:
@@ -46,6 +50,14 @@ class Fold:
     repeats: int = 1
     head_dim: int = 1
     also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StoredCache:
+    """How a block's keys and values are stored: a scheme, and a checkpoint's scales for it, [1] or [heads, 1, 1]."""
+
+    scheme: KVScheme
+    scales: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.states import BothCaches, MixerCache, StateCache
-from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.block_map import Fold, InputGroup, StoredCache
 from octavo.quant.formats.transforms import NO_TRANSFORMS, Transforms
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
@@ -226,9 +226,16 @@ class BlockRunner:
 
     @torch.inference_mode()
     def forward(
-        self, layer: AnyLayer, hidden: Tensor, record: Record | None = None, record_kv: RecordKV | None = None
+        self,
+        layer: AnyLayer,
+        hidden: Tensor,
+        record: Record | None = None,
+        record_kv: RecordKV | None = None,
+        stored: StoredCache | None = None,
     ) -> Tensor:
         """hidden [B, T, H] through one block -> [B, T, H]; inputs of its linear layers go to `record` on the way.
+
+        stored: what keys and values are rounded to; None: they stay as computed.
 
         While recording, every expert sees every token; the inputs of rarely chosen ones would be too few otherwise.
         """
@@ -236,7 +243,7 @@ class BlockRunner:
             layer = self._recorded(layer, record)
         batch, length, width = hidden.shape
         residual = hidden.reshape(batch * length, width)
-        cache = self._cache(batch, layer)
+        cache = self._cache(batch, layer, stored)
         _, residual = layer.forward(layer.enter.norm(residual), residual, _step(batch, length, self.device), cache)
         keys = cache.keys if isinstance(cache, BothCaches) else cache
         if record_kv is not None and isinstance(keys, LayerCache):
@@ -259,7 +266,7 @@ class BlockRunner:
 
         return layer.map_linears(change)
 
-    def _cache(self, batch: int, layer: AnyLayer) -> MixerCache:
+    def _cache(self, batch: int, layer: AnyLayer, stored: StoredCache | None) -> MixerCache:
         """One block of the cache for each sequence, or one row of states, or both."""
         attention = layer.attention
         if attention is None:
@@ -267,18 +274,26 @@ class BlockRunner:
         if isinstance(attention, StateMixing):
             return self._state_cache(batch, attention)
         if isinstance(attention, SideBySide):
-            return BothCaches(self._block_cache(batch, attention.shape), self._state_cache(batch, attention.mixer))
-        return self._block_cache(batch, attention.shape)
+            return BothCaches(
+                self._block_cache(batch, attention.shape, stored), self._state_cache(batch, attention.mixer)
+            )
+        return self._block_cache(batch, attention.shape, stored)
 
     def _state_cache(self, batch: int, mixer: StateMixing) -> StateCache:
         return StateCache(tuple(torch.zeros(batch, *part, device=self.device) for part in mixer.state.parts))
 
-    def _block_cache(self, batch: int, shape: AttentionShape) -> LayerCache:
+    def _block_cache(self, batch: int, shape: AttentionShape, stored: StoredCache | None) -> LayerCache:
         size = (batch, shape.num_kv_heads, self._seq_len, shape.head_dim)
-        key = torch.zeros(size, dtype=self.dtype, device=self.device)
-        value = key if self.spec.has_latents else torch.zeros_like(key)
         one = torch.ones(shape.num_kv_heads, device=self.device)
-        return LayerCache(key, value, one, one)
+        if stored is None:
+            key = torch.zeros(size, dtype=self.dtype, device=self.device)
+            value = key if self.spec.has_latents else torch.zeros_like(key)
+            return LayerCache(key, value, one, one)
+        kinds = {"bf16": self.dtype, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+        scheme = stored.scheme
+        key, value = (torch.zeros(size, dtype=kinds[it], device=self.device) for it in (scheme.key, scheme.value))
+        scales = {name: one * scale.flatten().to(one) for name, scale in stored.scales.items()}
+        return LayerCache(key, value, scales.get("k_scale", one), scales.get("v_scale", one))
 
 
 def _group(name: str) -> str:

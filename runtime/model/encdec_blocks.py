@@ -19,7 +19,7 @@ from octavo.kernels.attention.cross import Sources
 from octavo.kernels.attention.distances import biases_of
 from octavo.kernels.attention.packed import runs_of
 from octavo.kernels.attention.step import StepInputs
-from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.block_map import Fold, InputGroup, StoredCache
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
@@ -184,9 +184,10 @@ class EncDecBlockRunner:
         hidden: Tensor,
         record: Record | None = None,
         record_kv: Callable[[Tensor, Tensor], None] | None = None,
+        stored: StoredCache | None = None,
     ) -> Tensor:
         """hidden [B, 2 * T, H] through one block -> the same; inputs of its linear layers go to `record` on the way."""
-        assert record_kv is None, "an encoder-decoder's keys and values aren't measured"
+        assert record_kv is stored is None, "an encoder-decoder's keys and values aren't measured"
         if record is not None:
             layer = layer.with_linears(lambda name, linear: showing(linear, partial(record, name)))
         read, written = hidden.chunk(2, dim=1)

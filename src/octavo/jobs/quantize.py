@@ -19,8 +19,8 @@ from msgspec import Meta
 from octavo.calibration.choices import ActOrder, Algorithm, Effort, ExpertSchemes, Format, RotationName
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import HOW, WHAT, Recipe, RecipeError, read_recipe
-from octavo.calibration.target import Target, one_target, parse_speed
-from octavo.flags import parse_size
+from octavo.calibration.target import Streams, Target, one_target, parse_speed, streams_of
+from octavo.flags import parse_count, parse_size
 from octavo.jobs.calibration_data import DataOptions
 
 if TYPE_CHECKING:
@@ -91,6 +91,19 @@ class Job(msgspec.Struct, frozen=True):
             description="mixed precision of the least loss, in weight files of SIZE at the most, all included",
             extra={"group": WHAT, "metavar": "SIZE", "parse": parse_size, "default": "none"},
         ),
+    ] = None
+    max_model_len: Annotated[
+        int | None,
+        Meta(
+            ge=1,
+            description="let --target-size, or the numbers of --bits-budget, include a KV cache of sequences of N "
+            "tokens, and choose its type, too",
+            extra={"metavar": "N", "parse": parse_count, "default": "weights alone"},
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int | None,
+        Meta(ge=1, description="how many sequences of --max-model-len", extra={"metavar": "N", "default": "1"}),
     ] = None
     target_speed: Annotated[
         float | None,
@@ -169,6 +182,11 @@ class Job(msgspec.Struct, frozen=True):
     def target(self) -> Target | None:
         """What a mixed recipe is to hold. Raises RecipeError for two of them."""
         return one_target(bits=self.bits_budget, size=self.target_size, speed=self.target_speed, kl=self.target_kl)
+
+    @property
+    def streams(self) -> Streams | None:
+        """Whose KV cache counts beside the weights. Raises RecipeError."""
+        return streams_of(self.target, self.max_model_len, self.max_num_seqs)
 
 
 def quantize(
@@ -269,7 +287,7 @@ def prepare(job: Job) -> Prepared:
     from octavo.calibration.prepare import complete, open_source, plan_model
     from octavo.calibration.report.report import source_note
     from octavo.calibration.text.documents import NoTextError
-    from octavo.jobs.mixed_recipe import check_target, mixed_recipe
+    from octavo.jobs.mixed_recipe import check_target
     from octavo.jobs.rotated_source import rotated_source
     from octavo.quant.hub import resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
@@ -288,7 +306,7 @@ def prepare(job: Job) -> Prepared:
     checkpoint = rotated_source(checkpoint, job.recipe, notes)
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
     if job.target is not None:
-        check_target(job.target, planned)
+        check_target(job.target, planned, job.streams)
     recipe = job.recipe
     calibration = None
     if _runs_blocks(job):
@@ -302,12 +320,8 @@ def prepare(job: Job) -> Prepared:
             recipe = without.recipe
             notes.append(f"algorithm {recipe.algorithm}, which needs no calibration text: {e}")
         seconds["data"] = time.perf_counter() - begin
-        if (target := job.target) is not None and calibration is not None:
-            begin = time.perf_counter()
-            job.listener.phase("measuring sensitivity")
-            each = job.expert_schemes == "expert"
-            recipe = mixed_recipe(target, planned, calibration, job.listener.progress, each_expert=each, notes=notes)
-            seconds["sensitivity"] = time.perf_counter() - begin
+        if job.target is not None and calibration is not None:
+            recipe = _mixed_recipe(job, planned, calibration, notes, seconds)
     prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
     job.listener.estimate(prepared.estimate)
     _check_memory(prepared)
@@ -328,6 +342,21 @@ def _for_source(job: Job, checkpoint: Checkpoint) -> tuple[Job, list[str]]:
 
         check_job(resolved.recipe, measures=job.target is not None, device=job.device)
     return resolved, notes
+
+
+def _mixed_recipe(
+    job: Job, planned: Prepared, calibration: Calibration, notes: list[str], seconds: dict[str, float]
+) -> Recipe:
+    """The recipe that holds the job's target."""
+    from octavo.jobs.mixed_recipe import Mixing, mixed_recipe
+
+    begin = time.perf_counter()
+    job.listener.phase("measuring sensitivity")
+    assert job.target is not None
+    mixing = Mixing(job.target, job.streams, each_expert=job.expert_schemes == "expert")
+    recipe = mixed_recipe(mixing, planned, calibration, notes, job.listener.progress)
+    seconds["sensitivity"] = time.perf_counter() - begin
+    return recipe
 
 
 def _check_memory(prepared: Prepared) -> None:
@@ -356,6 +385,7 @@ def _check_effort(job: Job) -> None:
 
 def _check_options(job: Job) -> None:
     """Refuse data that the algorithm wouldn't use: whoever gives text doesn't want rtn; and a choice of nothing."""
+    _ = job.streams  # are refused, or counted
     if job.expert_schemes != "layer" and job.target is None:
         raise RecipeError("--expert-schemes expert says what a budget chooses for: --bits-budget or a --target works")
     if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
