@@ -41,11 +41,10 @@ def find_linear_modules(checkpoint: Checkpoint) -> LinearModules:
     """The modules of the class that config.json names. Raises NotFoundError."""
     from torch import nn
 
-    model = _on_meta(checkpoint)
+    model, head = _on_meta(checkpoint)
     prefix = f"{model.base_model_prefix}."
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     stored = {name: _stored(name, prefix, checkpoint) for name in modules}
-    head = model.get_output_embeddings()
     experts = set(_counts(model.config.to_dict(), re.compile("expert")))
     kept = {
         name
@@ -78,27 +77,29 @@ def _stored(name: str, prefix: str, checkpoint: Checkpoint) -> str | None:
     return next((found for found in names if f"{found}.weight" in checkpoint.names), None)
 
 
-def _on_meta(checkpoint: Checkpoint) -> Any:
-    """The model without weights. Raises NotFoundError."""
+def _on_meta(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The model without weights, and its head, if it has one. Raises NotFoundError."""
     import transformers
 
     most = max(MOST_MODULES, len(checkpoint.names))
     if any(count > most for count in _counts(checkpoint.config, COUNTED)):
         raise NotFoundError(f"config.json has more than {most:,} layers or experts")
-    names = checkpoint.config.get("architectures") or [""]
-    kind = getattr(transformers, str(names[0]), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise NotFoundError(f"transformers {transformers.__version__} has no {names[0] or 'architecture'} of this name")
+    name = str((checkpoint.config.get("architectures") or [""])[0])
+    version = f"transformers {transformers.__version__}"
     try:
+        kind = getattr(transformers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise NotFoundError(f"{version} has no {name or 'architecture'} of this name")
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.directory, trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
-            return kind(config)
+            model = kind(config)
+        return model, model.get_output_embeddings()
+    except NotFoundError:
+        raise
     except Exception as error:  # raised by code that octavo doesn't know, so of any type
-        raise NotFoundError(
-            f"transformers {transformers.__version__} can't make {names[0]} of config.json ({describe(error)})"
-        ) from error
+        raise NotFoundError(f"{version} can't make {name} of config.json ({describe(error)})") from error
 
 
 def _counts(config: Mapping[str, Any], key: re.Pattern[str]) -> Iterator[int]:
