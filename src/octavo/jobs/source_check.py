@@ -94,6 +94,8 @@ def _linears_by_use(checkpoint: Checkpoint, why: str) -> str:
     from octavo.runtime.model.hf.linear_layers import NotFoundError, find_linear_modules
 
     begun = f"octavo doesn't have this model's code, so that its weights are rounded to nearest: {why}"
+    if not checkpoint.layout.is_decoder:
+        return begun
     try:
         found = find_linear_modules(checkpoint)
     except NotFoundError as e:
