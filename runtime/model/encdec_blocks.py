@@ -187,7 +187,8 @@ class EncDecBlockRunner:
         stored: StoredCache | None = None,
     ) -> Tensor:
         """hidden [B, 2 * T, H] through one block -> the same; inputs of its linear layers go to `record` on the way."""
-        assert record_kv is stored is None, "an encoder-decoder's keys and values aren't measured"
+        assert record_kv is None, "an encoder-decoder's keys and values aren't measured"
+        assert stored is None, "nor are they rounded"
         if record is not None:
             layer = layer.with_linears(lambda name, linear: showing(linear, partial(record, name)))
         read, written = hidden.chunk(2, dim=1)
