@@ -18,7 +18,8 @@ from octavo.calibration.layers import QuantizeError
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.jobs.calibration_data import DataOptions
-from octavo.jobs.quantize import Job, prepare
+from octavo.jobs.quantize import prepare
+from octavo.jobs.quantize_job import Job
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight
 

@@ -24,7 +24,7 @@ from octavo.calibration.recipe import Recipe, RecipeError, read_recipe
 from octavo.calibration.report.compare_checkpoints import compare_checkpoints
 from octavo.calibration.rotated import rotated
 from octavo.cli import main
-from octavo.jobs.quantize import Listener
+from octavo.jobs.quantize_job import Listener
 from octavo.jobs.rotated_source import rotated_source
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.rotation_map import rotation_map

@@ -30,19 +30,20 @@ def run(args: argparse.Namespace) -> int:
     from octavo.calibration.report.terminal import print_report
     from octavo.calibration.text.documents import DataError
     from octavo.calibration.workspace import is_interruption
-    from octavo.jobs import quantize
+    from octavo.jobs.quantize import run as run_job
+    from octavo.jobs.quantize_job import Listener
     from octavo.quant.model_files import CheckpointError
     from octavo.quant.safetensors_file import SafetensorsError
 
     console = Console()
     try:
         with unwinding_when_terminated("octavo quantize"), progress_bar("reading", console) as bar:
-            listener = quantize.Listener(
+            listener = Listener(
                 estimate=lambda estimate: console.print(f"expected: {estimate}", highlight=False),
                 progress=bar.progress,
                 phase=bar.phase,
             )
-            report = quantize.run(job_from_args(args, listener))
+            report = run_job(job_from_args(args, listener))
     except KeyboardInterrupt:
         print(f"octavo quantize: interrupted{_what_is_left(args)}", file=sys.stderr)
         return 130

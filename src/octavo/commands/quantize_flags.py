@@ -15,7 +15,7 @@ from msgspec import Meta
 from octavo.calibration.recipe import WHAT, Recipe, RecipeError, read_recipe
 from octavo.flags import add_flags, flags_of, given, read
 from octavo.jobs.calibration_data import DataOptions
-from octavo.jobs.quantize import Job, Listener
+from octavo.jobs.quantize_job import Job, Listener
 from octavo.quant.scheme import GGUF, GGUF_MIXES, GROUP_SIZES, PRESETS
 
 DEFAULT_SCHEME = "W4A16"
