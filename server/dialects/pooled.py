@@ -5,17 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
 
 from octavo.runtime.messages import PoolingParams
+from octavo.server.dialects.conversation import image_sources, render_request, rendered
 from octavo.server.dialects.pooled_request import (
+    AnyClassifyRequest,
+    AnyEmbeddingRequest,
+    AnyPoolingRequest,
     ClassifyRequest,
+    EmbeddingOptions,
     EmbeddingRequest,
+    Messages,
     PooledRequest,
-    PoolingRequest,
 )
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.errors import RESPONSES, bad_request
@@ -37,36 +42,37 @@ def routes(service: Service) -> APIRouter:
     model = service.model
 
     @router.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
-        """Embeddings of texts."""
+    async def embeddings(body: Annotated[AnyEmbeddingRequest, Body()], http: Request) -> Response:
+        """Embeddings of texts, or of a conversation."""
         pooled = service.check_pooled(body.model, http, "embed")
         params = PoolingParams("embed", checked_dimensions(body.dimensions, pooled), body.normalizes)
-        prompts = partial(prompts_of, body, pooled, model)
-        results = await answered(body, params, prompts, http, service, _beside(body, pooled))
+        prompts, beside = await _asked(body, pooled, http, service)
+        results = await answered(body, params, prompts, http, service, beside)
         shown = _shower(body)
         data = ({"object": "embedding", "index": i, "embedding": shown(it)} for i, it in enumerate(results))
         return await sent({"object": "list", "data": data, "model": body.model or model.name}, results)
 
     @router.post("/pooling")
-    async def pooling(body: PoolingRequest, http: Request) -> Response:
+    async def pooling(body: Annotated[AnyPoolingRequest, Body()], http: Request) -> Response:
         """Any task of the model, with what its pooler made of each text, or of each token."""
         own = "embed" if model.pooled is None else model.pooled.facts.tasks[0]
         task = body.task or own
         pooled = service.check_pooled(body.model, http, task)
         params = PoolingParams(task, checked_dimensions(body.dimensions, pooled), body.normalizes)
-        prompts = partial(prompts_of, body, pooled, model)
-        results = await answered(body, params, prompts, http, service, _beside(body, pooled))
+        prompts, beside = await _asked(body, pooled, http, service)
+        results = await answered(body, params, prompts, http, service, beside)
         shown = _shower(body, by_rows=task.startswith("token_"))
         data = ({"object": "pooling", "index": i, "data": shown(it)} for i, it in enumerate(results))
         return await sent(headed("pool", body, http, model) | {"data": data}, results)
 
     @router.post("/v1/classify", include_in_schema=False)  # SGLang's name
     @router.post("/classify")
-    async def classify(body: ClassifyRequest, http: Request) -> Response:
+    async def classify(body: Annotated[AnyClassifyRequest, Body()], http: Request) -> Response:
         """The probabilities of a classifier's labels."""
         pooled = service.check_pooled(body.model, http, "classify")
         params = PoolingParams("classify", use_activation=body.use_activation)
-        results = await answered(body, params, lambda: prompts_of(body, pooled, model), http, service)
+        prompts, beside = await _asked(body, pooled, http, service)
+        results = await answered(body, params, prompts, http, service, beside)
         data = (_labelled(i, it.vector(), pooled) for i, it in enumerate(results))
         return await sent(headed("classify", body, http, model) | {"data": data}, results)
 
@@ -147,6 +153,22 @@ def prompts_of(body: EmbeddingRequest | ClassifyRequest, pooled: PooledText, mod
     return within_total(prompts, "input")
 
 
+async def _asked(
+    body: PooledRequest, pooled: PooledText, http: Request, service: Service
+) -> tuple[Callable[[], list[PooledPrompt]], int]:
+    """How the prompts of a request are made, and `beside` of that. Raises ApiError."""
+    model = service.model
+    if isinstance(body, EmbeddingRequest | ClassifyRequest):
+        beside = _beside(body, pooled) if isinstance(body, EmbeddingRequest) else 0
+        return partial(prompts_of, body, pooled, model), beside
+    assert isinstance(body, Messages)
+    image_sources(body, model)  # refuses them
+    text = await rendered(await service.off_loop(http, partial(render_request, body, model)), model)
+    special = body.add_special_tokens
+    cut = body.cut
+    return lambda: [text_prompt(text, "messages", model, cut, add_special_tokens=special)], len(text)
+
+
 def _beside(body: EmbeddingRequest, pooled: PooledText) -> int:
     given = body.input
     is_many = not isinstance(given, str) and bool(given) and isinstance(given[0], str)
@@ -169,7 +191,7 @@ def named_prompt(name: str | None, pooled: PooledText) -> str:
     return found
 
 
-def _shower(body: EmbeddingRequest, *, by_rows: bool = False) -> Callable[[PooledResult], Any]:
+def _shower(body: EmbeddingOptions, *, by_rows: bool = False) -> Callable[[PooledResult], Any]:
     """How results are told."""
     number_type = body.embed_dtype or "float32"
     if body.encoding_format == "base64":

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from octavo.runtime.messages import PoolingTask
+from octavo.server.dialects.conversation import ChatOptions
 from octavo.server.dialects.fields import (
     MAX_TOKENS_SENT,
     Count,
@@ -82,26 +83,31 @@ class PooledRequest(PooledHints, Strict):
         return self
 
 
-class EmbeddingRequest(PooledRequest):
+class EmbeddingOptions(PooledRequest):
+    """What embeddings are to be, whatever they are made of."""
+
+    encoding_format: Encoding | None = None
+    embed_dtype: NumberType | None = None
+    endianness: Literal["native", "little"] | None = None
+    dimensions: Positive | None = None
+    use_activation: Flag | None = None
+    normalize: Flag | None = None
+
+    @property
+    def normalizes(self) -> bool | None:
+        return self.normalize if self.use_activation is None else self.use_activation
+
+
+class EmbeddingRequest(EmbeddingOptions):
     """POST /v1/embeddings.
 
     prompt_name: one of the prompts of config_sentence_transformers.json; prompt: a text instead.
     """
 
     input: Input
-    encoding_format: Encoding | None = None
-    embed_dtype: NumberType | None = None
-    endianness: Literal["native", "little"] | None = None
-    dimensions: Positive | None = None
     add_special_tokens: Flag = True
-    use_activation: Flag | None = None
-    normalize: Flag | None = None
     prompt_name: Text | None = None
     prompt: Text | None = None
-
-    @property
-    def normalizes(self) -> bool | None:
-        return self.normalize if self.use_activation is None else self.use_activation
 
     @model_validator(mode="after")
     def _check_prompts(self) -> EmbeddingRequest:
@@ -110,18 +116,61 @@ class EmbeddingRequest(PooledRequest):
         return self
 
 
+class Messages(ChatOptions):
+    """A conversation in place of texts: one prompt, which the chat template makes of it."""
+
+    add_generation_prompt: Flag = False
+
+
+class EmbeddingChatRequest(EmbeddingOptions, Messages):
+    """POST /v1/embeddings of a conversation, as vLLM has it."""
+
+
 class PoolingRequest(EmbeddingRequest):
     """POST /pooling: any task of the model, with rows as they are."""
 
     task: PoolingTask | None = None
 
 
-class ClassifyRequest(PooledRequest):
+class PoolingChatRequest(EmbeddingChatRequest):
+    """The same of a conversation."""
+
+    task: PoolingTask | None = None
+
+
+class ClassifyOptions(PooledRequest):
+    """What labels are to be, whatever they are of."""
+
+    use_activation: Flag | None = None
+
+
+class ClassifyRequest(ClassifyOptions):
     """POST /classify."""
 
     input: Input
     add_special_tokens: Flag = True
-    use_activation: Flag | None = None
+
+
+class ClassifyChatRequest(ClassifyOptions, Messages):
+    """POST /classify of a conversation."""
+
+
+def _kind_of_body(body: object) -> str:
+    return "<messages>" if isinstance(body, dict) and "messages" in body else "<input>"
+
+
+AnyEmbeddingRequest = Annotated[
+    Annotated[EmbeddingRequest, Tag("<input>")] | Annotated[EmbeddingChatRequest, Tag("<messages>")],
+    Discriminator(_kind_of_body),
+]
+AnyPoolingRequest = Annotated[
+    Annotated[PoolingRequest, Tag("<input>")] | Annotated[PoolingChatRequest, Tag("<messages>")],
+    Discriminator(_kind_of_body),
+]
+AnyClassifyRequest = Annotated[
+    Annotated[ClassifyRequest, Tag("<input>")] | Annotated[ClassifyChatRequest, Tag("<messages>")],
+    Discriminator(_kind_of_body),
+]
 
 
 _SIDES = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from functools import partial
 from operator import mul
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
+from pydantic import Discriminator, Tag
 
 from octavo.runtime.messages import PoolingParams
+from octavo.server.dialects.label_scores import scored_labels
+from octavo.server.dialects.label_scores_request import LabelScoreRequest
 from octavo.server.dialects.pooled import answered, headed, name_of, sent
 from octavo.server.dialects.pooled_request import RerankRequest, ScoreRequest
 from octavo.server.errors import RESPONSES, bad_request
@@ -21,6 +25,18 @@ from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 
+LABELS = ("label_token_ids", "items", "query")  # names of SGLang's /v1/score
+
+
+def _kind_of_score(body: object) -> str:
+    return "<labels>" if isinstance(body, dict) and any(name in body for name in LABELS) else "<texts>"
+
+
+AnyScoreRequest = Annotated[
+    Annotated[ScoreRequest, Tag("<texts>")] | Annotated[LabelScoreRequest, Tag("<labels>")],
+    Discriminator(_kind_of_score),
+]
+
 
 def routes(service: Service) -> APIRouter:
     """The routes of this module."""
@@ -29,8 +45,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/score", include_in_schema=False)
     @router.post("/score")
-    async def score(body: ScoreRequest, http: Request) -> Response:
-        """How well texts fit each other: a cross-encoder's score of each pair, or the cosine of their embeddings."""
+    async def score(body: Annotated[AnyScoreRequest, Body()], http: Request) -> Response:
+        """How well texts fit each other: a cross-encoder's score of each pair, or the cosine of their embeddings.
+
+        With label_token_ids, of a model that generates: how probable each is as the next token (SGLang's).
+        """
+        if isinstance(body, LabelScoreRequest):
+            return await scored_labels(body, http, service)
         one, other = body.sides
         scores, results = await scored(body, one * (len(other) if len(one) == 1 else 1), other, http, service)
         data = ({"index": i, "object": "score", "score": value} for i, value in enumerate(scores))

@@ -17,6 +17,11 @@ from octavo_server import serving
 from tiny_encoders import CUTS, SIZE, CrossEncoder, SentenceModel
 from torch import Tensor
 
+SAID = [{"role": "user", "content": "The cat"}]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}"
+    "{% endif %} {% endfor %}{% if add_generation_prompt %}{{ verb | default('say') }}:{% endif %}"
+)
 TEXTS = ["the cat sat on a mat", "red", "green and blue", "running runs 42 times " * 2]
 
 
@@ -32,6 +37,7 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoder:
 
 @pytest.fixture(scope="module")
 def url(sentence: SentenceModel) -> Iterator[str]:
+    (sentence.directory / "chat_template.jinja").write_text(TEMPLATE)
     with serving("--served-model-name", "tiny", model=sentence.directory) as server:
         yield server.url
 
@@ -204,6 +210,31 @@ def test_scores_of_an_embedder_are_cosines(client: httpx.Client, sentence: Sente
         assert result["relevance_score"] == pytest.approx(truth, abs=1e-4)
 
 
+def test_a_conversation_is_one_prompt(client: httpx.Client, sentence: SentenceModel) -> None:
+    """As the chat template writes it, without special tokens beside those that it writes itself."""
+    said = [{"role": "user", "content": "The cat"}, {"role": "assistant", "content": [{"type": "text", "text": "sat"}]}]
+    plain = sentence.tokenizer.encode("user: The cat assistant: sat", add_special_tokens=False).ids
+    framed = sentence.tokenizer.encode("user: The cat assistant: sat").ids
+    asking = sentence.tokenizer.encode("user: The cat assistant: sat say:", add_special_tokens=False).ids
+    running = sentence.tokenizer.encode("user: The cat assistant: sat run:", add_special_tokens=False).ids
+    for fields, ids in (
+        ({}, plain),
+        ({"add_special_tokens": True}, framed),
+        ({"add_generation_prompt": True}, asking),
+        ({"chat_template_kwargs": {"verb": "run"}, "add_generation_prompt": True}, running),
+        ({"truncate_prompt_tokens": 4}, plain[:4]),
+        ({"truncate_prompt_tokens": 4, "truncation_side": "left"}, plain[-4:]),
+    ):
+        found = posted(client, "/v1/embeddings", messages=said, **fields)
+        assert found["usage"]["prompt_tokens"] == len(ids)
+        assert_same(found["data"][0]["embedding"], sentence.embedding(ids))
+    small = posted(client, "/v1/embeddings", messages=said, dimensions=CUTS[0], encoding_format="base64")
+    numbers = struct.unpack(f"<{CUTS[0]}f", base64.b64decode(small["data"][0]["embedding"]))
+    assert_same(list(numbers), sentence.embedding(plain, CUTS[0]))
+    rows = posted(client, "/pooling", messages=said, task="token_embed", normalize=False)["data"][0]["data"]
+    assert len(rows) == len(plain)
+
+
 def test_states_of_tokens(client: httpx.Client, sentence: SentenceModel) -> None:
     (one,) = posted(client, "/pooling", input="the cat", task="token_embed", normalize=False)["data"]
     hidden = sentence.model(torch.tensor([sentence.tokenizer.encode("the cat").ids])).last_hidden_state[0].detach()
@@ -230,6 +261,16 @@ def test_states_of_tokens(client: httpx.Client, sentence: SentenceModel) -> None
             "/v1/embeddings",
             {"input": ["a"] * 100, "prompt": "cat " * 50_000, "truncate_prompt_tokens": 8},
             "in front of each of 100 texts",
+        ),
+        ("/v1/embeddings", {"input": "a", "messages": SAID}, "input: octavo does not support this field"),
+        ("/v1/embeddings", {"messages": SAID, "prompt_name": "query"}, "prompt_name: octavo does not support"),
+        ("/v1/embeddings", {"messages": [SAID]}, "messages"),
+        ("/v1/embeddings", {"messages": SAID * 40}, "Shorten it, or truncate_prompt_tokens -1 cuts it"),
+        ("/v1/embeddings", {"messages": SAID, "chat_template": "x"}, "does not run a client's"),
+        (
+            "/v1/embeddings",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}]},
+            "text alone",
         ),
         ("/classify", {"input": "a"}, "doesn't classify"),
         ("/score", {"queries": "a"}, "queries and documents"),
