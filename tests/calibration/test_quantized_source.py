@@ -53,7 +53,7 @@ def test_the_numbers_are_those_of_the_tool_that_wrote_it(fixtures: Path, tmp_pat
     assert "quantization_config" not in checkpoint.config
     expected = load_file(fixtures / name / "expected.safetensors")
     found = {key.removeprefix("dequantized."): w for key, w in expected.items() if key.startswith("dequantized.")}
-    assert len(found) == 2
+    assert len(found) >= 2
     for module, weight in found.items():
         tensor = checkpoint.tensor(f"{module}.weight")
         assert tensor.dtype == checkpoint.tensor("model.norm.weight").dtype

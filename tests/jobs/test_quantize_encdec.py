@@ -208,10 +208,9 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(made: tuple[str, Path], ready
 TEXTS = ["the cat sat on a dog. translate to German: is 7 a dog, or the cat? " * 4, "Is a (cat) to sit? 0123" * 6]
 
 
+@pytest.mark.parametrize("made", ["t5, FLAN's"], indirect=True)
 def test_auto_learns_from_a_text_and_the_model_s_own_answers(made: tuple[str, Path], tmp_path: Path) -> None:
-    name, directory = made
-    if name == "bart":
-        pytest.skip("one process that writes answers is enough")
+    _, directory = made
     sizes = {"num_calibration_samples": 4, "max_seq_length": 32}
     report = quantize(str(directory), tmp_path / "out", scheme="W4A16@32", data=TEXTS, **sizes)
     assert report.algorithm == "awq+gptq"
@@ -224,6 +223,7 @@ def test_auto_learns_from_a_text_and_the_model_s_own_answers(made: tuple[str, Pa
     assert any("give a text with --dataset" in line for line in without.warnings)
 
 
+@pytest.mark.parametrize("made", ["bart"], indirect=True)  # a T5 has positions without end
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -237,8 +237,6 @@ def test_auto_learns_from_a_text_and_the_model_s_own_answers(made: tuple[str, Pa
 def test_what_calibration_doesn_t_do_is_refused_by_name(
     options: dict[str, object], why: str, made: tuple[str, Path], tmp_path: Path
 ) -> None:
-    if made[0] != "bart":
-        pytest.skip("distances have no end")
     how = {"scheme": "W4A16@32", "algorithm": "gptq", "data": TEXTS, "max_seq_length": 32} | options
     with pytest.raises(ValueError, match=why):
         quantize(str(made[1]), tmp_path / "out", **how)

@@ -21,6 +21,7 @@ RIGHT: dict[str, Json | None] = {  # a body that each route takes
     "POST /v1/messages": {"model": "tiny", "messages": MESSAGES, "max_tokens": 1},
     "POST /v1/messages/count_tokens": {"model": "tiny", "messages": MESSAGES},
     "POST /api/chat": {"model": "tiny", "messages": MESSAGES, "stream": False, "options": {"num_predict": 1}},
+    "POST /generative_scoring": {"query": "abc", "items": ["d"], "label_token_ids": [1, 2]},
     "POST /api/generate": {"model": "tiny", "prompt": "abc", "options": {"num_predict": 1}},
     "POST /api/show": {"model": "tiny"},
     "POST /invocations": {"prompt": "abc", "max_tokens": 1},
