@@ -247,6 +247,8 @@ def _make_gemm(kind: int) -> Any:
         steps = a[_STEPS]
         kind = a[_OUT_KIND]
         sums = np.empty((_CHUNK, groups), np.float32)
+        if a[_SUMS] == 0:
+            sums[: min(m, _CHUNK)] = 0.0  # a tile begins with 0 times these, which isn't 0 of what memory may hold
         have = -1  # the chunk whose sums stand in `sums`
         expands = m >= _EXPANDED and (a[_STORAGE] != FLOAT or a[_MIN_STORAGE] != FLOAT)
         expanded = np.empty((2, vectors if expands else 0, groups * LANES), np.float32)

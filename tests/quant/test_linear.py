@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from layers import apply
@@ -100,6 +101,20 @@ def test_weight_only(scheme: WeightScheme) -> None:
         for m in ROWS:
             x = torch.randn(m, k).bfloat16()
             check(apply(layer, x), x, exact, largest)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_memory_that_held_no_numbers(bits: int) -> None:
+    """A product doesn't depend on what was in the memory that it takes for itself."""
+    torch.manual_seed(0)
+    n, k = 128, 352
+    layer = run([weight(n, k, QuantScheme(WeightScheme(f"int{bits}", group(32))))])  # type: ignore[arg-type]
+    for m in ROWS:
+        x = torch.randn(m, k).bfloat16()
+        expected = apply(layer, x)
+        freed = [np.full((rows, k // 32), np.nan, np.float32) for rows in (m, 128) for _ in range(64)]
+        del freed
+        assert torch.equal(apply(layer, x), expected)
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
