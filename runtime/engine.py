@@ -17,6 +17,7 @@ from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 from octavo.runtime.scheduling.scheduler import Scheduler
 from octavo.runtime.speculation.speculation import Speculates
 from octavo.runtime.validation import problem_of
+from octavo.runtime.vision.steps import images_of
 from octavo.runtime.worker.cache_memory import give_back
 from octavo.runtime.worker.pooled_steps import PooledSteps
 from octavo.runtime.worker.sampler import Sampler
@@ -261,7 +262,8 @@ class Engine:
             self.offload.begin_fetches(self._num_ordered, self._num_finished)
 
     def _submit(self, plan: StepPlan) -> None:
-        order = make_order(plan, self._num_ordered)
+        tower = self.worker.model.tower
+        order = make_order(plan, self._num_ordered, None if tower is None else images_of(plan, tower))
         self._num_ordered += 1
         if self.adapters is not None:
             self.adapters.begin(plan)

@@ -141,6 +141,9 @@ class Decoder:
     def token_table(self) -> Tensor:
         return self._embedding.table
 
+    def of_driver(self, x: Tensor) -> Tensor:
+        return self.ops.of_driver(x)
+
     @torch.inference_mode()
     def normed(self, residual: Tensor) -> Tensor:
         if self._streams is not None:

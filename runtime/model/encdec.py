@@ -27,7 +27,7 @@ from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.encoder import ChangeLinear, EncoderLayer, EncoderMlp, Norm
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes, rows_by_kind
-from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.operators import Ops, only_rank
 from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.source_messages import Source
 from octavo.runtime.vision.towers import VisionTower
@@ -205,6 +205,7 @@ class EncoderDecoder:
     adapters: ModelAdapters | None = None
     pooler: Pooler | None = None
     tower: VisionTower | None = None
+    of_driver = staticmethod(only_rank)
     ranks: tuple[str, ...] = ()
     first_layer = 0
     num_token_types = 0

@@ -24,7 +24,7 @@ from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.encoder_spec import EncoderActivation, EncoderSpec
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import CacheShape, KVScales, LayerRow, Tap, distinct_bytes, rows_by_kind
-from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.operators import Ops, only_rank
 from octavo.runtime.model.pooling import Pooler
 from octavo.runtime.source_messages import Source
 
@@ -306,6 +306,7 @@ class Encoder:
     gives_hidden = True
     taps_all_rows = True
     best = None
+    of_driver = staticmethod(only_rank)
 
     def __post_init__(self) -> None:
         self.architecture = self.spec.architecture

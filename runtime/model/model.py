@@ -138,6 +138,10 @@ class Model(Protocol):
         """`logits` of `hidden`, which every model has."""
         ...
 
+    def of_driver(self, x: Tensor) -> Tensor:
+        """What the first of the ranks that divide the model's layers has, [N, W], on each of them."""
+        ...
+
     def entering(self, step: StepInputs) -> Tensor:
         """The residual stream [T, hidden_size] before the first layer: of the embedding, or of the stage before, which
         hands each step's on once. Behind it, in the same rows, is what layers read of tokens besides, in models that

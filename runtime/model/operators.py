@@ -130,6 +130,11 @@ HadamardBody = Callable[[Tensor, int], Tensor]
 """Rows [T, K] times a Hadamard matrix in blocks of so many columns, perhaps in their place."""
 
 
+def only_rank(x: Tensor) -> Tensor:
+    """`Ops.of_driver` of an engine with one rank."""
+    return x
+
+
 @dataclass(frozen=True)
 class Ops:
     """One body for each operator; `name` says whose they are, in the table at start.
@@ -142,6 +147,7 @@ class Ops:
     latent            attention over latents (kernels/attention/latent.py); None: the device has none
     gated_delta       the gated delta rule (kernels/linear_attention/gated_delta.py); None: the device has none
     mamba2_decode, short_conv_decode  of one token of each sequence (kernels/linear_attention/); None: torch does it
+    of_driver         what the first of the ranks that divide the layers has, [N, W], on each of them
     hadamard      of inputs that are rotated while serving (kernels/hadamard/); None: the device has none
     """
 
@@ -153,6 +159,7 @@ class Ops:
     gelu_tanh_and_mul: GatedActivation
     rope_and_attention: RopeAndAttention
     clamped_swiglu: ClampedSwiglu = norm_reference.clamped_swiglu
+    of_driver: Callable[[Tensor], Tensor] = only_rank
     compiles_kernels: bool = False
     recordable: bool = False
     batch_invariant: bool = False

@@ -175,9 +175,12 @@ def over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
         total = group.all_reduce(x.float().contiguous()).to(residual.dtype)
         return ops.add_rms_norm(total, residual, weight, eps, after, multiplier, input_quant)
 
+    def of_driver(x: Tensor) -> Tensor:
+        return group.all_reduce(x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)).to(x.dtype)
+
     recordable = ops.recordable and group.recordable
     name = f"{ops.name}, {group.size} ranks"
-    bound = replace(ops, name=name, embed=embed, add_rms_norm=add_rms_norm, recordable=recordable)
+    bound = replace(ops, name=name, embed=embed, add_rms_norm=add_rms_norm, recordable=recordable, of_driver=of_driver)
     return _norming_over_ranks(bound, rank, spec) if spec.qk_norm == "width" else bound
 
 

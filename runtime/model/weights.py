@@ -192,10 +192,9 @@ def _load_decoder(
         model.notes.append("keys and values of layers that read another layer's are not loaded")
     if spec.num_mtp_layers and config.speculative_config is None:
         model.notes.append("the checkpoint has an MTP head, with which --speculative-config.method mtp drafts")
-    if spec.text_only:
-        is_alone = group.size == 1 and model.pooler is None
-        model.tower, why_not = tower_of(config, source, model.dtype, model.device, is_alone=is_alone)
-        model.notes += [why_not] if why_not else []
+    if spec.text_only and group.rank == 0:
+        generates = model.pooler is None
+        model.tower = tower_of(config, source, model.dtype, model.device, model.notes, generates=generates)
         model.weight_bytes += 0 if model.tower is None else model.tower.weight_bytes
     is_headless = spec.tied or not spec.has_head
     towers = () if not spec.text_only else TOWER_PREFIXES if model.tower is None else SOUND_PREFIXES

@@ -23,7 +23,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.sampling.best import Best
 from octavo.runtime.parallel.order import Int32s, StepOrder
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
-from octavo.runtime.vision.steps import with_images
+from octavo.runtime.vision.steps import embeddings, with_images
 from octavo.runtime.worker.pooled_steps import with_token_types
 from octavo.runtime.worker.source_rows import with_sources
 from octavo.runtime.worker.step_inputs import with_tokens
@@ -180,8 +180,10 @@ class _Driver:
         inputs = with_tokens(step.inputs, order)
         if self.worker.model.num_token_types > 1:
             inputs = with_token_types(inputs, step.plan)
-        if self.worker.model.tower is not None:
-            inputs = with_images(inputs, step.plan, self.worker.model.tower)
+        model = self.worker.model
+        if order.images is not None and model.tower is not None:
+            values = embeddings(step.plan, model.tower) if len(order.images.rows) else None
+            inputs = with_images(inputs, order.images, model.of_driver, values)
         if (source := self.worker.model.source) is not None:
             inputs = with_sources(inputs, step.plan, source)
         logits = self.worker.compute(inputs, order.wants)

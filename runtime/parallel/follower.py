@@ -135,6 +135,8 @@ def follow(worker: Worker, orders: Orders) -> None:
     """Compute step after step, until the driver is gone."""
     import torch
 
+    from octavo.runtime.vision.steps import with_images
+
     adapters = None if worker.model.adapters is None else FollowerAdapters(worker.model.adapters)
     with torch.inference_mode():
         while (order := orders.receive()) is not None:
@@ -144,6 +146,8 @@ def follow(worker: Worker, orders: Orders) -> None:
                 continue
             step = StepOrder(order)
             inputs = worker.prepare(step)
+            if step.images is not None:
+                inputs = with_images(inputs, step.images, worker.model.of_driver)
             if adapters is not None:
                 adapters.place(step)
             worker.compute(inputs, step.wants)

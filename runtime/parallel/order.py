@@ -8,7 +8,7 @@ the step begins (`fill_tokens`), so that no other rank samples.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,10 @@ _HEADER = (
     "num_new_blocks",
     "num_adapters",
     "num_saves",
+    "num_image_rows",
+    "image_width",
+    "num_axes",
+    "num_ahead",
 )
 _DIGEST = 8  # numbers of an adapter's digest
 _COLUMNS = (
@@ -43,6 +47,25 @@ _COLUMNS = (
     "adapters",
     "sources",
 )
+
+
+_AHEAD = 6  # numbers of an `Ahead`
+
+
+class StepImages(NamedTuple):
+    """What images are to a step, but for their embeddings.
+
+    rows   [N] its tokens whose embeddings are those of images
+    width  numbers of each such embedding
+    axes   [A, T] positions by which its tokens are rotated: in time, height and width, or one where these agree; A 0:
+           those in the sequences
+    ahead  [M, 6] the tokens that see some behind them, as `Ahead` has them
+    """
+
+    rows: Int32s
+    width: int
+    axes: Int32s
+    ahead: Int32s
 
 
 class StepOrder:
@@ -64,6 +87,7 @@ class StepOrder:
     new_blocks        [G, B] the new entries of all sequences, in order
     digests           [A, 9] the slot of each adapter of the step, and its digest
     saves             [N, 2] a token of the batch, ascending, and the row that the state behind it is copied to
+    images            None: none changes the step
     """
 
     __slots__ = (
@@ -73,6 +97,7 @@ class StepOrder:
         "ends",
         "first_logits",
         "first_new_blocks",
+        "images",
         "is_new",
         "new_block_counts",
         "new_blocks",
@@ -87,7 +112,9 @@ class StepOrder:
 
     def __init__(self, buffer: Int32s) -> None:
         self.buffer = buffer
-        self.number, wants, groups, sequences, tokens, blocks, adapters, saves = buffer[: len(_HEADER)].tolist()
+        self.number, wants, groups, sequences, tokens, blocks, adapters, saves, *images = buffer[
+            : len(_HEADER)
+        ].tolist()
         self.wants = _WANTS[wants]
         columns = buffer[len(_HEADER) :]
         parts = [columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))]
@@ -101,6 +128,7 @@ class StepOrder:
         self.digests = columns[begin : begin + adapters * (1 + _DIGEST)].reshape(adapters, 1 + _DIGEST)
         begin += adapters * (1 + _DIGEST)
         self.saves = columns[begin : begin + 2 * saves].reshape(saves, 2)
+        self.images = _images(columns[begin + 2 * saves :], tokens, *images) if any(images) else None
 
     def adapters_in_slots(self) -> list[tuple[int, str]]:
         """The slot and the digest of each adapter that the step uses."""
@@ -112,8 +140,13 @@ class StepOrder:
         self.token_ids[unknown] = last_tokens[-1 - self.token_ids[unknown]]
 
 
-def make_order(plan: StepPlan, number: int) -> StepOrder:
-    """The order of a plan."""
+def _images(numbers: Int32s, num_tokens: int, num_rows: int, width: int, num_axes: int, num_ahead: int) -> StepImages:
+    rows, axes, ahead = np.split(numbers, [num_rows, num_rows + num_axes * num_tokens])
+    return StepImages(rows, width, axes.reshape(num_axes, num_tokens), ahead.reshape(num_ahead, _AHEAD))
+
+
+def make_order(plan: StepPlan, number: int, images: StepImages | None = None) -> StepOrder:
+    """The order of a plan, whose sequences may have images."""
     scheduled = plan.scheduled
     growing = [it for it in scheduled if it.new_blocks[0]]
     num_groups = len(scheduled[0].new_blocks)
@@ -121,8 +154,11 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
     adapters = dict.fromkeys(it.sequence.adapter for it in scheduled if it.sequence.adapter is not None)
     saves = _saves_of(scheduled)
     counts = (num_groups, len(scheduled), plan.num_tokens, num_new_blocks, len(adapters), len(saves))
+    of_images = (
+        (0, 0, 0, 0) if images is None else (len(images.rows), images.width, len(images.axes), len(images.ahead))
+    )
     numbers = chain(
-        (number, _WANTS.index(_wanted(scheduled)), *counts),
+        (number, _WANTS.index(_wanted(scheduled)), *counts, *of_images),
         [it.slot for it in scheduled],
         [it.start for it in scheduled],
         [it.end for it in scheduled],
@@ -136,6 +172,7 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
         *(it.new_blocks[group] for group in range(num_groups) for it in growing),
         *((adapter.slot, *np.frombuffer(bytes.fromhex(adapter.digest), np.int32)) for adapter in adapters),
         *saves,
+        *(() if images is None else (images.rows, images.axes.flat, images.ahead.flat)),
     )
     return StepOrder(np.array(list(numbers), dtype=np.int32))
 
@@ -163,4 +200,6 @@ def largest_order(limits: SchedulerConfig) -> int:
     per_sequence = len(_COLUMNS) + len(limits.windows) * blocks
     adapters = limits.max_loras * (1 + _DIGEST)
     saves = 2 * limits.num_snapshots
-    return len(_HEADER) + per_sequence * limits.max_num_seqs + limits.max_num_batched_tokens + adapters + saves
+    per_token = 1 + 1 + 3 + _AHEAD  # with images, of which each has a token in the step
+    tokens = per_token * limits.max_num_batched_tokens
+    return len(_HEADER) + per_sequence * limits.max_num_seqs + tokens + adapters + saves

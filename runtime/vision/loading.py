@@ -26,20 +26,28 @@ MOST_COMPUTED = 1 << 28  # bytes of what a tower computes at start, such as freq
 
 
 def tower_of(
-    config: EngineConfig, source: CheckpointSource, dtype: torch.dtype, device: torch.device, *, is_alone: bool
-) -> tuple[VisionTower | None, str]:
-    """The tower of a vision checkpoint, or None and why images are not read; "": its type is not known here.
+    config: EngineConfig,
+    source: CheckpointSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    notes: list[str],
+    *,
+    generates: bool,
+) -> VisionTower | None:
+    """The tower of a vision checkpoint; None: its type is not known here, or images are not read, as a note says.
 
-    is_alone: the engine has one rank, and generates. Raises LoadError.
+    generates: the model does. For the driver of an engine alone. Raises LoadError.
     """
     if read_config(Path(config.model)).get("model_type") not in MAKERS:
-        return None, ""
+        return None
     most = config.limit_mm_per_prompt.image
     try:
         if most == 0:
             raise UnreadImagesError("--limit-mm-per-prompt allows no image")
-        if not is_alone:
-            raise UnreadImagesError("images are read by engines of one rank that generate, so far")
+        if not generates:
+            raise UnreadImagesError("models that generate nothing read none here")
+        if (stages := config.parallel.pipeline_parallel_size) > 1:
+            raise UnreadImagesError(f"-pp {stages}: the stage with the embedding has no tower; -tp works")
         if device.type != "cpu":
             raise UnreadImagesError(
                 "no GPU has read one yet, and its memory is planned without; --device cpu reads them"
@@ -53,9 +61,10 @@ def tower_of(
             )
         if config.deterministic and tower.facts.sees_ahead:
             raise UnreadImagesError("--deterministic: attention to an image's later tokens is not batch-invariant")
-        return tower, ""
     except UnreadImagesError as error:
-        return None, f"images are not read: {error}"
+        notes.append(f"images are not read: {error}")
+        return None
+    return tower
 
 
 def load_tower(

@@ -29,7 +29,7 @@ MAX_KEPT_BYTES = 256 << 20
 class VisionTower:
     """A model's tower, on the model's device.
 
-    facts: what the server is told.
+    facts: what the server is told. width: numbers of an embedding, once `problem` has looked.
     """
 
     def __init__(self, facts: VisionModel, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -42,6 +42,7 @@ class VisionTower:
         self._shift = (torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)).view(3, 1, 1)
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self._kept_bytes = 0
+        self.width = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -109,6 +110,7 @@ class VisionTower:
             return f"{type(error).__name__}: {error}"
         if len(made) != layout.num_placeholders or made.shape[1] % hidden_size:
             return f"it makes {list(made.shape)} for {layout.num_placeholders} tokens of {hidden_size} numbers"
+        self.width = made.shape[1]
         return None if bool(made.isfinite().all()) else "it makes numbers that are not finite"
 
     @torch.inference_mode()

@@ -160,4 +160,6 @@ def _notes_of_a_gpu(source: Path) -> list[str]:
     checkpoint = Checkpoint.open(source)
     check_attention(DecoderSpec.from_hf(checkpoint.config), GPU)
     config = EngineConfig(model=str(source))
-    return [tower_of(config, CheckpointSource(checkpoint), GPU.dtype, GPU.device, is_alone=True)[1]]
+    notes: list[str] = []
+    tower_of(config, CheckpointSource(checkpoint), GPU.dtype, GPU.device, notes, generates=True)
+    return notes

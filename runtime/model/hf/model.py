@@ -27,7 +27,7 @@ from octavo.runtime.model.hf.attention import PROBE, SERVE, HFModelError, Step, 
 from octavo.runtime.model.hf.checks import BLOCK_SIZE, Proven, check_against_transformers, probe_model
 from octavo.runtime.model.layers import GroupedExperts
 from octavo.runtime.model.model import CacheShape, KVScales, KVShape, LayerRow, Tap, distinct_bytes
-from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.operators import Ops, only_rank
 from octavo.runtime.model.sources import some
 from octavo.runtime.source_messages import Source
 
@@ -44,6 +44,7 @@ class HFModel:
     pooler = None
     num_token_types = 0
     tower = None
+    of_driver = staticmethod(only_rank)
     source: Source | None = None
     first_layer = 0
     compiles_kernels = False

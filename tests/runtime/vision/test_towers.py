@@ -257,9 +257,9 @@ def test_a_gpu_reads_the_text_half(tiny: TinyVision) -> None:
     config = EngineConfig(model=str(tiny.directory))
     source: Any = None
     gpu = torch.device("cuda")
-    tower, why = tower_of(config, source, torch.bfloat16, gpu, is_alone=True)
-    assert tower is None
-    assert why.startswith("images are not read: no GPU has read one yet")
+    notes: list[str] = []
+    assert tower_of(config, source, torch.bfloat16, gpu, notes, generates=True) is None
+    assert notes[0].startswith("images are not read: no GPU has read one yet")
 
 
 @pytest.mark.parametrize(
