@@ -159,7 +159,7 @@ class Recipe(msgspec.Struct, frozen=True):
         str | None,
         Meta(
             description="round the linear layers in a vision tower's blocks, too, by a scheme without calibration: "
-            "W8A16, FP8_DYNAMIC; --format compressed-tensors. octavo serves them dequantized",
+            "W8A8, W8A16, FP8_DYNAMIC; --format compressed-tensors",
             extra={"group": WHAT, "metavar": "SCHEME", "default": "leave towers as they are"},
         ),
     ] = None

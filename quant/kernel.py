@@ -110,6 +110,8 @@ class Kernel:
             yield f"this kernel computes in {' or '.join(str(dtype)[6:] for dtype in self.dtypes)}"
         if self.where == "cpu" and not target.has_dot_products:
             yield "this processor has no AVX-512 with BF16 and VNNI"
+        if target.many_tokens and self.where == "cpu" and None in self.inputs:
+            yield "torch multiplies the many tokens of an image faster"
         if target.capability < self.capability:
             major, minor = divmod(target.capability, 10)
             yield f"fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has {major}.{minor}"

@@ -363,7 +363,11 @@ def _with_reason(kernel: Kernel, scheme: QuantScheme | None, shape: LayerShape, 
         said = f"inputs stay in {target.dtype_name}, and weights are what is quantized: {why}"
     elif kept:
         of_weights = _cause(QuantScheme(scheme.weight), shape, target)
-        said = f"weights are dequantized to {target.dtype_name} at load: {of_weights}; inputs stay as they are: {why}"
+        faster = ", which is faster than rounding them before" if target.many_tokens else ""
+        said = (
+            f"weights are dequantized to {target.dtype_name} at load: {of_weights}; inputs stay as they are{faster}: "
+        )
+        said += why
     else:
         rounded = "" if scheme.activation is None else ", inputs rounded as the scheme says"
         said = f"weights are dequantized to {target.dtype_name} at load{rounded}: {why}"

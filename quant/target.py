@@ -20,6 +20,8 @@ class Target:
     rounds_inputs     inputs are rounded as schemes say, also where a GPU has no product of rounded inputs: what a
                       measurement of quality asks for, from dequantized weights
     batch_invariant   only batch-invariant kernels are chosen (see `Kernel.batch_invariant`)
+    many_tokens       each product has hundreds of tokens, as those of an image: a CPU's kernels that decode weights are
+                      slower there than torch's product of dequantized ones
 
     Kernels of a GPU run where capability is set, which in Triton's interpreter is on a CPU.
     """
@@ -30,6 +32,7 @@ class Target:
     has_dot_products: bool = False
     rounds_inputs: bool = False
     batch_invariant: bool = False
+    many_tokens: bool = False
 
     @staticmethod
     def of(
@@ -46,8 +49,10 @@ class Target:
 
     @property
     def keeps_inputs(self) -> bool:
-        """Inputs stay as they are where no kernel multiplies rounded ones: a GPU's alternatives are far slower."""
-        return self.capability > 0 and self.dtype != torch.float32 and not self.rounds_inputs
+        """Inputs stay as they are where no kernel multiplies rounded ones: a GPU's alternatives are far slower, and so
+        are a CPU's with many tokens.
+        """
+        return (self.capability > 0 or self.many_tokens) and self.dtype != torch.float32 and not self.rounds_inputs
 
     @property
     def dtype_name(self) -> str:

@@ -269,7 +269,8 @@ class Decoder:
         if self._head.linear is not None:
             rows.append(("lm_head", *self._head.linear.describe()))
         pooling = [] if self.pooler is None else self.pooler.report()
-        return [*rows, ("norms, rope, attention", name, self.ops.name), *pooling]
+        seeing = [] if self.tower is None else rows_by_kind([self.tower.linears])
+        return [*rows, ("norms, rope, attention", name, self.ops.name), *pooling, *seeing]
 
 
 def _places(spec: DecoderSpec, stack: Stack) -> list[int]:

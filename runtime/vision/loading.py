@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from octavo.quant.checkpoint import read_config
+from octavo.quant.kernel_table import note_departures
+from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
 from octavo.runtime.vision.kinds import MAKERS, vision_model_of
+from octavo.runtime.vision.linears import packed_linears, put_in_place, spellings, tower_target
 from octavo.runtime.vision.preprocessing import Preprocessing, UnreadImagesError
 from octavo.runtime.vision.towers import VisionTower
 
@@ -64,6 +67,8 @@ def tower_of(
     except UnreadImagesError as error:
         notes.append(f"images are not read: {error}")
         return None
+    parts = [part for linear in tower.linears.values() for part in linear.parts]
+    note_departures((part.choice for part in parts), notes)
     return tower
 
 
@@ -81,11 +86,14 @@ def load_tower(
         facts, made = vision_model_of(config, given, most_images)
         with torch.device("meta"), no_init_weights():
             without_memory = made(config)
+    linears = packed_linears(without_memory, source, tower_target(Target.of(device, dtype)))
+    put_in_place(without_memory, linears)
     weights = _weights(without_memory, source, dtype)
     with _refusing(), no_init_weights():
         module = made(config)
+    put_in_place(module, linears)
     module.load_state_dict(weights, assign=True)
-    tower = VisionTower(facts, module.to(device), given.mean, given.std)
+    tower = VisionTower(facts, module.to(device), given.mean, given.std, linears)
     if problem := tower.problem(config.get_text_config().hidden_size):
         raise UnreadImagesError(f"the tower can't see an image: {problem}")
     return tower
@@ -115,8 +123,8 @@ def _check_sizes(config: Any) -> None:
 
 
 def _weights(module: nn.Module, source: CheckpointSource, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The checkpoint's weights of a tower, in this type; those of quantized layers dequantized. What it computes at
-    start itself, such as frequencies, is not among them.
+    """The checkpoint's weights of a tower, in this type; those of layers that are quantized, and no linear ones,
+    dequantized. What it computes at start itself, such as frequencies, is not among them.
 
     module: the tower on torch's meta device: its sizes are the config's, and are checked before they take memory.
     Raises UnreadImagesError and LoadError.
@@ -130,7 +138,7 @@ def _weights(module: nn.Module, source: CheckpointSource, dtype: torch.dtype) ->
     weights = {}
     missing = []
     for name, parameter in wanted.items():
-        found = next((one for one in _spellings(name) if source.has(one.rpartition(".")[0])), None)
+        found = next((one for one in spellings(name) if source.has(one.rpartition(".")[0])), None)
         if found is None:
             missing.append(name)
             continue
@@ -143,11 +151,3 @@ def _weights(module: nn.Module, source: CheckpointSource, dtype: torch.dtype) ->
     if missing:
         raise LoadError(f"the checkpoint has no weights for {some(missing)} of the vision tower")
     return weights
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """Names that a tower's parameter has in checkpoints: transformers 4 had a module more around CLIP and SigLIP."""
-    tower, _, rest = name.partition(".")
-    for prefix in ("model.", ""):
-        yield prefix + name
-        yield f"{prefix}{tower}.vision_model.{rest}"

@@ -6,13 +6,14 @@ A tower sees each image once: embeddings are kept by the image's digest, up to M
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from octavo.quant.linear import Linear
 from octavo.runtime.vision.modules import SeenImage
 from octavo.runtime.vision.recipes import (
     Layout,
@@ -29,11 +30,20 @@ MAX_KEPT_BYTES = 256 << 20
 class VisionTower:
     """A model's tower, on the model's device.
 
-    facts: what the server is told. width: numbers of an embedding, once `problem` has looked.
+    facts: what the server is told. linears: its quantized linear layers, by their names. width: numbers of an
+    embedding, once `problem` has looked.
     """
 
-    def __init__(self, facts: VisionModel, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        facts: VisionModel,
+        module: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        linears: Mapping[str, Linear],
+    ) -> None:
         self.facts = facts
+        self.linears = linears
         self.module = module.eval()
         first = next(module.parameters())
         self._dtype = first.dtype
@@ -46,7 +56,8 @@ class VisionTower:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.module.parameters())
+        packed = sum(linear.weight_bytes for linear in self.linears.values())
+        return packed + sum(parameter.nbytes for parameter in self.module.parameters())
 
     def places(self, token_ids: Sequence[int], image: PromptImage) -> NDArray[np.int64]:
         """Positions of an image's placeholders in its prompt."""

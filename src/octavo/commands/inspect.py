@@ -188,6 +188,7 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
     from octavo.runtime.model.names import required_modules
     from octavo.runtime.model.sources import CheckpointSource, LoadError
     from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, UnsupportedModelError
+    from octavo.runtime.vision.linears import plan_tower
 
     weights = sum(checkpoint.spec(name).nbytes for name in checkpoint.names)
     try:
@@ -195,7 +196,7 @@ def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict
         source = CheckpointSource(checkpoint)
         source.require(required_modules(spec, source.prefix, source.has))
         target = _target(device, spec)
-        kernels = plan_kernels(checkpoint, spec, target)
+        kernels = plan_kernels(checkpoint, spec, target) | plan_tower(checkpoint, target)
     except UnknownArchitectureError as e:
         if e.model_type in ENCODERS:
             return {
