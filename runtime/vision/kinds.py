@@ -62,6 +62,13 @@ def _clip_or_siglip(config: Any) -> str:
     return kind
 
 
+def _check_tower(config: Any, kind: str) -> None:
+    """Refuse a tower of another type, which transformers would make of any config."""
+    found = config.vision_config.model_type
+    if found != kind:
+        raise UnreadImagesError(f"{config.model_type} with a vision tower of type {found} is not supported; {kind} is")
+
+
 def _llava(config: Any, given: Preprocessing) -> tuple[WholeImage, MakeModule]:
     kind = _clip_or_siglip(config)
     given.check_kind(CLIP_PROCESSORS + SIGLIP_PROCESSORS)
@@ -129,6 +136,7 @@ def _mistral3(config: Any, given: Preprocessing) -> tuple[Lines, MakeModule]:
 
 def _internvl(config: Any, given: Preprocessing) -> tuple[Grid, MakeModule]:
     given.check_kind(INTERN_PROCESSORS)
+    _check_tower(config, "internvl_vision")
     vision = config.vision_config
     side = vision.image_size[0]
     size = given.size("size")
@@ -148,6 +156,7 @@ def _internvl(config: Any, given: Preprocessing) -> tuple[Grid, MakeModule]:
 
 def _gemma3(config: Any, given: Preprocessing) -> tuple[WholeImage, MakeModule]:
     given.check_kind(GEMMA_PROCESSORS)
+    _check_tower(config, "siglip_vision_model")
     side = config.vision_config.image_size
     size = given.size("size")
     if (size.get("width"), size.get("height")) != (side, side) or given.values.get("do_pan_and_scan"):

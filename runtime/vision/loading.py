@@ -5,6 +5,7 @@ A model whose tower or preprocessing isn't known here is served without images, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from octavo.runtime.vision.preprocessing import Preprocessing, UnreadImagesError
 from octavo.runtime.vision.towers import VisionTower
 
 MOST_LAYERS = 1000
+COUNTS_LAYERS = re.compile("layers?$|depth")
 MOST_SIZE = 1 << 28  # of whatever else a tower's config counts
 MOST_COMPUTED = 1 << 28  # bytes of what a tower computes at start, such as frequencies
 
@@ -107,19 +109,36 @@ def _refusing() -> Iterator[None]:
     except UnreadImagesError:
         raise
     except Exception as error:
-        raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {error}") from error
+        why = " ".join(str(error).split())
+        raise UnreadImagesError(f"config.json makes no tower: {type(error).__name__}: {why}") from error
 
 
 def _check_sizes(config: Any) -> None:
     """Raise UnreadImagesError for a tower that no machine holds, before transformers begins to make it."""
-    vision = config.vision_config.to_dict()
-    for key, value in vision.items():
-        most = MOST_LAYERS if key in ("depth", "num_hidden_layers") else MOST_SIZE
-        if isinstance(value, int) and value > most:
+    for key, value in _numbers("vision_config", config.vision_config.to_dict()):
+        most = MOST_LAYERS if COUNTS_LAYERS.search(key) else MOST_SIZE
+        if not abs(value) <= most:
             raise UnreadImagesError(f"vision_config: {key} {value}; {most} is the most")
     for key in ("image_token_id", "boi_token_index"):
         if not 0 <= getattr(config, key, 0) < config.get_text_config().vocab_size:
             raise UnreadImagesError(f"config.json: {key} {getattr(config, key)} is no token of the vocabulary")
+
+
+def _numbers(key: str, value: object) -> Iterator[tuple[str, float]]:
+    """All numbers in a config, with the keys under which they stand. Raises UnreadImagesError for a long list: some
+    have a module for each.
+    """
+    match value:
+        case dict():
+            for name, one in value.items():
+                yield from _numbers(str(name), one)
+        case list() | tuple():
+            if len(value) > MOST_LAYERS:
+                raise UnreadImagesError(f"vision_config: {key} has {len(value)} values; {MOST_LAYERS} are the most")
+            for one in value:
+                yield from _numbers(key, one)
+        case int() | float():
+            yield key, value
 
 
 def _weights(module: nn.Module, source: CheckpointSource, dtype: torch.dtype) -> dict[str, Tensor]:

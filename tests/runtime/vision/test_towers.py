@@ -281,6 +281,15 @@ def test_a_gpu_reads_the_text_half(tiny: TinyVision) -> None:
         ("internvl", "pre", {"max_patches": 10**9}, "max_patches 1000000000; 256 are the most"),
         ("idefics3", "pre", {"size": {"longest_edge": 0}}, "longest_edge 0 in squares of"),
         ("mistral3", "config", {"head_dim": 1 << 28}, "MiB at start; 256 are the most"),
+        ("llava", "tower", {"num_attention_heads": 10**8}, "error for validator 'validate_architecture': ValueError"),
+        ("internvl", "tower", {"image_size": [1 << 40, 28]}, "image_size 1099511627776; 268435456 is the most"),
+        (
+            "qwen3_vl",
+            "tower",
+            {"deepstack_visual_indexes": [0] * 10**5},
+            "indexes has 100000 values; 1000 are the most",
+        ),
+        ("gemma3", "tower", {"model_type": "bart", "encoder_layers": 10**6}, "a vision tower of type bart"),
         ("llava_next", "config", {"image_grid_pinpoints": [[28, 56], [56]]}, "[[28, 56], [56]] are not in squares of"),
     ],
     indirect=["tiny"],
@@ -290,17 +299,19 @@ def test_numbers_by_which_no_image_is_seen_leave_the_text(
 ) -> None:
     """Found at load: an image that a tower fails on would end the engine, and everybody's requests."""
     shutil.copytree(tiny.directory, tmp_path / "model")
-    path = tmp_path / "model" / ("config.json" if file == "config" else "preprocessor_config.json")
+    path = tmp_path / "model" / ("preprocessor_config.json" if file == "pre" else "config.json")
     if not path.exists():
         path = path.with_name("processor_config.json")
     content = json.loads(path.read_text())
     of_images = content.get("image_processor", content) if file == "pre" else content
-    (of_images["vision_config"] if change.keys() & {"depth", "head_dim"} else of_images).update(change)
+    is_of_tower = file == "tower" or change.keys() & {"depth", "head_dim"}
+    (of_images["vision_config"] if is_of_tower else of_images).update(change)
     path.write_text(json.dumps(content))
     model = engine_of(tmp_path / "model").worker.model
     assert model.tower is None
     (note,) = (note for note in model.notes if note.startswith("images are not read: "))
     assert why in note
+    assert "\n" not in note
 
 
 @pytest.mark.parametrize("tiny", ["llava"], indirect=True)
