@@ -26,6 +26,8 @@ from documented import Command
 from octavo_server import Server, serving
 from tiny_encoders import SentenceModel
 
+import octavo.lang
+
 ADDRESS = re.compile(r"(?:http://)?(?:localhost|127\.0\.0\.1):8000")
 CURLS = [c for page in documented.pages() for c in documented.commands(page) if c.program == "curl"]
 PROGRAMS = [
@@ -103,6 +105,7 @@ def test_a_program_runs(server: Server, page: str, text: str, tmp_path: Path, mo
         with suppress(openai.LengthFinishReasonError):  # the client's word for an answer that ended with the context
             exec(compile(program, page, "exec"), names)
     finally:
+        octavo.lang.set_default_backend(None)  # which is the whole process's
         for each in names.values():  # a program's end closes its clients
             if isinstance(each, openai.OpenAI | httpx.Client):
                 each.close()
