@@ -26,7 +26,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.differentiable import DifferentiableBlock
 from octavo.runtime.model.dtypes import choose_dtype
-from octavo.runtime.model.held_tensors import HeldTensors, Through, showing
+from octavo.runtime.model.held_tensors import HeldTensors, rounding_by, showing
 from octavo.runtime.model.names import (
     BEFORE_EXPERTS,
     NORMS,
@@ -154,12 +154,7 @@ class BlockRunner:
 
     def rounding(self, layer: AnyLayer, rounds: Mapping[str, Round]) -> AnyLayer:
         """The layer with the inputs of some of its linear layers rounded, by these layers' names in it."""
-
-        def change(name: str, linear: Linear) -> Linear:
-            rounded = rounds.get(name)
-            return linear if rounded is None else Through(linear, lambda x: rounded(x).to(x.dtype))
-
-        return layer.map_linears(change)
+        return layer.map_linears(rounding_by(rounds))
 
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded."""

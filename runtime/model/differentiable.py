@@ -64,12 +64,7 @@ class DifferentiableBlock:
         return _add_norm(layer.leave, self._mlp(layer.mlp, middle, weights), residual)[1]
 
     def _linear(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        rounds = self._rounds.get(name)
-        if rounds is not None:
-            with torch.no_grad():
-                change = rounds(x.flatten(0, -2)).view_as(x) - x
-            x = x + change.to(x.dtype)
-        return _linear(self._linears[name], x, weights[name])
+        return multiplied(self._linears[name], x, weights[name], self._rounds.get(name))
 
     def _attention(self, part: Mixing, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         if isinstance(part, LatentAttention):
@@ -212,7 +207,12 @@ class DifferentiableBlock:
         return (F.silu(gate) if self._spec.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def _linear(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:
+def multiplied(linear: Linear, x: Tensor, weight: Tensor, rounds: Round | None) -> Tensor:
+    """x [..., K] times another weight [N, K] in the place of the layer's own. rounds: of x; None: nothing does."""
+    if rounds is not None:
+        with torch.no_grad():
+            change = rounds(x.flatten(0, -2)).view_as(x) - x
+        x = x + change.to(x.dtype)
     bias = linear.whole_bias
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 

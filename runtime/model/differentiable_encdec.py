@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo.kernels.norm.reference import rms_norm
 from octavo.quant.input_rounding import Round
+from octavo.runtime.model.differentiable import multiplied
 from octavo.runtime.model.encdec import DecoderLayer
 from octavo.runtime.model.encoder import EncoderLayer, GatedEncoderMlp, Norm, PlainMlp, RmsNorm
 
@@ -75,13 +76,7 @@ class DifferentiableEncDec:
         return self._linear("down", mlp.act(self._linear("up", x, weights)), weights)
 
     def _linear(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        rounds = self._rounds.get(name)
-        if rounds is not None:
-            with torch.no_grad():
-                change = rounds(x.flatten(0, -2)).view_as(x) - x
-            x = x + change.to(x.dtype)
-        bias = self._linears[name].whole_bias
-        return F.linear(x, weights[name], None if bias is None else bias.to(x.dtype))
+        return multiplied(self._linears[name], x, weights[name], self._rounds.get(name))
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

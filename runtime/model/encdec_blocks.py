@@ -34,7 +34,7 @@ from octavo.runtime.model.encdec_spec import EncDecSpec
 from octavo.runtime.model.encdec_weights import EncDecBuilder
 from octavo.runtime.model.encoder import EncoderLayer, Norm, Texts, biases_by_distance
 from octavo.runtime.model.families.translating import Stack
-from octavo.runtime.model.held_tensors import HeldTensors, Through, showing
+from octavo.runtime.model.held_tensors import HeldTensors, rounding_by, showing
 from octavo.runtime.model.sources import CheckpointSource, LoadError
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
@@ -146,12 +146,7 @@ class EncDecBlockRunner:
 
     def rounding(self, layer: BuiltBlock, rounds: Mapping[str, Round]) -> BuiltBlock:
         """The layer with the inputs of some of its linear layers rounded, by these layers' names in it."""
-
-        def change(name: str, linear: Linear) -> Linear:
-            rounded = rounds.get(name)
-            return linear if rounded is None else Through(linear, lambda x: rounded(x).to(x.dtype))
-
-        return layer.with_linears(change)
+        return layer.with_linears(rounding_by(rounds))
 
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded.

@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.formats.transforms import NO_TRANSFORMS, Transforms
+from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
 from octavo.quant.qparams import Weight
 from octavo.runtime.model.sources import CheckpointSource, LoadError, check_shape
@@ -88,6 +89,16 @@ class Through(Linear):
     def _passed(self, x: Hidden) -> Tensor:
         assert isinstance(x, Tensor)  # calibration's layers are dense: none reads codes
         return self._before(x)
+
+
+def rounding_by(rounds: Mapping[str, Round]) -> Callable[[str, Linear], Linear]:
+    """What rounds the inputs of some of a layer's linear layers, by their names in it; for `map_linears`."""
+
+    def change(name: str, linear: Linear) -> Linear:
+        rounded = rounds.get(name)
+        return linear if rounded is None else Through(linear, lambda x: rounded(x).to(x.dtype))
+
+    return change
 
 
 def showing(linear: Linear, record: Callable[[Tensor], None]) -> Linear:
