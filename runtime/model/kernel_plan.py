@@ -85,13 +85,18 @@ class _Plan:
 
     def _order(self, kind: str, module: str, scheme: QuantScheme | None, columns: int) -> Order:
         """As the loader finds it: `sort_inner` removes act-order from down projections beforehand."""
-        stored = [
-            name for suffix in ("g_idx", "weight_g_idx") if self.source.checkpoint.has(name := f"{module}.{suffix}")
-        ]
-        if scheme is None or not stored:
+        if scheme is None:
             return "sorted"
         activation = scheme.activation
         is_rotated = bool(self.source.transforms)  # down's input, whose order is no longer that of gate and up
         if kind.endswith("down") and not is_rotated and (activation is None or activation.granularity.kind != "group"):
             return "sorted"
-        return order_of(self.source.checkpoint.tensor(stored[0]), scheme.weight.granularity.tile(1, columns)[1])
+        return stored_order(self.source.checkpoint, module, scheme, columns)
+
+
+def stored_order(checkpoint: Checkpoint, module: str, scheme: QuantScheme, columns: int) -> Order:
+    """The order of a module's columns, as its files have their groups."""
+    stored = [name for suffix in ("g_idx", "weight_g_idx") if checkpoint.has(name := f"{module}.{suffix}")]
+    if not stored:
+        return "sorted"
+    return order_of(checkpoint.tensor(stored[0]), scheme.weight.granularity.tile(1, columns)[1])

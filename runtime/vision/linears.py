@@ -9,10 +9,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from octavo.quant.checkpoint import Checkpoint
-from octavo.quant.kernel import LayerShape, Order, order_of
+from octavo.quant.kernel import LayerShape
 from octavo.quant.kernel_table import KernelChoice, choose_kernel
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.target import Target
+from octavo.runtime.model.kernel_plan import stored_order
 from octavo.runtime.model.sources import SOUND_PREFIXES, TOWER_PREFIXES, CheckpointSource
 from octavo.runtime.vision.kinds import MAKERS
 
@@ -86,12 +87,6 @@ def plan_tower(checkpoint: Checkpoint, target: Target) -> dict[str, KernelChoice
         if format_ is not None:
             stored = {suffix: checkpoint.tensor(f"{module}.{suffix}") for suffix in checkpoint.suffixes(module)}
             rows, columns = format_.shape(stored)
-            order = _order_of(stored, format_.scheme.weight.granularity.tile(rows, columns)[1])
-            shape = LayerShape(rows, columns, order=order)
+            shape = LayerShape(rows, columns, order=stored_order(checkpoint, module, format_.scheme, columns))
             found[module] = choose_kernel(format_.scheme, shape, tower_target(target))
     return found
-
-
-def _order_of(stored: dict[str, Tensor], group_size: int) -> Order:
-    g_idx = next((stored[suffix] for suffix in ("g_idx", "weight_g_idx") if suffix in stored), None)
-    return "sorted" if g_idx is None else order_of(g_idx, group_size)
