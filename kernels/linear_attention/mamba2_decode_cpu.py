@@ -16,14 +16,13 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.mamba2 import Mamba2Shape, Mamba2Weights
-from octavo.kernels.linear_attention.short_conv_decode_cpu import convolve
+from octavo.kernels.linear_attention.short_conv_decode_cpu import PIECE, convolve
 from octavo.kernels.linear_attention.states import StateCache, rows_of
 from octavo.kernels.native.dtypes import KINDS, exp, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.norm.cpu import normalize, silu
 
 _REASSOCIATE = {"reassoc", "contract", "nsz"}
-_PIECE = 512  # channels that are convolved together
 
 # What all of the kernels are given first, in the order of `common` in `mamba2_decode`.
 (_X, _FACTORS, _ROWS, _SOURCES, _SEQS, _WIDTH, _INNER, _CHANNELS, _KIND) = range(1, 10)
@@ -50,19 +49,19 @@ def _convolve(args):  # type: ignore[no-untyped-def]
     """Items are pieces of a sequence's channels."""
     a = numba.carray(args, (15,), np.int64)
     channels = a[_CHANNELS]
-    pieces = (channels + _PIECE - 1) // _PIECE
+    pieces = (channels + PIECE - 1) // PIECE
     rows = view(a[_ROWS], (a[_SEQS],), np.int64)
     sources = view(a[_SOURCES], (a[_SEQS],), np.int64)
     conv = view(a[_CONV], (a[_TAPS], channels), np.float32)
     bias = view(a[_BIAS], (channels,), np.float32)
-    new = np.empty(_PIECE, np.float32)
+    new = np.empty(PIECE, np.float32)
     while True:
         item = next_item(args)
         if item >= a[_SEQS] * pieces:
             break
         s = item // pieces
-        first = (item % pieces) * _PIECE
-        count = min(_PIECE, channels - first)
+        first = (item % pieces) * PIECE
+        count = min(PIECE, channels - first)
         out = view(a[_CONVOLVED] + (s * channels + first) * 4, (count,), np.float32)
         _load(a, s, a[_INNER] + first, new, count)
         for c in range(count):

@@ -15,7 +15,7 @@ from octavo.kernels.linear_attention.states import StateCache, rows_of
 from octavo.kernels.native.dtypes import KINDS, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
-_PIECE = 512  # channels that are convolved together
+PIECE = 512  # channels that are convolved together
 
 # The kernel's arguments, in the order of the call in `short_conv_decode`.
 (_X, _WEIGHT, _STATE, _ROWS, _SOURCES, _OUT, _SEQS, _CHANNELS, _TAPS, _KIND) = range(1, 11)
@@ -52,20 +52,20 @@ def _short_conv(args):  # type: ignore[no-untyped-def]
     a = numba.carray(args, (11,), np.int64)
     channels = a[_CHANNELS]
     kind = a[_KIND]
-    pieces = (channels + _PIECE - 1) // _PIECE
+    pieces = (channels + PIECE - 1) // PIECE
     rows = view(a[_ROWS], (a[_SEQS],), np.int64)
     sources = view(a[_SOURCES], (a[_SEQS],), np.int64)
     taps = view(a[_WEIGHT], (a[_TAPS], channels), np.float32)
-    gate = np.empty(_PIECE, np.float32)
-    new = np.empty(_PIECE, np.float32)
-    out = np.empty(_PIECE, np.float32)
+    gate = np.empty(PIECE, np.float32)
+    new = np.empty(PIECE, np.float32)
+    out = np.empty(PIECE, np.float32)
     while True:
         item = next_item(args)
         if item >= a[_SEQS] * pieces:
             break
         s = item // pieces
-        first = (item % pieces) * _PIECE
-        count = min(_PIECE, channels - first)
+        first = (item % pieces) * PIECE
+        count = min(PIECE, channels - first)
         place = a[_X] + (s * 3 * channels + first) * size_of(kind)
         load_row(place, kind, gate, count)
         load_row(place + 2 * channels * size_of(kind), kind, new, count)

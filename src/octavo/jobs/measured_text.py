@@ -5,7 +5,8 @@ Pairs are what an encoder-decoder is measured on: its encoder reads the one, and
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,13 +139,20 @@ def _read_pairs(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _utf8(path: Path) -> str:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise QualityError for a file that can't be read as text."""
     try:
-        return path.read_text("utf-8")
+        yield
     except OSError as e:
         raise QualityError(f"the text {path} can't be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise QualityError(f"the text {path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
+
+
+def _utf8(path: Path) -> str:
+    with _reading(path):
+        return path.read_text("utf-8")
 
 
 def _read_text(path: Path, model_text: ModelText) -> str:
@@ -155,14 +163,10 @@ def _read_text(path: Path, model_text: ModelText) -> str:
     if path.suffix.lower() == ".txt" or not path.name.lower().endswith(SUFFIXES):
         return _utf8(path)
     try:
-        with ExitStack() as stack:
+        with _reading(path), ExitStack() as stack:
             documents = open_file(path, stack)
             found = [documents[i] for i in range(len(documents))]
         return "\n\n".join(d.text if d.text is not None else model_text.render(d.messages) for d in found)
-    except OSError as e:
-        raise QualityError(f"the text {path} can't be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise QualityError(f"the text {path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
     except ConversationError as e:
         raise DataError(f"{path} has conversations: {e}") from e
 

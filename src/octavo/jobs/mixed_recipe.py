@@ -79,8 +79,9 @@ def cache_room(planned: Prepared, streams: Streams | None) -> CacheRoom:
     keys = values = 0
     for _, mixer in spec.caches:
         tokens = streams.count * min(streams.length, mixer.window or streams.length)
-        keys += tokens * mixer.num_kv_heads * mixer.head_dim
-        values += 0 if isinstance(mixer, LatentSpec) else tokens * mixer.num_kv_heads * mixer.head_dim
+        numbers = tokens * mixer.num_kv_heads * mixer.head_dim
+        keys += numbers
+        values += 0 if isinstance(mixer, LatentSpec) else numbers
     plain = 32 if spec.dtype == "float32" else 16
     types = cache_types(planned, spec.has_latents)
     bits = {kind: cache_bits(kind, keys, values, plain) for kind in types}
