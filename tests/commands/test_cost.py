@@ -307,6 +307,40 @@ def test_bad_input_is_one_line(words: list[str], says: str, tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "flags", "says"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, [], "it answers with vectors or scores, and"),
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, [], "openai-embeddings tells"),
+        ({"model_type": "qwen3", "architectures": ["Qwen3ForSequenceClassification"]}, [], "it answers with vectors"),
+        ({"model_type": "llama"}, ["--", "--is-embedding"], "it answers with vectors"),
+        ({"model_type": "llama"}, ["--", "--task=embed"], "it answers with vectors"),
+        ({"model_type": "llama"}, ["--", "--runner", "pooling", "--dtype", "int8"], "it answers with vectors"),
+        ({"model_type": "bert"}, ["--", "--runner", "generate"], "--runner generate: bert is an encoder"),
+        ({"model_type": "whisper"}, [], "whisper reads recordings, and octavo cost measures answers to prompts"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["", "@int8"])
+def test_a_model_that_writes_nothing_is_refused_before_anything_starts(
+    config: dict[str, object],
+    flags: list[str],
+    says: str,
+    scheme: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    words = ["cost", f"m={model}{scheme}", "-o", str(tmp_path / "out"), "--cost-per-hour", "1", *flags]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("octavo cost: m: ")
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_checkpoints_are_quantized_served_and_compared(
     fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

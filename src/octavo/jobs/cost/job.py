@@ -28,6 +28,7 @@ from octavo.jobs.cost.state import REPORT, Conditions, Recorded, ServerState, St
 from octavo.jobs.cost.targets import Target
 from octavo.jobs.cost.tasks import NO_TASKS, Tasks, read_results
 from octavo.jobs.cost.wording import duration
+from octavo.jobs.cost.written import why_unmeasured
 from octavo.quant.hub import resolve_model
 from octavo.report.files import write_whole
 
@@ -115,12 +116,15 @@ def run(job: CostJob, around: Surroundings) -> State:
 
 
 def check_targets(job: CostJob) -> None:
-    """Look for every model before the first is measured. Raises CheckpointError, or ServerError for a URL."""
+    """Look for every model before the first is measured. Raises CheckpointError, or ServerError."""
     for target in job.targets:
         if target.kind == "server":
             Measured(target.model, job.api_key, job.asking, model=job.served_name).close()
-        else:
-            resolve_model(target.model)
+            continue
+        directory = resolve_model(target.model)
+        why = why_unmeasured(directory, job.serve_flags)
+        if why is not None:
+            raise ServerError(f"{target.label}: {why}")
 
 
 def answer_lines(job: CostJob, state: State) -> tuple[str, ...]:
