@@ -7,6 +7,7 @@ table is here; the rest hold what held. A run that isn't over in time is killed,
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ TEXT = ("calibrate", "eval", "serve")  # read the tokenizer
 MODEL = ("quantize", "eval")  # build the model that config.json describes
 COMPRESSED = ("inspect-ct", "convert-ct", "eval-ct")
 SERVE = ("serve",)
+MAP_TO_NOWHERE = b"\0\4\0\0" + b"\0\xff\xff\xff" + bytes(1020)  # its first byte of a text leads out of 256 units
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,14 @@ CASES: dict[str, Case] = {
         changed("tokenizer.json", added_tokens=[], model={"type": "BPE", "vocab": {}, "merges": []}),
         TEXT,
         ("tokenizer",),
+    ),
+    "tokenizer with a damaged map": Case(
+        changed(
+            "tokenizer.json",
+            normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(MAP_TO_NOWHERE).decode()},
+        ),
+        TEXT,
+        ("tokenizer.json: its map of characters is damaged", "anew"),
     ),
     "tokenizer_config cut": Case(
         cut("tokenizer_config.json"), (*TEXT, "quantize", "convert"), ("tokenizer_config.json is not JSON", "anew")

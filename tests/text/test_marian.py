@@ -63,6 +63,7 @@ BROKEN = [
     (SOURCE + _field(2, _field(35, 1)), "it has byte_fallback"),
     (SOURCE + _field(3, _field(5, 0)), "doesn't escape_whitespaces"),
     (SOURCE + _field(3, _field(2, b"\xff\xff\xff\xffx")), "its map of characters"),
+    (SOURCE + _field(3, _field(2, b"\4\0\0\0\0\xff\xff\xff")), "its map of characters is damaged: its trie of 1 units"),
     (SOURCE + _field(1, _field(1, b"\xff")), "no whole SentencePiece model"),
     (SOURCE + _field(1, _field(1, b"x") + _field(3, 4)), "'x', is found whatever its score"),
     (SOURCE + _field(1, _field(1, b"x") + _varint(2 << 3 | 5) + b"\x00\x00\xc0\x7f"), "has the score nan"),

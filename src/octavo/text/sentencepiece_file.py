@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers
 
 from octavo.quant.model_files import ANEW, check_regular
 from octavo.quant.printable import shown
+from octavo.text.charsmap import CharsMapError, check_charsmap
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM = 1
@@ -101,6 +102,11 @@ def _parsed(data: bytes) -> SentencePieces:
     charsmap = normalizer.get(2, b"")
     if not isinstance(charsmap, bytes):
         raise SentencePieceError("its map of characters is a number")
+    if charsmap:
+        try:
+            check_charsmap(charsmap)
+        except CharsMapError as error:
+            raise SentencePieceError(f"its map of characters is damaged: {error}; {ANEW}") from None
     return SentencePieces(pieces, unknown, charsmap, bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
 
 

@@ -8,6 +8,7 @@ and the `bytes` of a logprob are built from it.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import logging
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from octavo.quant.model_files import ANEW, CheckpointError, check_regular, read_object_if_any
 from octavo.quant.printable import shown
+from octavo.text.charsmap import CharsMapError, check_charsmap
 from octavo.text.marian import TwoLanguages, is_marian, read_marian
 from octavo.text.sentencepiece_file import SentencePieceError
 
@@ -103,6 +105,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend, config: dict[str, Any], languages: TwoLanguages | None = None) -> None:
+        _check_charsmaps(backend)
         backend.no_truncation()
         backend.no_padding()
         self.config = config
@@ -325,6 +328,16 @@ def _steps(part: Any, name: str) -> list[dict[str, Any]]:
     state = json.loads(part.__getstate__())
     steps: list[dict[str, Any]] = state[name] if state["type"] == "Sequence" else [state]
     return steps
+
+
+def _check_charsmaps(backend: Backend) -> None:
+    """Raise TokenizerError for a damaged map, by which the library would panic at some texts."""
+    for step in _steps(backend.normalizer, "normalizers"):
+        if step["type"] == "Precompiled":
+            try:
+                check_charsmap(base64.b64decode(step["precompiled_charsmap"]))
+            except CharsMapError as error:
+                raise TokenizerError(f"tokenizer.json: its map of characters is damaged: {error}; {ANEW}") from None
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
