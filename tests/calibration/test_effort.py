@@ -132,3 +132,23 @@ def test_a_model_that_can_write_no_text_is_rounded_to_nearest(fixtures: Path, tm
 def test_an_effort_and_an_algorithm_are_one_too_many(fixtures: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--effort best chooses an algorithm, and gptq is one"):
         octavo.quantize(fixtures / "tiny", tmp_path / "out", scheme="W4A16@32", algorithm="gptq", effort="best")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_windows_are_no_longer_than_the_model_reads(fixtures: Path, tmp_path: Path, text: Path, given: bool) -> None:
+    """512 tokens by default, or as many positions as there are, and the report says so. As asked, more are refused."""
+    model = tmp_path / "model"
+    shutil.copytree(fixtures / "tiny", model, ignore=shutil.ignore_patterns("expected.safetensors"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    options = {"scheme": "W4A16@32", "algorithm": "gptq", "evaluate": False, "num_calibration_samples": 16}
+    options["data"] = str(text) if given else None
+    report = octavo.quantize(model, tmp_path / "out", **options)
+    assert report.calibration is not None
+    assert "16 samples of 64 tokens" in report.calibration.source
+    assert report.warnings == ("windows of calibration text have 64 tokens, not 512: the model has no more positions",)
+    asked = octavo.quantize(model, tmp_path / "asked", max_seq_length=64, **options)
+    assert asked.warnings == ()
+    assert asked.calibration == report.calibration
+    with pytest.raises(QuantizeError, match="--max-seq-length 65: the model has 64 positions; 64 works"):
+        octavo.quantize(model, tmp_path / "more", max_seq_length=65, **options)

@@ -303,4 +303,4 @@ def test_bad_numbers_are_refused(flags: list[str], capsys: pytest.CaptureFixture
 
 
 def test_defaults() -> None:
-    assert read(DataOptions, arguments()) == DataOptions(None, None, 512, 0, None)
+    assert read(DataOptions, arguments()) == DataOptions(None, None, None, 0, None)

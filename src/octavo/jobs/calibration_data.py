@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 NUM_SAMPLES = 32
 TOKENS_PER_INPUT = 4  # of the widest layer; see default_num_samples
 MAX_DEFAULT_SAMPLES = 512
+LENGTH = 512  # tokens of a window
 
 
 class DataOptions(msgspec.Struct, frozen=True):
@@ -23,6 +24,7 @@ class DataOptions(msgspec.Struct, frozen=True):
 
     dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or token ids,
     a list of tensors [max_seq_length] or one of all, taken as they are; or None, for text that the model generates.
+    max_seq_length: None is 512, or the model's positions if they are fewer; see `with_length`.
     """
 
     dataset: Annotated[
@@ -50,7 +52,14 @@ class DataOptions(msgspec.Struct, frozen=True):
             },
         ),
     ] = None
-    max_seq_length: Annotated[int, Meta(ge=1, description="tokens of each window", extra={"metavar": "N"})] = 512
+    max_seq_length: Annotated[
+        int | None,
+        Meta(
+            ge=1,
+            description="tokens of each window",
+            extra={"metavar": "N", "default": f"{LENGTH}, or the model's positions if they are fewer"},
+        ),
+    ] = None
     seed: Annotated[
         int,
         Meta(
@@ -67,6 +76,12 @@ class DataOptions(msgspec.Struct, frozen=True):
             extra={"metavar": "TEMPLATE", "default": "the model's own"},
         ),
     ] = None
+
+    def with_length(self, config: dict[str, Any]) -> tuple[DataOptions, int]:
+        """The options with a length of windows that this model can read where none is given, and that length."""
+        positions = (config.get("text_config") or config).get("max_position_embeddings")
+        length = self.max_seq_length or (min(LENGTH, positions) if type(positions) is int else LENGTH)
+        return msgspec.structs.replace(self, max_seq_length=length), length
 
 
 def make_data(
@@ -90,7 +105,8 @@ def make_data(
     from octavo.quant.checkpoint import read_config
 
     dataset = options.dataset
-    max_seq_length = options.max_seq_length
+    config = read_config(source)
+    options, max_seq_length = options.with_length(config)
     seed = options.seed
     try:
         text = ModelText(source, options.chat_template)
@@ -103,7 +119,7 @@ def make_data(
         raise DataError(
             f"--max-seq-length {max_seq_length}: the model has {text.max_position} positions; {text.max_position} works"
         )
-    count = options.num_samples or default_num_samples(read_config(source), max_seq_length)
+    count = options.num_samples or default_num_samples(config, max_seq_length)
     sizes = Sizes(count, max_seq_length, seed)
     if dataset is None:
         return generate_data(source, text, sizes, device=device, progress=progress)

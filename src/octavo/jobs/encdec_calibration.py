@@ -53,15 +53,16 @@ def encdec_calibration(
     """
     if options.dataset is None:
         raise NoTextError("an encoder-decoder answers what it is given; give a text with --dataset")
+    options, length = options.with_length(checkpoint.config)
     try:
-        runner = EncDecBlockRunner(checkpoint, options.max_seq_length)
+        runner = EncDecBlockRunner(checkpoint, length)
     except ValueError as e:
         raise QuantizeError(str(e)) from e
     data = make_data(checkpoint.directory, options, "cpu", progress)
-    if data.samples[0].numel() != options.max_seq_length:
+    if data.samples[0].numel() != length:
         raise DataError(
-            f"{data.source}: samples have {data.samples[0].numel()} tokens; --max-seq-length says "
-            f"{options.max_seq_length}, which both must be"
+            f"{data.source}: samples have {data.samples[0].numel()} tokens; --max-seq-length says {length}, which both "
+            "must be"
         )
     return Calibration(with_answers(checkpoint, data, progress), runner, offload_dir)
 

@@ -37,7 +37,7 @@ def quantize(
     format: Format = "compressed-tensors",
     data: Any = None,
     num_calibration_samples: int | None = None,
-    max_seq_length: int = 512,
+    max_seq_length: int | None = None,
     seed: int = 0,
     ignore: str | tuple[str, ...] | list[str] = (),
     layers: dict[str, str] | None = None,
@@ -151,7 +151,7 @@ def prepare(job: Job) -> Prepared:
     if _runs_blocks(job):
         begin = time.perf_counter()
         try:
-            calibration = _calibration(job, checkpoint)
+            calibration = _calibration(job, checkpoint, notes)
         except NoTextError as e:
             without = _resolved(asked, calibrates=False)
             if _runs_blocks(without):
@@ -234,21 +234,23 @@ def _check_options(job: Job) -> None:
         )
 
 
-def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
+def _calibration(job: Job, checkpoint: Checkpoint, notes: list[str]) -> Calibration:
     """Text, and the model block by block. The model is checked first: text may take long."""
     from octavo.calibration.layers import QuantizeError
     from octavo.calibration.prepare import Calibration
-    from octavo.jobs.calibration_data import make_data
+    from octavo.jobs.calibration_data import LENGTH, make_data
     from octavo.runtime.model.blocks import BlockRunner
     from octavo.runtime.model.device import Device
     from octavo.runtime.model.sources import CheckpointSource
 
+    options, length = job.data.with_length(checkpoint.config)
+    if length < LENGTH and job.data.max_seq_length is None:
+        notes.append(f"windows of calibration text have {length} tokens, not {LENGTH}: the model has no more positions")
     if checkpoint.layout.reads_text:
         from octavo.jobs.encdec_calibration import encdec_calibration
 
         job.listener.phase("calibration text")
-        return encdec_calibration(checkpoint, job.data, job.offload_dir, job.listener.progress)
-    length = job.data.max_seq_length
+        return encdec_calibration(checkpoint, options, job.offload_dir, job.listener.progress)
     try:
         device = Device.choose(job.device)
         prefix = CheckpointSource(checkpoint).prefix
@@ -256,7 +258,7 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")
-    data = make_data(checkpoint.directory, job.data, job.device, job.listener.progress)
+    data = make_data(checkpoint.directory, options, job.device, job.listener.progress)
     return Calibration(data, runner, job.offload_dir)
 
 
