@@ -23,7 +23,8 @@ def render_html(report: Report) -> str:
 
 def _verdict(report: Report) -> tuple[Block, ...]:
     if report.verdict is None:
-        return () if report.quality else (Answer(("Quality was not measured.",), unsure=True),)
+        is_measured = report.quality is not None or report.embeddings is not None
+        return () if is_measured else (Answer(("Quality was not measured.",), unsure=True),)
     return (Answer(tuple(report.verdict.lines()), unsure=not report.verdict.passed),)
 
 
@@ -41,6 +42,12 @@ def _tiles(report: Report) -> Tiles:
                 f"perplexity; the original's {quality.perplexity_before:.3f} ({quality.perplexity_change:+.2%})",
             ),
             (f"{quality.top1_agreement:.1%}", f"same most likely token, of {quality.num_tokens:,}"),
+        ]
+    if report.embeddings is not None:
+        cosines = report.embeddings
+        tiles += [
+            (f"{cosines.mean:.5f}", f"mean cosine to the original's vectors, over {cosines.num_texts} texts"),
+            (f"{cosines.least:.5f}", "the least of these cosines"),
         ]
     return Tiles(tuple(tiles))
 

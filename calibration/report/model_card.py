@@ -92,6 +92,12 @@ def _introduction(report: Report) -> str:
 
 def _quality(report: Report) -> str:
     quality = report.quality
+    if report.embeddings is not None:
+        cosines = report.embeddings
+        return (
+            f"## Quality\n\nIts vectors have a mean cosine of {cosines.mean:.5f} to the original's in float32, and of "
+            f"{cosines.least:.5f} at the least, over {cosines.num_texts} texts, through octavo's serving path."
+        )
     if quality is None:
         return "## Quality\n\nIt was not measured."
     lines = [

@@ -57,6 +57,18 @@ class Sizes:
     bits_per_weight: float | None
 
 
+@dataclass(frozen=True)
+class EmbeddingQuality:
+    """Cosines of the quantized model's vectors to the original's: their mean, and the least. num_texts: of how many."""
+
+    mean: float
+    least: float
+    num_texts: int
+
+    def __str__(self) -> str:
+        return f"cosine to the original over {self.num_texts} texts: {self.mean:.5f}, at the least {self.least:.5f}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What was measured, as plain values; no path of this machine. `dataclasses.replace` adds a quality later.
@@ -70,6 +82,7 @@ class Report:
     kinds         `by_kind` of the layers; layers: `in_order`
     ignore        linear layers that were left as they are
     seconds       what each phase took
+    embeddings    of an encoder, in place of quality: how near its vectors are to the original's
     rtn_kl        the mean KL that algorithm rtn would have had, where another was used and this was measured
     """
 
@@ -85,6 +98,7 @@ class Report:
     calibration: CalibrationText | None = None
     sizes: Sizes
     quality: Quality | None = None
+    embeddings: EmbeddingQuality | None = None
     verdict: Verdict | None = None
     kinds: tuple[KindRow, ...]
     layers: tuple[LayerRow, ...]

@@ -24,7 +24,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.calibration is not None:
         better = "; text of your users is better: --dataset" if report.calibration.generated else ""
         lines.append(f"calibration text: {report.calibration.source}{better}")
-    lines += quality_lines(report.quality)
+    lines += [str(report.embeddings)] if report.embeddings is not None else quality_lines(report.quality)
     if report.rtn_kl is not None and report.quality is not None:
         lines.append(f"KL mean: {report.algorithm} {report.quality.mean_kl:.4f}, rtn {report.rtn_kl:.4f}")
     if report.verdict is not None:

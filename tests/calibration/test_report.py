@@ -15,7 +15,8 @@ from rich.console import Console
 
 from octavo.calibration.report.files import write_reports, write_whole
 from octavo.calibration.report.html import render_html
-from octavo.calibration.report.report import Report, ReportError
+from octavo.calibration.report.model_card import model_card
+from octavo.calibration.report.report import EmbeddingQuality, Report, ReportError
 from octavo.calibration.report.terminal import print_report
 from octavo.calibration.report.weight_error import by_kind, squared_error
 from octavo.calibration.verify import BlockSnr
@@ -172,6 +173,22 @@ def test_the_report_is_printed() -> None:
     for shown in ("4.00x smaller, 4.25 bits", "10.000 -> 10.500 (+5.00%)", "91.2%", "FAILED", "30.2 dB behind block 1"):
         assert shown in printed
     assert "a warning" in printed
+
+
+def test_an_encoder_s_cosines_are_its_quality() -> None:
+    """Nothing says that it was not measured: not the terminal, nor the page, nor the card."""
+    of_encoder = report(quality=None, verdict=None, embeddings=EmbeddingQuality(0.99921, 0.99849, 100))
+    assert Report.from_json(of_encoder.to_json()) == of_encoder
+    console = Console(width=160, record=True)
+    print_report(of_encoder, console)
+    printed = console.export_text()
+    assert "cosine to the original over 100 texts: 0.99921, at the least 0.99849" in printed
+    page = parse(render_html(of_encoder)).text
+    card = model_card(of_encoder, "tiny", None)
+    for text in (printed, page, card):
+        assert "0.99921" in text
+        assert "0.99849" in text
+        assert "not measured" not in text
 
 
 def test_files_appear_whole(tmp_path: Path) -> None:

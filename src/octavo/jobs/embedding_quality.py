@@ -7,12 +7,13 @@ it is the cosine of what its labels are computed from: that of a single logit wo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from octavo.calibration.report.report import EmbeddingQuality
 from octavo.calibration.verify import held_out_text
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import read_config
@@ -27,18 +28,6 @@ WORDS = (6, 12, 25, 50, 100)  # of the texts, in turns
 NUM_TEXTS = 100
 OF_SPEECH = "a speech model's shows in transcripts of recordings, beside those of the original"
 OF_ANSWERS = "an encoder-decoder's shows in its answers, which octavo eval --data FILE.jsonl takes beside their prompts"
-
-
-@dataclass(frozen=True)
-class EmbeddingQuality:
-    """Cosines of the quantized model's vectors to the original's: their mean, and the least. num_texts: of how many."""
-
-    mean: float
-    least: float
-    num_texts: int
-
-    def __str__(self) -> str:
-        return f"cosine to the original over {self.num_texts} texts: {self.mean:.5f}, at the least {self.least:.5f}"
 
 
 def is_encoder(directory: Path) -> bool:
@@ -59,14 +48,6 @@ def measure_embeddings(original: Path, quantized: Path, *, dtype: Dtype = "auto"
     after = _vectors(quantized, dtype, tokenizer)
     cosines = torch.cosine_similarity(before, after)
     return EmbeddingQuality(float(cosines.mean()), float(cosines.min()), len(cosines))
-
-
-def loss_of(original: Path, quantized: Path) -> str:
-    """What `measure_embeddings` finds, in a line, or why it finds nothing."""
-    try:
-        return str(measure_embeddings(original, quantized))
-    except (RuntimeError, ValueError) as e:
-        return f"quality could not be measured: {e}"
 
 
 def _vectors(directory: Path, dtype: Dtype, tokenizer: Tokenizer) -> Tensor:

@@ -310,18 +310,18 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
     from octavo.calibration.report.report import rounded
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError
-    from octavo.jobs.embedding_quality import is_encoder, loss_of, unmeasured
+    from octavo.jobs.embedding_quality import is_encoder, unmeasured
     from octavo.jobs.quality import recorded
     from octavo.runtime.config import EngineConfig
 
     job.listener.phase("measuring quality")
-    begin = time.perf_counter()
     if is_encoder(source):
-        return replace(report, warnings=(*report.warnings, loss_of(source, job.output)))
+        return _with_cosines(job, source, report)
     if (where := unmeasured(source)) is not None:
         return replace(report, warnings=(*report.warnings, f"quality was not measured: {where}"))
     progress = job.listener.progress
     config = EngineConfig(model=str(source))
+    begin = time.perf_counter()
     with ExitStack() as stack:
         try:
             original = stack.enter_context(
@@ -343,6 +343,20 @@ def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Rep
         )
         measured = replace(report, quality=quality, verdict=verdict, seconds=seconds)
         return _with_rtn(job, recipe, source, original, measured)
+
+
+def _with_cosines(job: Job, source: Path, report: Report) -> Report:
+    """An encoder's report with how near its vectors are to the original's, or with the reason why that isn't known."""
+    from octavo.calibration.report.report import rounded
+    from octavo.jobs.embedding_quality import measure_embeddings
+
+    begin = time.perf_counter()
+    try:
+        cosines = measure_embeddings(source, job.output)
+    except (RuntimeError, ValueError) as e:
+        return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
+    seconds = report.seconds | rounded({"quality": time.perf_counter() - begin})
+    return replace(report, embeddings=cosines, seconds=seconds)
 
 
 def _with_rtn(job: Job, recipe: Recipe, source: Path, original: Recorded, report: Report) -> Report:
