@@ -152,6 +152,14 @@ def test_flags_of_the_server_are_words(capsys: pytest.CaptureFixture[str]) -> No
     assert "No closing quotation" in capsys.readouterr().err
 
 
+def test_a_model_that_writes_nothing_is_not_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    assert main(["bench", "startup", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"octavo bench startup: {tmp_path}: it writes no answers to prompts but makes vectors")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_server_is_started_and_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One warm start of the tiny model, which may compile for a minute; by hand before a release."""
@@ -163,4 +171,4 @@ def test_a_server_is_started_and_asked(tmp_path: Path, capsys: pytest.CaptureFix
     assert 0 < content["avg_warm_startup_time"] < content["avg_warm_first_token_time"]
     assert "WARM STARTUP:\nAvg startup time: " in capsys.readouterr().out
     assert main(["bench", "startup", str(tmp_path / "missing"), *starts]) == 1
-    assert "the server ended with code" in capsys.readouterr().err
+    assert "no such directory" in capsys.readouterr().err

@@ -27,7 +27,10 @@ from octavo.bench.metrics import seconds_percentiles
 from octavo.bench.prompts import Prompt
 from octavo.bench.run import Target, first_model
 from octavo.flags import add_flags, flags_of, read
+from octavo.jobs.written import why_unwritten
 from octavo.own_server import OwnServer, ServerEndedError, own_server
+from octavo.quant.hub import resolve_model
+from octavo.quant.model_files import CheckpointError
 
 PROG = "octavo bench startup"
 PHASES = {"startup": "Startup time", "first_token": "Time to the first token"}
@@ -64,12 +67,14 @@ def run(args: argparse.Namespace) -> int:
     options = read(StartupOptions, args)
     found: dict[str, object] = {}
     try:
+        if (why := why_unwritten(resolve_model(options.model), options.serve_flags)) is not None:
+            raise CheckpointError(f"{options.model}: {why}")
         for kind, start in (("cold", _cold), ("warm", _warm)):
             if starts := start(options):
                 found |= _report(kind, starts)
         if options.output_json is not None:
             options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
-    except (ServerEndedError, HttpError, OSError) as e:
+    except (ServerEndedError, HttpError, CheckpointError, OSError) as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return 1
     return 0

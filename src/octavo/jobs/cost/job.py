@@ -28,7 +28,7 @@ from octavo.jobs.cost.state import REPORT, Conditions, Recorded, ServerState, St
 from octavo.jobs.cost.targets import Target
 from octavo.jobs.cost.tasks import NO_TASKS, Tasks, read_results
 from octavo.jobs.cost.wording import duration
-from octavo.jobs.cost.written import why_unmeasured
+from octavo.jobs.written import why_unwritten
 from octavo.quant.hub import resolve_model
 from octavo.report.files import write_whole
 
@@ -122,7 +122,7 @@ def check_targets(job: CostJob) -> None:
             Measured(target.model, job.api_key, job.asking, model=job.served_name).close()
             continue
         directory = resolve_model(target.model)
-        why = why_unmeasured(directory, job.serve_flags)
+        why = why_unwritten(directory, job.serve_flags)
         if why is not None:
             raise ServerError(f"{target.label}: {why}")
 

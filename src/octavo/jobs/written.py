@@ -1,4 +1,4 @@
-"""Whether a checkpoint writes text, of which alone `octavo cost` measures anything: told before a server starts."""
+"""Whether a checkpoint writes text, which `octavo cost` and `octavo bench startup` measure: told before it runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-OF_TEXT = "octavo cost measures answers to prompts"
-BENCH = "octavo bench serve --backend openai-embeddings tells its texts and tokens a second"
+OF_VECTORS = "octavo bench serve --backend openai-embeddings measures texts and tokens a second"
 
 
-def why_unmeasured(directory: Path, serve_flags: Sequence[str]) -> str | None:
-    """Why a checkpoint that is served with these flags answers no prompts, in a line; None: it does.
+def why_unwritten(directory: Path, serve_flags: Sequence[str]) -> str | None:
+    """Why a checkpoint that is served with these flags writes no answers to prompts, in a line; None: it does.
 
     Raises CheckpointError.
     """
@@ -23,14 +22,14 @@ def why_unmeasured(directory: Path, serve_flags: Sequence[str]) -> str | None:
     config = read_config(directory)
     model_type = config.get("model_type")
     if model_type in SPEECH:
-        return f"{model_type} reads recordings, and {OF_TEXT}; octavo serve serves it, and what it costs isn't measured"
+        return f"it writes no answers to prompts: {model_type} reads recordings, which nothing here measures"
     asked: Mapping[str, Any] = _asked(serve_flags)
     try:
         pooled = is_pooled(EngineConfig(model=str(directory), **asked), config)
     except ValueError as e:
         return str(e)
     if pooled:
-        return f"it answers with vectors or scores, and {OF_TEXT}; {BENCH}"
+        return f"it writes no answers to prompts but makes vectors or scores; {OF_VECTORS}"
     return None
 
 
