@@ -220,6 +220,7 @@ def test_auto_learns_from_a_text_and_the_model_s_own_answers(made: tuple[str, Pa
     assert error_of(tmp_path / "out", directory) < 0.2
     without = quantize(str(directory), tmp_path / "rtn", scheme="W4A16@32")
     assert without.algorithm == "rtn"
+    assert not any("windows of calibration text" in line for line in without.warnings)
     assert any("give a text with --dataset" in line for line in without.warnings)
 
 

@@ -83,6 +83,13 @@ class DataOptions(msgspec.Struct, frozen=True):
         length = self.max_seq_length or (min(LENGTH, positions) if type(positions) is int else LENGTH)
         return msgspec.structs.replace(self, max_seq_length=length), length
 
+    def notes_of(self, config: dict[str, Any]) -> list[str]:
+        """What a person should know of windows of this model's text."""
+        _, length = self.with_length(config)
+        if self.max_seq_length is not None or length == LENGTH:
+            return []
+        return [f"windows of calibration text have {length} tokens, not {LENGTH}: the model has no more positions"]
+
 
 def make_data(
     source: Path,

@@ -151,7 +151,8 @@ def prepare(job: Job) -> Prepared:
     if _runs_blocks(job):
         begin = time.perf_counter()
         try:
-            calibration = _calibration(job, checkpoint, notes)
+            calibration = _calibration(job, checkpoint)
+            notes += job.data.notes_of(checkpoint.config)
         except NoTextError as e:
             without = _resolved(asked, calibrates=False)
             if _runs_blocks(without):
@@ -234,18 +235,16 @@ def _check_options(job: Job) -> None:
         )
 
 
-def _calibration(job: Job, checkpoint: Checkpoint, notes: list[str]) -> Calibration:
+def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     """Text, and the model block by block. The model is checked first: text may take long."""
     from octavo.calibration.layers import QuantizeError
     from octavo.calibration.prepare import Calibration
-    from octavo.jobs.calibration_data import LENGTH, make_data
+    from octavo.jobs.calibration_data import make_data
     from octavo.runtime.model.blocks import BlockRunner
     from octavo.runtime.model.device import Device
     from octavo.runtime.model.sources import CheckpointSource
 
     options, length = job.data.with_length(checkpoint.config)
-    if length < LENGTH and job.data.max_seq_length is None:
-        notes.append(f"windows of calibration text have {length} tokens, not {LENGTH}: the model has no more positions")
     if checkpoint.layout.reads_text:
         from octavo.jobs.encdec_calibration import encdec_calibration
 
