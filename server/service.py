@@ -48,6 +48,13 @@ logger = logging.getLogger(__name__)
 
 LONG_BODY = 1 << 16  # bytes
 VERY_LONG_BODY = 1 << 20
+# What a model does that was asked for something else
+HEARS = "writes down what it hears; POST /v1/audio/transcriptions works"
+READS = "generates text, and does nothing else; POST /v1/completions works"
+WRITES = (
+    "generates text, and does nothing else here: POST /v1/completions and /v1/chat/completions work (octavo serve "
+    "--runner pooling makes embeddings of it)"
+)
 
 T = TypeVar("T")
 
@@ -112,9 +119,7 @@ class Service:
             raise bad_request(f"the model {self.model.name!r} generates no text; {pooled.what_works} work", "model")
         if self.model.speech is not None:
             self.check_name(name)
-            raise bad_request(
-                f"the model {self.model.name!r} writes down what it hears; POST /v1/audio/transcriptions works", "model"
-            )
+            raise bad_request(f"the model {self.model.name!r} {HEARS}", "model")
         self._check(name, http)
 
     def check_speech(self, http: Request) -> SpeechText:
@@ -133,11 +138,8 @@ class Service:
         pooled = self.model.pooled
         if pooled is None:
             self.check_name(name)
-            raise bad_request(
-                f"the model {self.model.name!r} generates text, and does nothing else here: POST /v1/completions and "
-                "/v1/chat/completions work (octavo serve --runner pooling makes embeddings of it)",
-                "model",
-            )
+            does = HEARS if self.model.speech is not None else READS if self.model.encoder is not None else WRITES
+            raise bad_request(f"the model {self.model.name!r} {does}", "model")
         self._check(name, http)
         if task not in pooled.facts.tasks:
             raise bad_request(f"the model {self.model.name!r} doesn't {task}; {pooled.what_works} work", "model")

@@ -310,9 +310,10 @@ def test_forms_that_are_none_are_refused(http: httpx.Client) -> None:
 
 def test_other_routes_say_what_works(http: httpx.Client, client: httpx.Client) -> None:
     """A speech model reads no text, and a text model hears nothing."""
-    found = http.post("/v1/completions", json={"model": "tiny", "prompt": "a"})
-    assert found.status_code == 400
-    assert "/v1/audio/transcriptions" in found.json()["error"]["message"]
+    for route, body in (("/v1/completions", {"prompt": "a"}), ("/v1/embeddings", {"input": "a"})):
+        found = http.post(route, json={"model": "tiny"} | body)
+        assert found.status_code == 400
+        assert "writes down what it hears; POST /v1/audio/transcriptions works" in found.json()["error"]["message"]
     deaf = posted(client, TRANSCRIPTIONS, GOOD)
     assert deaf.status_code == 400
     assert "hears nothing" in deaf.json()["error"]["message"]

@@ -233,6 +233,9 @@ def test_a_chat_needs_a_template(http: httpx.Client, truth: Truth, tmp_path: Pat
     refused = http.post("/v1/chat/completions", json=body)
     assert refused.status_code == 400
     assert "has no chat template" in refused.json()["error"]["message"]
+    refused = http.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
+    assert refused.status_code == 400
+    assert "generates text, and does nothing else; POST /v1/completions works" in refused.json()["error"]["message"]
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     flags = ("--served-model-name", "tiny", "--chat-template", str(template))
