@@ -39,18 +39,23 @@ from octavo.runtime.model.encoder_spec import EncoderSpec, activation_of
 from octavo.runtime.model.families.encoding import HeadStep
 from octavo.runtime.model.pooler_choice import PoolerParts, make_pooler, purpose_of
 from octavo.runtime.model.pooling import Pooler, Projection
-from octavo.runtime.model.refused_flags import FOR_DECODERS, refuse_flags
+from octavo.runtime.model.refused_flags import FOR_DECODERS, Flags, refuse_flags
 from octavo.runtime.model.rope import RopeSpec, RopeTable
 from octavo.runtime.model.sentence_files import read_modules
 from octavo.runtime.model.sources import CheckpointSource, LoadError, some
 
+NOT_SERVED: Flags = {
+    **FOR_DECODERS,
+    "--kv-cache-dtype": lambda config: config.kv_cache_dtype != "auto",
+    "--lm-head-dtype": lambda config: config.lm_head_dtype != "auto",
+}
 MAX_DISTANCE = 128  # at which MPNet's buckets of distances end
 
 
 def load_encoder(config: EngineConfig, device: Device, hf_config: dict[str, Any]) -> Encoder:
     """The encoder of `config.model`. Raises UnsupportedEncoderError, CheckpointError, LoadError."""
     spec = EncoderSpec.from_hf(hf_config)
-    refuse_flags(config, FOR_DECODERS, f"{spec.architecture} is an encoder")
+    refuse_flags(config, NOT_SERVED, f"{spec.architecture} is an encoder")
     if device.torch_device.type != "cpu":
         raise LoadError(f"{spec.architecture} is an encoder; encoders run on the CPU so far: --device cpu works")
     notes = list(device.notes)

@@ -104,6 +104,10 @@ def test_options_that_mean_nothing_to_an_encoder_are_refused(tmp_path: Path) -> 
         load(tmp_path, runner="generate")
     with pytest.raises(LoadError, match="--deterministic: bert is an encoder"):
         load(tmp_path, deterministic=True)
+    with pytest.raises(LoadError, match="--kv-cache-dtype: bert is an encoder, which is not served with it"):
+        load(tmp_path, kv_cache_dtype="fp8_e4m3")
+    with pytest.raises(LoadError, match="--lm-head-dtype: bert is an encoder, which is not served with it"):
+        load(tmp_path, lm_head_dtype="int8")
     with pytest.raises(LoadError, match="--max-model-len 65: the model has 64 positions"):
         load(tmp_path, max_model_len=65)
     with pytest.raises(LoadError, match="dimensions 65: embeddings have 64"):
