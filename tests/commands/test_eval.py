@@ -15,6 +15,8 @@ from gguf_oracle import write_gguf
 from hf_oracle import CASES, make_hf, save
 from safetensors.torch import load_file, save_file
 from slow_cases import slow
+from tiny_encoders import SentenceModel
+from tiny_whisper import make_whisper
 from torch import Tensor
 from trimmed import whole
 
@@ -257,4 +259,21 @@ def test_what_can_not_be_is_one_clear_line(
     error = capsys.readouterr().err
     assert error.startswith("octavo eval: ")
     assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "whisper"])
+def test_an_original_that_generates_no_text_is_one_clear_line(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    original = tmp_path / kind
+    original.mkdir()
+    if kind == "bert":
+        SentenceModel(original)
+    else:
+        make_whisper(original)
+    capsys.readouterr()
+    assert main(["eval", str(fixtures / "tiny"), "--against", str(original), *FEW]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"octavo eval: {kind} goes on from no text, as models that are compared must")
     assert error.count("\n") == 1

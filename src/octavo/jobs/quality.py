@@ -267,6 +267,8 @@ def _load(
         model = load_model(config, device, rounds_inputs=True, dequantized=dequantized, on_layer=on_layer)
     except (ValueError, OSError) as e:
         raise QualityError(f"{directory.name} can't be run: {e}") from e
+    if model.pooler is not None or (model.source is not None and not measured.pairs):
+        raise QualityError(f"{directory.name} goes on from no text, as models that are compared must")
     largest = max(measured.token_ids)
     if largest >= model.vocab_size:
         raise QualityError(f"the tokenizer gives token {largest}, and {directory} has {model.vocab_size}")
