@@ -233,6 +233,7 @@ def test_auto_learns_from_a_text_and_the_model_s_own_answers(made: tuple[str, Pa
         ({"device": "cuda"}, "--device cuda: encoder-decoders are calibrated on the CPU"),
         ({"bits_budget": 5.0}, "sensitivity of an encoder-decoder's layers isn't measured"),
         ({"kv_cache": "fp8"}, "kv_cache: an encoder-decoder's keys and values aren't measured"),
+        ({"rotations": ["R1"]}, "rotations: an encoder-decoder isn't rotated; leave them out"),
     ],
 )
 def test_what_calibration_doesn_t_do_is_refused_by_name(

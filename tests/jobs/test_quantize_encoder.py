@@ -84,6 +84,21 @@ def test_what_calibrates_is_refused(sentence: SentenceModel, tmp_path: Path) -> 
         quantize(str(sentence.directory), tmp_path / "out", scheme="W4A16@32", algorithm="gptq")
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"bits_budget": 5.0}, "the sensitivity of an encoder's layers isn't measured, so that no target can"),
+        ({"kv_cache": "fp8"}, "kv_cache: an encoder's keys and values aren't measured; leave it out"),
+        ({"rotations": ["R1"]}, "rotations: an encoder isn't rotated; leave them out"),
+    ],
+)
+def test_what_is_done_with_decoders_alone_is_refused_by_name(
+    options: dict[str, Any], why: str, sentence: SentenceModel, tmp_path: Path
+) -> None:
+    with pytest.raises(QuantizeError, match=why):
+        quantize(str(sentence.directory), tmp_path / "out", scheme="W8A8", **options)
+
+
 def test_a_limit_of_what_is_not_measured_is_refused(sentence: SentenceModel, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"--max-kl 0.1: a KL is measured of decoders alone"):
         quantize(str(sentence.directory), tmp_path / "out", scheme="W8A8", max_kl=0.1)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.prepare import Calibration
 from octavo.calibration.progress import Progress, silent
-from octavo.calibration.recipe import Recipe
 from octavo.calibration.text.data import CalibrationData
 from octavo.calibration.text.documents import DataError, NoTextError
 from octavo.jobs.calibration_data import DataOptions, make_data
@@ -29,19 +27,6 @@ from octavo.runtime.source_messages import TextSource
 from octavo.server.encoder_text import EncoderText, read_encoder_text
 from octavo.server.served_model import end_token_ids
 from octavo.text.tokenizer import Tokenizer
-
-
-def check_job(recipe: Recipe, *, measures: bool, device: Literal["auto", "cpu", "cuda"]) -> None:
-    """Refuse what isn't done with an encoder-decoder. measures: layers' sensitivity. Raises QuantizeError."""
-    if measures:
-        raise QuantizeError(
-            "the sensitivity of an encoder-decoder's layers isn't measured, so that no target can choose its schemes; "
-            "--scheme says one for all, and a recipe's layers others"
-        )
-    if recipe.kv is not None:
-        raise QuantizeError("kv_cache: an encoder-decoder's keys and values aren't measured; leave it out")
-    if device == "cuda":
-        raise QuantizeError("--device cuda: encoder-decoders are calibrated on the CPU; --device cpu works")
 
 
 def encdec_calibration(

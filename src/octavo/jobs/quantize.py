@@ -170,17 +170,17 @@ def prepare(job: Job) -> Prepared:
 
 def _for_source(job: Job, checkpoint: Checkpoint) -> tuple[Job, list[str]]:
     """The job with an algorithm that the model can have, and notes for the report. Raises QuantizeError."""
-    from octavo.jobs.source_check import check_source
+    from octavo.calibration.layers import QuantizeError
+    from octavo.jobs.source_check import check_options, check_source
 
+    check_options(job.recipe, checkpoint.layout, measures=job.target is not None)
     runs_blocks = _runs_blocks(_resolved(job, calibrates=False))
     notes, uncalibrated = check_source(checkpoint, runs_blocks=runs_blocks, max_kl=job.max_kl)
     resolved = _resolved(job, calibrates=not (notes or uncalibrated) and checkpoint.layout.is_calibrated)
     if uncalibrated and resolved != _resolved(job, calibrates=True):
         notes.append(f"algorithm {resolved.recipe.algorithm}, which needs no calibration: {uncalibrated}")
-    if checkpoint.layout.reads_text and _runs_blocks(resolved):
-        from octavo.jobs.encdec_calibration import check_job
-
-        check_job(resolved.recipe, measures=job.target is not None, device=job.device)
+    if checkpoint.layout.reads_text and _runs_blocks(resolved) and job.device == "cuda":
+        raise QuantizeError("--device cuda: encoder-decoders are calibrated on the CPU; --device cpu works")
     return resolved, notes
 
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from octavo.calibration.layers import QuantizeError
+from octavo.calibration.recipe import Recipe
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.model_layout import ModelLayout
 from octavo.runtime.model.blocks import why_uncalibrated
 from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.encdec_spec import EncDecSpec
@@ -32,6 +34,22 @@ class Checked(NamedTuple):
 
     notes: list[str]
     uncalibrated: str | None
+
+
+def check_options(recipe: Recipe, layout: ModelLayout, *, measures: bool) -> None:
+    """Refuse what is done with decoders alone. measures: layers' sensitivity. Raises QuantizeError."""
+    if layout.is_decoder:
+        return
+    kind = "an encoder" if layout.is_encoder else "an encoder-decoder" if layout.reads_text else "a speech model"
+    if measures:
+        raise QuantizeError(
+            f"the sensitivity of {kind}'s layers isn't measured, so that no target can choose its schemes; --scheme "
+            "says one for all, and a recipe's layers others"
+        )
+    if recipe.kv is not None:
+        raise QuantizeError(f"kv_cache: {kind}'s keys and values aren't measured; leave it out")
+    if recipe.rotations:
+        raise QuantizeError(f"rotations: {kind} isn't rotated; leave them out")
 
 
 def check_source(checkpoint: Checkpoint, *, runs_blocks: bool, max_kl: float | None = None) -> Checked:
