@@ -13,7 +13,7 @@ from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.kernel_table import note_departures
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.target import Target
-from octavo.runtime.config import EngineConfig
+from octavo.runtime.config import EngineConfig, PoolerConfig
 from octavo.runtime.model.at_load import quantized_at_load
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.dtypes import choose_dtype
@@ -31,6 +31,8 @@ NOT_SERVED: Flags = {
     **FOR_DECODERS,
     "--kv-events-config": lambda config: config.kv_events_config.is_on,
     "--runner pooling": lambda config: config.runner == "pooling",
+    "--convert": lambda config: config.convert in ("embed", "classify"),
+    "--pooler-config": lambda config: config.pooler_config != PoolerConfig(),
     "--model-impl hf": lambda config: config.model_impl == "hf",
     "--lm-head-dtype int8": lambda config: config.lm_head_dtype == "int8",
 }

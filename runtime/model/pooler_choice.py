@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from octavo.runtime.config import EngineConfig
+from octavo.runtime.config import EngineConfig, PoolerConfig
 from octavo.runtime.model.families.encoding import HeadStep
 from octavo.runtime.model.families.registry import ENCODERS
 from octavo.runtime.model.pooling import Pooler, PoolingKind, Probabilities, Projection
@@ -39,9 +39,12 @@ def is_pooled(config: EngineConfig, hf_config: Mapping[str, Any]) -> bool:
         raise LoadError(
             f"--runner generate: {hf_config['model_type']} is an encoder, which generates nothing; leave it out"
         )
-    if config.runner != "auto":
-        return config.runner == "pooling"
-    return is_encoder or config.convert in ("embed", "classify") or _is_pooled_class(class_of(hf_config))
+    pooled = config.runner == "pooling"
+    if config.runner == "auto":
+        pooled = is_encoder or config.convert in ("embed", "classify") or _is_pooled_class(class_of(hf_config))
+    if not pooled and config.pooler_config != PoolerConfig():
+        raise LoadError("--pooler-config: this model generates text; --runner pooling makes embeddings of it")
+    return pooled
 
 
 def class_of(hf_config: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from tiny_encdec import END, LONGEST, PAD
 from toy_model import answers_to
 
 from octavo.kernels.attention.step import NewSource, SourceRows, StepInputs
-from octavo.runtime.config import EngineConfig
+from octavo.runtime.config import EngineConfig, PoolerConfig
 from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.encdec import EncoderDecoder
 from octavo.runtime.model.sources import LoadError
@@ -240,6 +240,8 @@ REFUSED: dict[str, object] = {
     "model_impl": "hf",
     "lm_head_dtype": "int8",
     "runner": "pooling",
+    "convert": "embed",
+    "pooler_config": PoolerConfig(pooling_type="MEAN"),
     "parallel": ParallelConfig(tensor_parallel_size=2),
 }
 

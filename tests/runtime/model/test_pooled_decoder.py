@@ -150,6 +150,7 @@ def test_a_reranker_says_yes_or_no(tied: bool, tmp_path: Path) -> None:
         ("LlamaForCausalLM", {"runner": "pooling", "convert": "classify"}, "LlamaForCausalLM has no classifier"),
         ("LlamaForCausalLM", {"runner": "pooling", "model_impl": "hf"}, "transformers' own code is not served"),
         ("LlamaForCausalLM", {"runner": "pooling", "load_format": "dummy"}, "--load-format dummy"),
+        ("LlamaForCausalLM", {"pooler_config": PoolerConfig(pooling_type="MEAN")}, "--runner pooling makes embeddings"),
     ],
 )
 def test_what_can_not_be_is_refused(kind: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
