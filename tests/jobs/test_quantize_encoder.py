@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import CrossEncoder, SentenceModel
+from encoder_oracle import SIZES, made
+from tiny_encoders import CrossEncoder, SentenceModel, save_tokenizer
 
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.recipe import parse_scheme
 from octavo.jobs import encoder_layers
 from octavo.jobs.embedding_quality import measure_embeddings, vectors_of
+from octavo.jobs.measured_text import QualityError
 from octavo.jobs.quantize import quantize
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
@@ -77,6 +79,16 @@ def test_layers_that_cost_most_stay_as_they_are(tmp_path: Path, monkeypatch: pyt
     names = Checkpoint.open(tmp_path / "out").names
     assert "encoder.layer.0.attention.self.query.weight_scale" not in names
     assert any(name.endswith(".weight_scale") for name in names)
+
+
+def test_another_model_is_no_quantization(sentence: SentenceModel, tmp_path: Path) -> None:
+    """Whose vectors have as many numbers, too, of which the cosines would mean nothing."""
+    made("Bert", SIZES, "Model", tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(QualityError, match=r"\(bert, 3 layers of 64, a vocabulary of 120\) is no quantization of"):
+        measure_embeddings(sentence.directory, tmp_path)
+    with pytest.raises(QualityError, match="is no quantization of"):  # whose tokens the other doesn't all have
+        measure_embeddings(tmp_path, sentence.directory)
 
 
 def test_what_calibrates_is_refused(sentence: SentenceModel, tmp_path: Path) -> None:

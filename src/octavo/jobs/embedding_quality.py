@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.calibration.report.report import EmbeddingQuality
 from octavo.calibration.verify import held_out_text
+from octavo.jobs.quality import Facts, check_alike
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import read_config
 from octavo.runtime.config import Dtype, EngineConfig
@@ -42,19 +43,25 @@ def unmeasured(directory: Path) -> str | None:
 
 
 def measure_embeddings(original: Path, quantized: Path, *, dtype: Dtype = "auto") -> EmbeddingQuality:
-    """dtype: of the quantized one. Raises ValueError for models that can't be loaded."""
+    """dtype: of the quantized one. Raises ValueError for models that can't be loaded, and QualityError for others."""
     tokenizer = Tokenizer.open(original)
-    before = _vectors(original, "float32", tokenizer)
-    after = _vectors(quantized, dtype, tokenizer)
-    cosines = torch.cosine_similarity(before, after)
+    before, vectors = _vectors(original, "float32", tokenizer)
+    _, theirs = _vectors(quantized, dtype, tokenizer, like=(original, before))
+    cosines = torch.cosine_similarity(vectors, theirs)
     return EmbeddingQuality(float(cosines.mean()), float(cosines.min()), len(cosines))
 
 
-def _vectors(directory: Path, dtype: Dtype, tokenizer: Tokenizer) -> Tensor:
+def _vectors(
+    directory: Path, dtype: Dtype, tokenizer: Tokenizer, like: tuple[Path, Facts] | None = None
+) -> tuple[Facts, Tensor]:
+    """like: the original that it must be a quantization of."""
     model = load_model(EngineConfig(model=str(directory), dtype=dtype))
     if not isinstance(model, Encoder):
         raise ValueError(f"{directory} is no encoder")
-    return vectors_of(model, held_out_texts(), tokenizer)
+    facts = Facts.of(model)
+    if like is not None:
+        check_alike(*like, directory, facts)
+    return facts, vectors_of(model, held_out_texts(), tokenizer)
 
 
 @torch.inference_mode()

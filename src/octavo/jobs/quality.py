@@ -154,13 +154,17 @@ class _Recording:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """Properties that two models must share to be compared."""
 
     architecture: str
     vocab_size: int
     num_layers: int
     hidden_size: int
+
+    @classmethod
+    def of(cls, model: Model) -> Facts:
+        return cls(model.architecture, model.vocab_size, model.num_layers, model.hidden_size)
 
     def __str__(self) -> str:
         return f"{self.architecture}, {self.num_layers} layers of {self.hidden_size}, a vocabulary of {self.vocab_size}"
@@ -178,7 +182,7 @@ class _Runner:
         dtype = kv_cache.choose_dtype(model, config.kv_cache_dtype, notes)
         scales = kv_cache.choose_scales(model, dtype, notes)
         self._caches = kv_cache.allocate(model, -(-window // BLOCK), BLOCK, dtype, scales)  # of one group of layers
-        self.facts = _Facts(model.architecture, model.vocab_size, model.num_layers, model.hidden_size)
+        self.facts = Facts.of(model)
 
     @property
     def num_blocks(self) -> int:
@@ -212,7 +216,7 @@ class Recorded:
     directory: Path
     text: MeasuredText
     window: int
-    facts: _Facts
+    facts: Facts
     table_rows: Tensor | None
     logits: IO[bytes]
     hidden: IO[bytes]
@@ -223,7 +227,7 @@ class Recorded:
         """Run a quantized model and compare it. Raises what measure_quality does."""
         loading = _loading(progress, "quantized")
         runner = _load(quantized, self.text, loading, self.window, self.device)
-        _check_alike(self.directory, self.facts, Path(quantized.model), runner.facts)
+        check_alike(self.directory, self.facts, Path(quantized.model), runner.facts)
         logits = _Recording(self.logits)
         hidden = _Recording(self.hidden)
         comparison = Comparison()
@@ -295,7 +299,8 @@ def _tell(progress: Progress, number: int, runner: _Runner, which: str) -> None:
     progress(number + 1, len(runner.windows), which)
 
 
-def _check_alike(original: Path, before: _Facts, quantized: Path, after: _Facts) -> None:
+def check_alike(original: Path, before: Facts, quantized: Path, after: Facts) -> None:
+    """Raise QualityError for a model that can't be a quantization of the other."""
     if before != after:
         raise QualityError(
             f"{quantized.name} ({after}) is no quantization of {original.name} ({before}): they can't be compared"
