@@ -137,6 +137,15 @@ def from_token_ids(samples: Sequence[Tensor], *, vocab_size: int, source: str, s
     return CalibrationData(checked, source, seed)
 
 
+def mixed(data: CalibrationData, other: CalibrationData) -> CalibrationData:
+    """Both sets' samples, which are of one length, in an order that the first one's seed gives: a part of them that is
+    held back has some of each.
+    """
+    samples = [*data.samples, *other.samples]
+    random.Random(data.seed).shuffle(samples)
+    return CalibrationData(samples, f"{data.source}; and {other.source}", data.seed, (*data.notes, *other.notes))
+
+
 def from_documents(documents: Documents, encoder: TextEncoder, sizes: Sizes, source: str) -> CalibrationData:
     """Shuffle, tokenize and pack documents until there are num_samples windows. Raises DataError.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -20,7 +22,7 @@ from octavo.calibration.text.data import CalibrationData, Sizes
 from octavo.calibration.text.documents import DataError
 from octavo.calibration.verify import held_out_text
 from octavo.flags import add_flags, flags_of, read
-from octavo.jobs.calibration_data import DataOptions, default_num_samples, make_data
+from octavo.jobs.calibration_data import TUNED_SAMPLES, DataOptions, default_num_samples, make_data
 from octavo.jobs.model_text import ModelText
 from octavo.jobs.self_text import GenerationRequest, _run, choose_prompts, generate
 from octavo.quant.model_files import CheckpointError
@@ -166,6 +168,28 @@ def test_without_a_dataset_the_model_writes_its_own(fixtures: Path, oracle: Orac
     _check_sampled_from(oracle, data, prompts)
 
 
+def test_a_model_writes_text_beside_a_dataset(fixtures: Path) -> None:
+    """Where it is asked for so much, and where tuning has fewer windows than it needs."""
+    tiny, texts = fixtures / "tiny", ["Returns the number of bytes. " * 20, "Raises an error if there is none. " * 20]
+    given = DataOptions(texts, num_samples=2, max_seq_length=32)
+    alone = make_data(tiny, given)
+    assert (
+        make_data(tiny, msgspec.structs.replace(given, self_generated_samples=0), tunes=True).fingerprint
+        == alone.fingerprint
+    )
+    for options, tunes, count in (
+        (msgspec.structs.replace(given, self_generated_samples=3), False, 3),
+        (given, True, TUNED_SAMPLES - 2),
+    ):
+        own = make_data(tiny, DataOptions(num_samples=count, max_seq_length=32))
+        both = make_data(tiny, options, tunes=tunes)
+        assert sorted(s.tolist() for s in both.samples) == sorted(s.tolist() for s in [*alone.samples, *own.samples])
+        assert both.source == f"{alone.source}; and {own.source}"
+        assert make_data(tiny, options, tunes=tunes).fingerprint == both.fingerprint
+    tuned = make_data(tiny, DataOptions(max_seq_length=16), tunes=True)
+    assert len(tuned.samples) == TUNED_SAMPLES
+
+
 def _check_sampled_from(oracle: Oracle, data: CalibrationData, prompts: list[list[int]]) -> None:
     """Sampled at temperature 1, a token's surprise is the distribution's entropy on average.
 
@@ -234,6 +258,13 @@ def test_a_model_that_cannot_run_says_what_helps(fixtures: Path, tmp_path: Path)
         DataError, match=r"without --dataset the model itself generates .*no weights for .*; give a text with --dataset"
     ):
         make_data(model, DataOptions(num_samples=1, max_seq_length=8))
+    given = DataOptions(["Returns the number of bytes. "], num_samples=1, max_seq_length=6)
+    (note,) = make_data(model, given, tunes=True).notes
+    assert re.fullmatch(
+        r"tuned on the 1 samples given alone, since the model can't generate more: .*no weights.*", note
+    )
+    with pytest.raises(DataError, match=r"--self-generated-samples 2: the model can't generate text: .*no weights for"):
+        make_data(model, msgspec.structs.replace(given, self_generated_samples=2))
 
 
 def test_what_cannot_be_meant_is_refused(fixtures: Path, tmp_path: Path) -> None:

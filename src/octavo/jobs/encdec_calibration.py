@@ -38,6 +38,8 @@ def encdec_calibration(
     """
     if options.dataset is None:
         raise NoTextError("an encoder-decoder answers what it is given; give a text with --dataset")
+    if options.self_generated_samples:
+        raise DataError("--self-generated-samples: an encoder-decoder answers what it is given; leave it out")
     options, length = options.with_length(checkpoint.config)
     try:
         runner = EncDecBlockRunner(checkpoint, length)

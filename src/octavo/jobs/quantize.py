@@ -39,6 +39,7 @@ def quantize(
     num_calibration_samples: int | None = None,
     max_seq_length: int | None = None,
     seed: int = 0,
+    self_generated_samples: int | None = None,
     ignore: str | tuple[str, ...] | list[str] = (),
     layers: dict[str, str] | None = None,
     recipe: Recipe | str | Path | None = None,
@@ -55,6 +56,7 @@ def quantize(
     scheme      a preset of compressed-tensors, with '@' and a group size where it isn't the preset's: 'W4A16@64'
     algorithm   auto chooses by scheme and `effort`; rtn needs no data, the others do
     data        a file, a data set's id, texts, records, or tensors of token ids; None: the model generates its text
+    self_generated_samples  how many the model generates beside data; None: what tuning needs, and else none
     layers      pattern -> scheme (or 'none') of layers that differ
     recipe      a recipe, or its file, instead of all of the above but data
     kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
@@ -75,7 +77,9 @@ def quantize(
             kv_cache=kv_cache,
             rotations=tuple(rotations),
         )
-    text = DataOptions(data, num_calibration_samples, max_seq_length, seed)
+    text = DataOptions(
+        data, num_calibration_samples, max_seq_length, seed, self_generated_samples=self_generated_samples
+    )
     return run(Job(str(model), Path(output), _read(recipe), text, **options))
 
 
@@ -228,7 +232,13 @@ def _check_options(job: Job) -> None:
     _ = job.streams  # are refused, or counted
     if job.expert_schemes != "layer" and job.target is None:
         raise RecipeError("--expert-schemes expert says what a budget chooses for: --bits-budget or a --target works")
-    if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
+    data = job.data
+    if data.self_generated_samples is not None and data.dataset is None:
+        raise RecipeError(
+            "--self-generated-samples is of text beside --dataset, and there is none: the model generates all of it, "
+            "and --num-calibration-samples says how much"
+        )
+    if (data.dataset is not None or data.num_samples is not None) and not _runs_blocks(job):
         raise RecipeError(
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
             "data out, or take an algorithm that learns from it, such as gptq"
@@ -257,7 +267,7 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")
-    data = make_data(checkpoint.directory, options, job.device, job.listener.progress)
+    data = make_data(checkpoint.directory, options, job.device, job.listener.progress, tunes=job.recipe.tunes)
     return Calibration(data, runner, job.offload_dir)
 
 
