@@ -60,7 +60,7 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
     if recipe.scaling is not None:
         exact += sum(AWQ_TRIALS * 2 * n * k * k for unit in layers for k, n in unit)
     if recipe.tunes:  # a step is a forward, and twice that back
-        forward += sum(3 * 2 * n * k * STEPS * STEP_TOKENS for unit in layers for k, n in unit)
+        exact += sum(3 * 2 * n * k * STEPS * STEP_TOKENS for unit in layers for k, n in unit)
     return Estimate(memory, disk, forward / fast + exact / slow + plan.bytes_before / RTN_BYTES_PER_SECOND)
 
 

@@ -62,7 +62,7 @@ class BlockWeights:
     ) -> None:
         self.learned = learned
         self._layers = layers
-        self._dtype = dtype
+        self.dtype = dtype
         fixed = {m for modules in layers.values() for m in modules} - learned.keys()
         self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in fixed}
 
@@ -70,7 +70,7 @@ class BlockWeights:
         """Each layer's [N, K], which records its gradient if it is learned in part."""
         found = {}
         for name, modules in self._layers.items():
-            parts = [self._fixed[m] if m in self._fixed else self.learned[m].weight(self._dtype) for m in modules]
+            parts = [self._fixed[m] if m in self._fixed else self.learned[m].weight(self.dtype) for m in modules]
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
             found[name] = weight.requires_grad_(any(m in self.learned for m in modules))
         return found
@@ -108,7 +108,7 @@ def tune(block: Differentiable, own: BlockWeights, hidden: Hidden, target: Hidde
     order = _batches([i for i in range(count) if i not in held], max(1, STEP_TOKENS // hidden.shape.seq_len), seed)
 
     def errors(samples: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
-        output = block.forward(hidden.samples(samples).to(device), weights).float()
+        output = block.forward(hidden.samples(samples).to(device, own.dtype), weights).float()
         wanted = target.samples(samples).to(device).float()
         size = wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         return ((output - wanted).square().sum(-1) / size).mean()

