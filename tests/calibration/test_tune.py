@@ -14,7 +14,6 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from hf_oracle import CASES, make_hf
 from safetensors.torch import load_file
-from served import logits_of
 from torch import Tensor
 
 from octavo.calibration import tune
@@ -25,6 +24,7 @@ from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.workspace import read_manifest
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.input_rounding import input_rounding
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.model.blocks import BlockRunner
@@ -103,8 +103,8 @@ def test_it_begins_with_the_codes_and_stays_on_the_grid(scheme: QuantScheme) -> 
     assert errors[-1] < 0.7 * errors[0], errors
 
 
-def quantized(model: Path, out: Path, recipe: Recipe, **options: Any) -> dict[str, Tensor]:
-    ready = calibration(model, held_out_tokens(model, 24))
+def quantized(model: Path, out: Path, recipe: Recipe, num_samples: int = 24, **options: Any) -> dict[str, Tensor]:
+    ready = calibration(model, held_out_tokens(model, num_samples))
     quantize_model(prepare(model, out, recipe, calibration=ready, **options))
     return load_file(out / "model.safetensors")
 
@@ -129,65 +129,57 @@ def test_what_is_written_is_what_compressed_tensors_reads(fixtures: Path, tmp_pa
     assert float((steps.amax(2) - steps.amin(2)).max()) < 2**bits
 
 
-def block_error(model: Path, tensors: dict[str, Tensor], token_ids: Tensor) -> float:
-    """Of the first block's output in float64, relative for each token, to the original's."""
+def block_error(model: Path, found: Checkpoint, token_ids: Tensor) -> float:
+    """Of the first block's output in float64, its inputs rounded as `found` says, relative for each token, to the
+    original's.
+    """
     checkpoint = Checkpoint.open(model)
     runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", token_ids.shape[1])
     hidden = runner.embed(token_ids, checkpoint.tensor(runner.embedding_name)).clone()
+    original = {name: checkpoint.tensor(name) for name in checkpoint.names if ".layers.0." in name}
+    modules = [name.removesuffix(".weight") for name in original if name.endswith("proj.weight")]
+    quantized = {module: found.linear(module) for module in modules}
+    tensors = {name: found.tensor(name) for name in original if name.removesuffix(".weight") not in quantized}
+    rounds = {}
+    for module, weight in quantized.items():
+        assert isinstance(weight, QuantizedWeight)
+        tensors[f"{module}.weight"] = weight.dequantize()
+        rounds[module] = input_rounding(weight.scheme.activation, weight.input_scale, runner.device)
     outputs = []
-    for block in ({n: checkpoint.tensor(n) for n in tensors}, tensors):
+    for block, is_rounded in ((original, False), (tensors, True)):
         layer = runner.build(0, block)
-        weights = {
-            name: torch.cat([block[f"{m}.weight"].double() for m in modules])
-            for name, modules in runner.modules(0).items()
-        }
-        outputs.append(runner.differentiable(layer).forward(hidden.double(), weights))
-    wanted, found = outputs
-    return float(((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
+        layers = runner.modules(0)
+        weights = {name: torch.cat([block[f"{m}.weight"].double() for m in parts]) for name, parts in layers.items()}
+        own = {name: r for name, parts in layers.items() if is_rounded and (r := rounds[parts[0]]) is not None}
+        outputs.append(runner.differentiable(layer, own).forward(hidden.double(), weights))
+    wanted, got = outputs
+    return float(((got - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"),
-    [("tiny", "W3A16@32"), ("tiny-qwen2", "W2A16@32"), ("tiny-qwen2", "W3A16@32")],
+    ("name", "scheme", "options"),
+    [
+        ("tiny", "W3A16@32", {}),
+        ("tiny-qwen2", "W2A16@32", {}),
+        ("tiny-qwen2", "W3A16@32", {}),
+        ("tiny", "W3A16@32", {"act_order": "group", "format": "gptq_v2"}),
+        ("tiny", "NVFP4", {}),
+        ("tiny-qwen2", "MXFP4", {}),
+    ],
+    ids=["tiny-W3", "qwen2-W2", "qwen2-W3", "act-order", "NVFP4", "MXFP4"],
 )
 def test_a_block_s_output_is_nearer_on_text_that_was_not_shown(
-    fixtures: Path, tmp_path: Path, name: str, scheme: str
+    fixtures: Path, tmp_path: Path, name: str, scheme: str, options: dict[str, Any]
 ) -> None:
+    """On as much calibration text as there is: too little can be learned of a quarter of it that holds for another."""
     model = fixtures / name
     unseen = load_file(model / "expected.safetensors")["input_ids"]
     errors = []
     for algorithm in ("awq+gptq", "tune"):
         out = tmp_path / algorithm
-        quantized(model, out, Recipe(scheme, algorithm=algorithm))
-        checkpoint = Checkpoint.open(out)
-        original = Checkpoint.open(model)
-        tensors = {}
-        for key in (n for n in original.names if ".layers.0." in n):
-            found = checkpoint.linear(key.removesuffix(".weight")) if key.endswith("proj.weight") else None
-            tensors[key] = found.dequantize() if isinstance(found, QuantizedWeight) else checkpoint.tensor(key)
-        errors.append(block_error(model, tensors, unseen))
-    assert errors[1] < 0.95 * errors[0], errors
-
-
-@pytest.mark.parametrize(
-    ("scheme", "options"),
-    [
-        ("W3A16@32", {"act_order": "group", "format": "gptq_v2"}),
-        ("NVFP4", {}),
-        ("MXFP4", {}),
-    ],
-    ids=["act-order", "NVFP4", "MXFP4"],
-)
-def test_what_is_served_is_nearer_too(fixtures: Path, tmp_path: Path, scheme: str, options: dict[str, Any]) -> None:
-    """With floats, their inputs rounded, and with groups of act-order: KL from transformers' logits of the original."""
-    expected = load_file(fixtures / "tiny" / "expected.safetensors")
-    truth = expected["logits"].double().log_softmax(-1)
-    kl = []
-    for algorithm in ("awq+gptq", "tune"):
-        quantized(fixtures / "tiny", tmp_path / algorithm, Recipe(scheme, algorithm=algorithm, **options))
-        found = logits_of(tmp_path / algorithm, expected["input_ids"]).double().log_softmax(-1)
-        kl.append(float((truth.exp() * (truth - found)).sum(-1).mean()))
-    assert kl[1] < kl[0], kl
+        quantized(model, out, Recipe(scheme, algorithm=algorithm, **options), 95)
+        errors.append(block_error(model, Checkpoint.open(out), unseen))
+    assert errors[1] < 0.98 * errors[0], errors
 
 
 def test_it_is_the_same_twice_and_after_a_kill(fixtures: Path, tmp_path: Path) -> None:
