@@ -5,17 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import transformers
+from tiny_whisper import tones
 
 from octavo.audio.facts import HOP, RATE
 from octavo.audio.log_mel import log_mel
-
-
-def tones(seconds: float, seed: int) -> np.ndarray:
-    """Two tones that glide, and noise, of speech's loudness."""
-    rng = np.random.default_rng(seed)
-    at = np.arange(int(seconds * RATE)) / RATE
-    voice = 0.3 * np.sin(2 * np.pi * (200 + 900 * at) * at) + 0.1 * np.sin(2 * np.pi * 3100 * at)
-    return (voice + 0.01 * rng.standard_normal(len(at))).astype(np.float32)
 
 
 @pytest.mark.parametrize("num_mels", [80, 128])

@@ -16,11 +16,12 @@ import tiny_whisper
 import torch
 from asked_images import FIRST, SECOND, engine_of, logprobs_of, request_of, text_of
 from hf_oracle import Sequences, scattered_logits
-from model_types import Kind, Truth
-from tiny_vision import TinyVision
+from model_types import RECORDING, Kind, Truth
+from tiny_vision import TinyVision, picture
 from torch import Tensor
 from toy_model import make_request, run_to_end, tokens_of
 
+from octavo.audio.log_mel import log_mel
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest
@@ -85,10 +86,9 @@ def _in_equal_steps(model: object, size: int) -> list[Tensor]:
 def _check_prefix_cache(engine: Engine, made: Callable[[str], AddRequest], answer: list[int], *, finds: bool) -> None:
     """Whether the answer is the same a second time; finds: out of the prefix cache."""
     for name in ("first", "second"):
-        before = engine.scheduler.stats().prefix_cache_hits
-        assert tokens_of(run_to_end(engine, [made(name)])[name]) == answer
-        hits = engine.scheduler.stats().prefix_cache_hits - before
-        assert (hits > 0) == (finds and name == "second")
+        outputs = run_to_end(engine, [made(name)])[name]
+        assert tokens_of(outputs) == answer
+        assert bool(outputs[0].num_cached_tokens) == (finds and name == "second")
 
 
 def _decoder_numbers(directory: Path, _: Truth) -> Tensor:
@@ -106,14 +106,26 @@ def _images_difference(source: Path, tiny: TinyVision) -> float:
     further = () if is_one_step else (facts.most_at_once + 3,) if facts.sees_ahead else CHUNKS[1:]
     engines = [engine, *(engine_of(source, size) for size in further)]
     difference = max(relative([_logprobs(each, tiny, both)], [theirs]) for each in engines)
-    answer = tiny.greedy(inputs, ANSWER)
+    cached = engine_of(source)
     _check_prefix_cache(
-        engine_of(source),
-        lambda name: request_of(tiny, engine, both, name, max_tokens=ANSWER),
-        answer,
+        cached,
+        lambda name: request_of(tiny, cached, both, name, max_tokens=ANSWER),
+        tiny.greedy(inputs, ANSWER),
         finds=not is_one_step,
     )
+    _check_another_image(cached, tiny)
     return difference
+
+
+def _check_another_image(engine: Engine, tiny: TinyVision) -> None:
+    """The same tokens, and another image in the first one's place: nothing from there on comes out of the cache."""
+    before = request_of(tiny, engine, [FIRST, SECOND])
+    pictures = [picture(3, *FIRST.size), SECOND]
+    request = request_of(tiny, engine, pictures, max_tokens=ANSWER)
+    assert request.token_ids == before.token_ids
+    outputs = run_to_end(engine, [request])["a"]
+    assert tokens_of(outputs) == tiny.greedy(tiny.inputs(text_of(tiny, 2), pictures), ANSWER)
+    assert outputs[0].num_cached_tokens <= request.images[0].start
 
 
 def _logprobs(engine: Engine, tiny: TinyVision, pictures: list[Any]) -> Tensor:
@@ -160,10 +172,11 @@ def _load(directory: Path) -> EncoderDecoder:
 
 
 _TEXT = torch.tensor(tiny_encdec.texts(1)[0])
+_HEARD = torch.from_numpy(log_mel(RECORDING, tiny_whisper.NUM_MELS, 2 * tiny_whisper.POSITIONS))
 NUMBERS: dict[Kind, Numbers] = {
     "decoder": Numbers(_decoder_difference, _decoder_numbers),
     "images": Numbers(_images_difference, _images_numbers),
     "encoder": Numbers(_encoder_difference, _encoder_numbers),
     "encoder-decoder": _decoded(_TEXT, len(_TEXT)),
-    "speech": _decoded(tiny_whisper.heard(), tiny_whisper.POSITIONS),
+    "speech": _decoded(_HEARD, tiny_whisper.POSITIONS),
 }

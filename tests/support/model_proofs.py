@@ -45,6 +45,7 @@ BOUND = 1e-4
 GPU = Target(torch.device("cuda"), torch.bfloat16, 90)
 CALIBRATED: dict[str, Algorithm] = {"W4A16": "gptq", "W8A8": "gptq"}
 """Algorithms of schemes whose weights aren't rounded to nearest here."""
+UNREAD = "images are not read"
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _refused_options(tiny: TinyModel, source: Path) -> dict[str, str]:
     reasons = {}
     for option, ask in asked.items():
         try:
-            reason = next((note for note in ask() if note.startswith("images are not read")), None)
+            reason = next((note for note in ask() if tiny.kind == "images" and note.startswith(UNREAD)), None)
         except (LoadError, LayoutError) as error:
             reason = str(error)
         if reason is not None:

@@ -32,11 +32,13 @@ ALIASES = {
     "new": ("gte", "NewModel"),
 }
 """Model types with the one that is the same but for its name, and their class."""
-HALVES = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
-"""Model types that are found in vision checkpoints alone, with which they are proved."""
+HALVES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Model types that see whose text half is a type found in their checkpoints alone: proved with prompts of text."""
 SIZES = ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "q_lora_rank")
 SIZES += ("head_dim", "global_head_dim", "hidden_size_per_layer_input", "laurel_rank", "intermediate_size")
 SIZES += ("shared_intermediate_size", "linear_value_head_dim", "moe_shared_expert_intermediate_size")
+RECORDING = tiny_whisper.tones(0.9, seed=1)
+"""What Whisper hears: it ends before the second that the model reads."""
 GROUP = 32
 """Of a group of weights. These sizes are multiples of it here, so that nothing is refused for being tiny."""
 DEPTHS = {"qwen3_next": 2}
@@ -103,11 +105,15 @@ def _write_encoder_decoder(name: str, directory: Path) -> Truth:
     return lambda ids: tiny_encdec.logits(model, tiny_encdec.texts(1)[0], ids)
 
 
+def _write_half(outer: str, directory: Path) -> Truth:
+    return partial(_logits, tiny_vision.make_tiny_vision(outer, directory).model)
+
+
 def _write_whisper(directory: Path) -> Truth:
-    """Logits of what the decoder reads; the encoder has heard `tiny_whisper.heard()`."""
+    """Logits of what the decoder reads; the encoder has heard `RECORDING`."""
     directory.mkdir()
     model = tiny_whisper.make_whisper(directory)
-    return lambda ids: tiny_whisper.logits(model, tiny_whisper.heard(), ids)
+    return lambda ids: tiny_whisper.logits(model, tiny_whisper.heard(RECORDING), ids)
 
 
 def _write_gemma3n(directory: Path) -> Truth:
@@ -124,10 +130,11 @@ def _write_gemma3n(directory: Path) -> Truth:
 def _all() -> dict[str, TinyModel]:
     decoders = {name: partial(_write_decoder, name) for name in hf_oracle.CASES if "-" not in name}
     encoders = {name: partial(_write_encoder, name) for name in encoder_oracle.CASES if "," not in name}
+    halves = {f"{outer}_text": partial(_write_half, outer) for outer in HALVES}
     for name, (same, _) in ALIASES.items():
         (encoders if same in encoders else decoders)[name] = partial(_write_alias, name)
     writers: dict[Kind, dict[str, Callable[[Path], Any]]] = {
-        "decoder": decoders | {"gemma3n": _write_gemma3n},
+        "decoder": decoders | halves | {"gemma3n": _write_gemma3n},
         "images": {name: partial(tiny_vision.make_tiny_vision, name) for name in tiny_vision.MAKERS if "-" not in name},
         "encoder": encoders,
         "encoder-decoder": {name: partial(_write_encoder_decoder, name) for name in tiny_encdec.NAMES},

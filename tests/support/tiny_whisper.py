@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+
+from octavo.audio.facts import RATE
 
 END = 256  # behind the bytes
 MARKS = ["startoftranscript", "en", "de", "haw", "translate", "transcribe", "startoflm", "startofprev", "nospeech"]
@@ -20,7 +23,7 @@ VOCABULARY = FIRST_TIME + POSITIONS + 1
 NUM_MELS = 80
 SUPPRESSED = [1, 2, 7, *(IDS[mark] for mark in ("startoftranscript", "transcribe", "translate", "nospeech"))]
 NEVER_FIRST = [32, END]
-PREPROCESSOR = {"chunk_length": 1, "feature_size": NUM_MELS, "hop_length": 160, "n_fft": 400, "sampling_rate": 16000}
+PREPROCESSOR = {"chunk_length": 1, "feature_size": NUM_MELS, "hop_length": 160, "n_fft": 400, "sampling_rate": RATE}
 
 
 def make_whisper(directory: Path, *, is_multilingual: bool = True) -> transformers.WhisperForConditionalGeneration:
@@ -88,9 +91,19 @@ def save_text_side(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(named))
 
 
-def heard(seed: int = 0) -> Tensor:
-    """Random features of one second: [mels, 2 * POSITIONS]."""
-    return torch.randn(NUM_MELS, 2 * POSITIONS, generator=torch.Generator().manual_seed(seed))
+def tones(seconds: float, seed: int) -> np.ndarray:
+    """Two tones that glide, and noise, of speech's loudness: samples in float32."""
+    rng = np.random.default_rng(seed)
+    at = np.arange(int(seconds * RATE)) / RATE
+    voice = 0.3 * np.sin(2 * np.pi * (200 + 900 * at) * at) + 0.1 * np.sin(2 * np.pi * 3100 * at)
+    return (voice + 0.01 * rng.standard_normal(len(at))).astype(np.float32)
+
+
+def heard(samples: np.ndarray) -> Tensor:
+    """Transformers' features of one second: [mels, 2 * POSITIONS]."""
+    listen = transformers.WhisperFeatureExtractor(chunk_length=1)
+    found: Tensor = listen(samples, sampling_rate=RATE, return_tensors="pt").input_features[0]
+    return found
 
 
 @torch.inference_mode()

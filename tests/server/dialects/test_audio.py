@@ -58,9 +58,7 @@ class Truth:
         return tokenizers.Tokenizer.from_file(str(self.directory / "tokenizer.json"))
 
     def heard(self, samples: np.ndarray) -> torch.Tensor:
-        made = transformers.WhisperFeatureExtractor(chunk_length=1)(samples, sampling_rate=RATE, return_tensors="pt")
-        found: torch.Tensor = made.input_features
-        return found
+        return tiny_whisper.heard(samples)[None]
 
     def tokens(self, samples: np.ndarray, **how: Any) -> list[int]:
         """Those behind the marks, without the end."""
