@@ -88,6 +88,27 @@ def test_numbers_are_quark_s_own(fixtures: Path, name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "quark" not in name])
+def test_numbers_are_those_of_the_tool_that_wrote_them(fixtures: Path, name: str) -> None:
+    stored, expected = (load_file(fixtures / name / f"{file}.safetensors") for file in ("model", "expected"))
+    checkpoint = Checkpoint.open(fixtures / name)
+    modules = [key.removeprefix("dequantized.") for key in expected if key.startswith("dequantized.")]
+    assert modules
+    for module in modules:
+        weight = checkpoint.linear(module)
+        theirs = expected[f"dequantized.{module}"]
+        ours = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float()
+        ours = ours[: len(theirs)]
+        if "torchao" in name:
+            ours = ours.bfloat16().float()  # the type that torchao dequantizes to
+        if isinstance(weight, QuantizedWeight) and "bnb" in name:
+            # bitsandbytes has no scale of a row: it multiplies by the largest magnitude, then by 1 / 127. One constant
+            # and two products are rounded there; a quotient and a product here.
+            torch.testing.assert_close(ours, theirs, rtol=5 * 2**-24, atol=0)
+            ours = (weight.codes.float() * stored[f"{module}.SCB"][:, None] * (1 / 127))[: len(theirs)]
+        assert torch.equal(ours, theirs)
+
+
 def test_layers_of_quark_have_schemes_of_their_own(fixtures: Path) -> None:
     """By name, by glob, by type (the global one is int8, which no layer has), and excluded; MXFP6 is held as MXFP8."""
     checkpoint = Checkpoint.open(fixtures / "tiny--quark-mixed")
