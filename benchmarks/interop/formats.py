@@ -101,7 +101,7 @@ def main() -> None:
         if case.name in found or (args.only and case.name not in args.only):
             continue
         print(case.name, file=sys.stderr, flush=True)
-        found[case.name] = compare(case, args)
+        found[case.name] = compare(case, args) | {"processor": cpu_name()}
         kept.write_text(json.dumps(found, indent=1))
     write(args.output / f"formats-{args.model.name}-{datetime.date.today().isoformat()}.md", found)
 
@@ -254,6 +254,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
     rows = [with_reason(case, found[case.name]["row"]) for case in CASES if case.name in found]
     cases = [found[case.name] for case in CASES if case.name in found]
     versions = dict.fromkeys(version for case in cases for version in case["versions"])
+    processors = dict.fromkeys(case["processor"] for case in cases)
     lines = [
         f"# What octavo writes, in other engines, {datetime.date.today().isoformat()}",
         "",
@@ -267,7 +268,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
         *dict.fromkeys(f"- {words}" for case in cases for words in case["refusals"]),
         "",
         f"- versions: octavo {__version__}; {'; '.join(versions)}",
-        f"- processor: {cpu_name()}",
+        f"- processor: {'; '.join(processors)}",
         "- command: `python -m benchmarks.interop.formats MODEL WORK`, flags as in the README beside this folder",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

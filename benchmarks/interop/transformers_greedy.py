@@ -3,9 +3,10 @@
     python transformers_greedy.py CHECKPOINT JOB.json
 
 Weights that compressed-tensors decompresses come in bfloat16 whatever type was asked for (floats of 4 and 8 bits in
-small groups, which bfloat16 holds): they are widened to that type. In float64, what transformers computes in float32
-whatever the model's type (norms, the softmax of its eager attention) is replaced by the same formula in float64. A
-divisor replaces compressed-tensors' 127.5 for int8 activations.
+small groups). bfloat16 holds those of MXFP4 and MXFP8, which are widened to that type; NVFP4's it rounds, so they are
+decompressed in that type, unless NVFP4_WEIGHTS=bfloat16 asks for what compressed-tensors does by itself. In float64,
+what transformers computes in float32 whatever the model's type (norms, the softmax of its eager attention) is replaced
+by the same formula in float64. A divisor replaces compressed-tensors' 127.5 for int8 activations.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def main() -> None:
         compute_in_float64()
     if job["divisor"] is not None:
         divide_by(job["divisor"])
+    if os.environ.get("NVFP4_WEIGHTS") != "bfloat16":
+        decompress_in(getattr(torch, job["dtype"]))
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=getattr(torch, job["dtype"]), attn_implementation=job["attention"]
@@ -43,6 +46,15 @@ def main() -> None:
         answer = {"error": f"{type(error).__name__}: {error}"}
     version = f"transformers {transformers.__version__} with {', '.join(readers())}"
     print(json.dumps(answer | {"version": version}), flush=True)
+
+
+def decompress_in(dtype) -> None:  # type: ignore[no-untyped-def]
+    """Products of NVFP4's codes and scales, which compressed-tensors rounds to the type of its codes, bfloat16."""
+    with contextlib.suppress(ImportError):
+        from compressed_tensors.compressors.nvfp4 import base
+
+        unpack = base.unpack_fp4_from_uint8
+        base.unpack_fp4_from_uint8 = lambda packed, rows, columns: unpack(packed, rows, columns, dtype)
 
 
 def widen(model, dtype) -> None:  # type: ignore[no-untyped-def]
