@@ -152,6 +152,13 @@ def test_flags_of_the_server_are_words(capsys: pytest.CaptureFixture[str]) -> No
     assert "No closing quotation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["serve", "throughput"])
+def test_a_file_that_is_not_there_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "none.jsonl"
+    assert main(["bench", command, "--dataset-name", "custom", "--dataset-path", str(file), "--model", "x"]) == 1
+    assert capsys.readouterr().err.endswith(f": {file}: No such file or directory\n")
+
+
 def test_a_model_that_writes_nothing_is_not_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     assert main(["bench", "startup", str(tmp_path)]) == 1

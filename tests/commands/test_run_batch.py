@@ -62,7 +62,7 @@ def test_what_can_t_be_answered_is_told_before_a_server_starts(
         assert f"{file}: " in (told := capsys.readouterr().err)
         assert says in told
     assert run_batch(tmp_path / "none", output) == 1
-    assert "No such file" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"octavo run-batch: {tmp_path / 'none'}: No such file or directory\n"
     written(file, a=(url, CHAT))
     assert run_batch(file, output, "--port", "80") == 1
     assert "--port" in capsys.readouterr().err

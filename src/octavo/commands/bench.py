@@ -14,6 +14,7 @@ from octavo.bench.http import HttpError
 from octavo.bench.options import BenchError, BenchOptions, resolve
 from octavo.bench.prompts import PromptError
 from octavo.commands.bench_load import Measured, measure
+from octavo.commands.failure import one_line
 from octavo.flags import add_flags, flags_of, read
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         measured = measure(options)
         return _report(options, measured)
     except (BenchError, HttpError, PromptError, OSError) as e:
-        print(f"{PROG}: {e}", file=sys.stderr)
+        print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
 
 

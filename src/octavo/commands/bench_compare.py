@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from octavo.bench.compare import CompareError, as_json, compare, lines, read_side
+from octavo.commands.failure import one_line
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench compare"
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             content = {other.name: [as_json(one) for one in comparisons] for other, comparisons in found}
             options.output_json.write_text(json.dumps({"base": base.name, "others": content}, indent=2) + "\n")
     except (CompareError, OSError) as e:
-        print(f"{PROG}: {e}", file=sys.stderr)
+        print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
     for other, comparisons in found:
         print("\n".join(lines(base, other, comparisons)))

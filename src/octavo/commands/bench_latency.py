@@ -24,6 +24,7 @@ from octavo.bench.prompts import PromptError, RandomShape, measure_vocabulary, r
 from octavo.bench.run import Point, Target, run_point
 from octavo.bench.server_options import ServerOptions
 from octavo.commands.bench_load import allow_many_sockets, model_of
+from octavo.commands.failure import one_line
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench latency"
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _report(options, uvloop.run(_measure(options)))
     except (HttpError, PromptError, OSError) as e:
-        print(f"{PROG}: {e}", file=sys.stderr)
+        print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
     return 0
 

@@ -25,6 +25,7 @@ from octavo.bench.options import BenchError, BenchOptions, resolve
 from octavo.bench.prompts import PromptError
 from octavo.bench.report import check_metadata, evaluate, failure_lines, result_json
 from octavo.commands.bench_load import measure
+from octavo.commands.failure import one_line
 from octavo.flags import add_flags, flags_of, read
 from octavo.report.files import write_whole
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if rows:
             _summary(options.output_dir / "summary.csv", rows)
     except (BenchError, HttpError, PromptError, OSError, ValueError) as e:
-        print(f"{PROG}: {e}", file=sys.stderr)
+        print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
     return 1 if failed else 0
 

@@ -21,6 +21,7 @@ from octavo.bench.metrics import measure as measure_metrics
 from octavo.bench.options import BenchError, BenchOptions, resolve
 from octavo.bench.prompts import PromptError
 from octavo.commands.bench_load import measure
+from octavo.commands.failure import one_line
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench throughput"
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _measured(resolve(read(ThroughputOptions, args)))
     except (BenchError, HttpError, PromptError, OSError) as e:
-        print(f"{PROG}: {e}", file=sys.stderr)
+        print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
 
 

@@ -20,6 +20,7 @@ import httpx
 import msgspec
 from msgspec import Meta
 
+from octavo.commands.failure import one_line
 from octavo.commands.progress_bar import ProgressBar, progress_bar
 from octavo.flags import add_flags, flags_of, read
 from octavo.own_server import OwnServer, ServerEndedError, own_server
@@ -102,7 +103,9 @@ def _checked(options: RunBatchOptions) -> tuple[set[str], int]:
         done = done_ids(options.output_file)
         ids = {line.custom_id for line in lines_of(options.input_file, None)}
     except (OSError, ValueError) as error:
-        raise RunBatchError(f"{error}" if isinstance(error, OSError) else f"{options.input_file}: {error}") from None
+        raise RunBatchError(
+            one_line(error) if isinstance(error, OSError) else f"{options.input_file}: {error}"
+        ) from None
     if not ids:
         raise RunBatchError(f"{options.input_file}: there is no request in it")
     if strange := done - ids:
