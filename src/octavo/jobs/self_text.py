@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
 
 REPORT_STEPS = 16
-CACHE_BYTES = 1 << 30  # for keys and values: fixed, since how many texts are sampled together moves their last bits
+LEAST_CACHE_BYTES = 1 << 29  # for keys and values
+CACHE_SHARE = 4  # of the weights' bytes a quarter, if that is more: a large model's tokens take more
+"""Only the model says how large the cache is, since how many texts are sampled together moves their last bits."""
 DRAWS = 1000  # of a first token, until one is a word
 
 
@@ -170,7 +172,9 @@ def generate(request: GenerationRequest, progress: Callable[[int], None]) -> lis
     from octavo.runtime.config import EngineConfig
     from octavo.runtime.startup import load_engine
 
-    _check_memory(request)
+    weights = _weight_bytes(request.model)
+    cache = max(LEAST_CACHE_BYTES, weights // CACHE_SHARE)
+    _check_memory(request, weights, cache)
     length = request.max_seq_length
     config = EngineConfig(
         model=request.model,
@@ -178,7 +182,7 @@ def generate(request: GenerationRequest, progress: Callable[[int], None]) -> lis
         max_model_len=length,
         max_source_len=None if request.sources is None else max(map(len, request.sources)),
         max_num_seqs=min(len(request.prompts), 256),
-        kv_cache_memory_bytes=CACHE_BYTES,
+        kv_cache_memory_bytes=cache,
         enable_prefix_caching=False,
     )
     engine, _ = load_engine(config, time.time())
@@ -216,15 +220,20 @@ def _run(engine: Engine, request: GenerationRequest, progress: Callable[[int], N
     return texts
 
 
-def _check_memory(request: GenerationRequest) -> None:
-    """Raise MemoryError if weights and cache don't fit: a process that the system kills can't give the reason."""
+def _weight_bytes(model: str) -> int:
+    """What the engine holds of them: float32 is computed in bfloat16."""
     from octavo.quant.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(Path(model), takes_transforms=True)
+    specs = [checkpoint.spec(name) for name in checkpoint.names]
+    return sum(spec.numel * min(spec.dtype.itemsize, 2) for spec in specs)
+
+
+def _check_memory(request: GenerationRequest, weights: int, cache: int) -> None:
+    """Raise MemoryError if weights and cache don't fit: a process that the system kills can't give the reason."""
     from octavo.runtime.worker.device import choose_device, free_memory
 
-    checkpoint = Checkpoint.open(Path(request.model), takes_transforms=True)
-    specs: list[Any] = [checkpoint.spec(name) for name in checkpoint.names]
-    weights = sum(spec.numel * min(spec.dtype.itemsize, 2) for spec in specs)  # float32 is computed in bfloat16
-    needed = weights * 1.2 + CACHE_BYTES
+    needed = weights * 1.2 + cache
     free = free_memory(choose_device(request.device))
     if needed > free:
         raise MemoryError(f"it takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
