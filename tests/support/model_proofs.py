@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from calibrated import calibration
@@ -23,7 +24,7 @@ from octavo.calibration.choices import Algorithm
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
-from octavo.calibration.recipe import Recipe
+from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.jobs.source_check import check_source
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.dequantized import open_dequantized
@@ -46,6 +47,8 @@ GPU = Target(torch.device("cuda"), torch.bfloat16, 90)
 CALIBRATED: dict[str, Algorithm] = {"W4A16": "gptq", "W8A8": "gptq"}
 """Algorithms of schemes whose weights aren't rounded to nearest here."""
 UNREAD = "images are not read"
+BESIDE_TOWERS = "W8A16@-1"
+"""The text half's scheme where a tower is quantized, too."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Proven:
 
     architecture  its class, by config.json
     difference    the largest one between octavo's numbers and transformers', relative to the largest number
-    schemes       presets that it is quantized with, reloaded and served
+    schemes       presets that it is quantized with, reloaded and served; a tower is left as it is
+    towers        presets that its tower is quantized with, reloaded and served
     refused       reasons, by what is refused
     """
 
@@ -62,6 +66,7 @@ class Proven:
     architecture: str
     difference: float
     schemes: tuple[str, ...]
+    towers: tuple[str, ...]
     refused: dict[str, str]
 
 
@@ -76,8 +81,8 @@ def schemes() -> dict[str, str]:
     return spelled
 
 
-def prove(tiny: TinyModel, directory: Path) -> Proven:
-    """directory: an empty one, for what is written on the way."""
+def prove(tiny: TinyModel, directory: Path, names: Collection[str] = schemes().keys()) -> Proven:
+    """directory: an empty one, for what is written on the way. names: of presets, where not all are to be proved."""
     source = directory / "source"
     truth = tiny.write(source)
     config = json.loads((source / "config.json").read_text())
@@ -85,26 +90,38 @@ def prove(tiny: TinyModel, directory: Path) -> Proven:
     difference = numbers.difference(source, truth)
     assert difference < BOUND, difference
     original = numbers.of(source, truth)
-    served: list[str] = []
     refused = _refused_options(tiny, source)
-    for name, spelled in schemes().items():
-        for algorithm in _algorithms(tiny, name):
-            recipe = Recipe(spelled, algorithm=algorithm)
+
+    def is_served(recipes: dict[str, dict[str, Any]]) -> bool:
+        """By the first of these that isn't refused; reasons of those before it are kept."""
+        for what, options in recipes.items():
             try:
-                out = directory / f"{name}-{algorithm}"
+                out = directory / " ".join(options.values())
+                recipe = Recipe(**options)
                 quantize(source, out, recipe, is_decoder=tiny.is_decoder)
                 _check(out, source, recipe, original, lambda one: numbers.of(one, truth))
-            except (QuantizeError, LoadError) as error:
-                refused[name if algorithm == "rtn" else f"--algorithm {algorithm}"] = str(error)
+            except (QuantizeError, RecipeError, LoadError) as error:
+                refused[what] = str(error).removeprefix("towers: ")
             else:
-                served.append(name)
-                break
-    return Proven(tiny.model_type, config["architectures"][0], difference, tuple(served), refused)
+                return True
+        return False
+
+    served = tuple(name for name in names if is_served(_recipes(tiny, name)))
+    towers = tuple(name for name in names if tiny.kind == "images" and is_served(_recipes_of_towers(name)))
+    return Proven(tiny.model_type, config["architectures"][0], difference, served, towers, refused)
 
 
-def _algorithms(tiny: TinyModel, scheme: str) -> tuple[Algorithm, ...]:
-    """In the order of trying: rtn where a model can't be calibrated."""
-    return ("rtn",) if not tiny.is_decoder or scheme not in CALIBRATED else (CALIBRATED[scheme], "rtn")
+def _recipes(tiny: TinyModel, name: str) -> dict[str, dict[str, Any]]:
+    """A preset's in the order of trying, by what is refused: to nearest where a model can't be calibrated."""
+    nearest = {"scheme": schemes()[name], "algorithm": "rtn"}
+    if not tiny.is_decoder or name not in CALIBRATED:
+        return {name: nearest}
+    algorithm = CALIBRATED[name]
+    return {f"--algorithm {algorithm}": nearest | {"algorithm": algorithm}, name: nearest}
+
+
+def _recipes_of_towers(name: str) -> dict[str, dict[str, Any]]:
+    return {f"--towers {name}": {"scheme": BESIDE_TOWERS, "algorithm": "rtn", "towers": schemes()[name]}}
 
 
 def quantize(source: Path, out: Path, recipe: Recipe, *, is_decoder: bool) -> None:
@@ -124,7 +141,7 @@ def _check(out: Path, source: Path, recipe: Recipe, original: Tensor, numbers: C
     """
     found = numbers(out)
     assert found.isfinite().all()
-    if recipe.default.activation is not None:
+    if any(scheme is not None and scheme.activation is not None for scheme in (recipe.default, recipe.of_towers)):
         assert (found - original).square().mean() < (original - original.mean()).square().mean()
         return
     plain = out.with_name(f"{out.name}-plain")

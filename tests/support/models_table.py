@@ -30,8 +30,9 @@ def rows() -> dict[str, tuple[str, ...]]:
 
 
 def row(proven: Proven) -> tuple[str, ...]:
-    count = len(schemes())
-    served = "all" if len(proven.schemes) == count else f"{len(proven.schemes)} of {count}"
+    served = _counted(proven.schemes)
+    if proven.towers:
+        served += f"; of towers {_counted(proven.towers)}"
     return (
         f"`{proven.model_type}`",
         proven.architecture,
@@ -39,6 +40,11 @@ def row(proven: Proven) -> tuple[str, ...]:
         served,
         "; ".join(_reasons(proven)),
     )
+
+
+def _counted(served: tuple[str, ...]) -> str:
+    count = len(schemes())
+    return "all" if len(served) == count else f"{len(served)} of {count}"
 
 
 def _reasons(proven: Proven) -> Iterator[str]:

@@ -52,7 +52,7 @@ TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 @dataclass(frozen=True)
@@ -194,11 +194,11 @@ def _qwen(kind: str, tokenizer: Any) -> tuple[Any, Any]:
         vision = sizes | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
     elif kind == "qwen2_5_vl":
-        vision = sizes | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+        vision = sizes | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
         vision |= {"window_size": 28, "fullatt_block_indexes": [1]}
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     else:
-        vision = sizes | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+        vision = sizes | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
         vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
         text |= {"head_dim": 16}
         if kind.startswith("qwen3_5"):
@@ -310,7 +310,7 @@ def _gemma4(kind: str, tokenizer: Any) -> tuple[Any, Any]:
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     image, begin, end = map(tokenizer.convert_tokens_to_ids, tokens)
     text = TEXT | GEMMA4 | {"vocab_size": len(tokenizer), "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 10}
-    text |= {"global_head_dim": 24, "use_bidirectional_attention": "vision", "final_logit_softcapping": 3.0}
+    text |= {"global_head_dim": 32, "use_bidirectional_attention": "vision", "final_logit_softcapping": 3.0}
     if kind == "gemma4-small":
         text |= {"use_bidirectional_attention": None, "hidden_size_per_layer_input": 16, "pad_token_id": 7}
         text |= {"vocab_size_per_layer_input": len(tokenizer), "num_kv_shared_layers": 2}
