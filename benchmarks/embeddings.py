@@ -52,13 +52,18 @@ def library(command: Sequence[str], environment: dict[str, str], log: Path) -> I
         assert child.stdin is not None
         assert child.stdout is not None
         requests, answers = child.stdin, child.stdout
-        if answers.readline() != "ready\n":
-            raise SystemExit(f"{' '.join(command)} ended: {log.read_text()[-2000:]}")
+
+        def line() -> str:
+            if not (found := answers.readline()):
+                raise SystemExit(f"{' '.join(command)} ended: {log.read_text()[-2000:]}")
+            return found
+
+        line()  # it is ready
 
         def way(texts: Sequence[str]) -> tuple[float, list[float]]:
             requests.write(json.dumps(texts) + "\n")
             requests.flush()
-            told = json.loads(answers.readline())
+            told = json.loads(line())
             return told["seconds"], told["first"]
 
         yield way

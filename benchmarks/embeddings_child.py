@@ -37,7 +37,9 @@ def _embedder(library: Any, model: str, dtype: str) -> Callable[[list[str]], lis
     if library.__name__ == "sentence_transformers":
         encoder = library.SentenceTransformer(model, device="cpu", model_kwargs={"dtype": dtype})
         return lambda texts: [
-            vector for batch in _batches(texts) for vector in encoder.encode(batch, BATCH, convert_to_tensor=True)
+            vector
+            for batch in _batches(texts)
+            for vector in encoder.encode(batch, batch_size=BATCH, convert_to_tensor=True)
         ]
     options = {"runner": "pooling"} if library.__name__ == "vllm" else {}
     llm = library.LLM(model, dtype=dtype, **options)
