@@ -26,6 +26,7 @@ from octavo.bench.load import ask
 from octavo.bench.metrics import seconds_percentiles
 from octavo.bench.prompts import Prompt
 from octavo.bench.run import Target, first_model
+from octavo.commands.failure import one_line
 from octavo.flags import add_flags, flags_of, read
 from octavo.jobs.written import why_unwritten
 from octavo.own_server import OwnServer, ServerEndedError, own_server
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         if options.output_json is not None:
             options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
     except (ServerEndedError, HttpError, CheckpointError, OSError) as e:
-        print(f"{PROG}: {e}", file=sys.stderr)
+        print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
     return 0
 

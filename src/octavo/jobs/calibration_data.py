@@ -29,7 +29,7 @@ class DataOptions(msgspec.Struct, frozen=True):
 
     dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or token ids,
     a list of tensors [max_seq_length] or one of all, taken as they are; or None, for text that the model generates.
-    max_seq_length: None is 512, or the model's positions if they are fewer; see `with_length`.
+    max_seq_length: None is 512, or the model's positions if they are fewer; see `length_of`.
     """
 
     dataset: Annotated[
@@ -93,15 +93,14 @@ class DataOptions(msgspec.Struct, frozen=True):
         ),
     ] = None
 
-    def with_length(self, config: dict[str, Any]) -> tuple[DataOptions, int]:
-        """The options with a length of windows that this model can read where none is given, and that length."""
+    def length_of(self, config: dict[str, Any]) -> int:
+        """Tokens of each window: as many as this model can read where no number is given."""
         positions = (config.get("text_config") or config).get("max_position_embeddings")
-        length = self.max_seq_length or (min(LENGTH, positions) if type(positions) is int else LENGTH)
-        return msgspec.structs.replace(self, max_seq_length=length), length
+        return self.max_seq_length or (min(LENGTH, positions) if type(positions) is int else LENGTH)
 
     def notes_of(self, config: dict[str, Any]) -> list[str]:
         """What a person should know of windows of this model's text."""
-        _, length = self.with_length(config)
+        length = self.length_of(config)
         if self.max_seq_length is not None or length == LENGTH:
             return []
         return [f"windows of calibration text have {length} tokens, not {LENGTH}: the model has no more positions"]
@@ -129,16 +128,16 @@ def make_data(
 
     dataset = options.dataset
     config = read_config(source)
-    options, max_seq_length = options.with_length(config)
+    length = options.length_of(config)
     try:
         text = ModelText(source, options.chat_template)
     except DataError as e:
         raise e if dataset is not None or options.chat_template is not None else NoTextError(str(e)) from e
     least = TUNED_SAMPLES if tunes else 0
     if dataset is None:
-        _check_positions(text, max_seq_length)
-        count = options.num_samples or max(least, default_num_samples(config, max_seq_length))
-        sizes = Sizes(count, max_seq_length, options.seed)
+        _check_positions(text, length)
+        count = options.num_samples or max(least, default_num_samples(config, length))
+        sizes = Sizes(count, length, options.seed)
         try:
             return generate_data(source, text, sizes, device=device, progress=progress)
         except GenerationError as e:
@@ -173,7 +172,7 @@ def _given(text: ModelText, options: DataOptions, config: dict[str, Any]) -> Cal
     if isinstance(dataset, torch.Tensor) or (given and isinstance(given[0], torch.Tensor)):
         source = "the token ids given"
         return from_token_ids(given or [], vocab_size=text.vocab_size, source=source, seed=options.seed)
-    _, length = options.with_length(config)
+    length = options.length_of(config)
     _check_positions(text, length)
     sizes = Sizes(options.num_samples or default_num_samples(config, length), length, options.seed)
     data = from_records(given, text, sizes) if given is not None else from_dataset(dataset, text, sizes)

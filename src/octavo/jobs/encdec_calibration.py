@@ -40,7 +40,7 @@ def encdec_calibration(
         raise NoTextError("an encoder-decoder answers what it is given; give a text with --dataset")
     if options.self_generated_samples:
         raise DataError("--self-generated-samples: an encoder-decoder answers what it is given; leave it out")
-    options, length = options.with_length(checkpoint.config)
+    length = options.length_of(checkpoint.config)
     try:
         runner = EncDecBlockRunner(checkpoint, length)
     except ValueError as e:

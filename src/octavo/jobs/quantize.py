@@ -254,12 +254,12 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     from octavo.runtime.model.device import Device
     from octavo.runtime.model.sources import CheckpointSource
 
-    options, length = job.data.with_length(checkpoint.config)
     if checkpoint.layout.reads_text:
         from octavo.jobs.encdec_calibration import encdec_calibration
 
         job.listener.phase("calibration text")
-        return encdec_calibration(checkpoint, options, job.offload_dir, job.listener.progress)
+        return encdec_calibration(checkpoint, job.data, job.offload_dir, job.listener.progress)
+    length = job.data.length_of(checkpoint.config)
     try:
         device = Device.choose(job.device)
         prefix = CheckpointSource(checkpoint).prefix
@@ -267,7 +267,7 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")
-    data = make_data(checkpoint.directory, options, job.device, job.listener.progress, tunes=job.recipe.tunes)
+    data = make_data(checkpoint.directory, job.data, job.device, job.listener.progress, tunes=job.recipe.tunes)
     return Calibration(data, runner, job.offload_dir)
 
 
