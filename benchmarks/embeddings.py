@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.answering import answering
 from benchmarks.cpu_servers import vllm_environment
 from benchmarks.intervals import interval
 from benchmarks.load_client import WORDS
@@ -44,26 +42,10 @@ def texts_of(count: int, seed: int) -> list[str]:
 @contextlib.contextmanager
 def library(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[Way]:
     """One library in a process of its own: embeddings_child.py."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, **pipes, stderr=errors, env=os.environ | environment, text=True) as child,
-    ):
-        assert child.stdin is not None
-        assert child.stdout is not None
-        requests, answers = child.stdin, child.stdout
-
-        def line() -> str:
-            if not (found := answers.readline()):
-                raise SystemExit(f"{' '.join(command)} ended: {log.read_text()[-2000:]}")
-            return found
-
-        line()  # it is ready
+    with answering(command, environment, log) as ask:
 
         def way(texts: Sequence[str]) -> tuple[float, list[float]]:
-            requests.write(json.dumps(texts) + "\n")
-            requests.flush()
-            told = json.loads(line())
+            told = ask(texts)
             return told["seconds"], told["first"]
 
         yield way

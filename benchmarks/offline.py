@@ -24,10 +24,8 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.answering import answering
 from benchmarks.cpu_servers import NAME, octavo_server, running, vllm_environment
 from benchmarks.intervals import interval
 from benchmarks.load_client import WORDS, post
@@ -129,27 +128,10 @@ def http(model: Path, concurrency: int, log: Path) -> Iterator[Way]:
 @contextlib.contextmanager
 def offline(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[Way]:
     """A class LLM in a process of its own: offline_child.py."""
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=os.environ | environment,
-            text=True,
-        ) as child,
-    ):
-        assert child.stdin is not None
-        assert child.stdout is not None
-        requests, answers = child.stdin, child.stdout
-        if answers.readline() != "ready\n":
-            raise SystemExit(f"{' '.join(command)} ended: {log.read_text()[-2000:]}")
+    with answering(command, environment, log) as ask:
 
         def way(load: Load) -> Run:
-            requests.write(json.dumps({"prompts": load.prompts, "tokens": load.tokens}) + "\n")
-            requests.flush()
-            told = json.loads(answers.readline())
+            told = ask({"prompts": load.prompts, "tokens": load.tokens})
             check(told["counts"], load)
             return Run(told["seconds"], told["cached"])
 
