@@ -225,14 +225,16 @@ def test_modelopt_s_mxfp8() -> None:
         parse_modelopt({"quantization": {"quant_algo": "MXFP8", "group_size": 64}})
 
 
-@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+MODELOPT = {"nvfp4": "W4A16_NVFP4", "mxfp8": "MXFP8", "fp8": "FP8", "fp8_pc_pt": "FP8_PER_CHANNEL_PER_TOKEN"}
+
+
+@pytest.mark.parametrize("kind", MODELOPT)
 def test_numbers_are_modelopt_s_own(kind: str, fixtures: Path) -> None:
     """Of tensors that its code made of a layer, a group of zeros among them, and dequantized in float32."""
     stored = load_file(fixtures / "modelopt.safetensors")
-    tensors = {name.removeprefix(f"{kind}."): tensor for name, tensor in stored.items() if name.startswith(kind)}
+    tensors = {name.removeprefix(f"{kind}."): it for name, it in stored.items() if name.startswith(f"{kind}.")}
     expected = tensors.pop("dequantized")
-    config = {"quantization": {"quant_algo": "W4A16_NVFP4" if kind == "nvfp4" else "MXFP8"}}
-    format_ = parse_modelopt(config).format_of(Q, tensors)
+    format_ = parse_modelopt({"quantization": {"quant_algo": MODELOPT[kind]}}).format_of(Q, tensors)
     assert format_ is not None
     assert torch.equal(format_.read(tensors).dequantize(), expected)
 
