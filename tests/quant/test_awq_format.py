@@ -13,7 +13,7 @@ from torch import Tensor
 from trimmed import whole
 
 from octavo.quant.checkpoint import Checkpoint
-from octavo.quant.formats.awq import AWQFormat
+from octavo.quant.formats.awq import AWQFormat, parse_awq
 from octavo.quant.formats.format import FormatError
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import PRESETS, QuantScheme, WeightScheme, group
@@ -67,6 +67,17 @@ def test_what_is_written_is_what_an_independent_reader_reads(size: int, symmetri
     again = format_.read(written)
     assert torch.equal(again.codes, weight.codes)
     assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_gemv_is_read_to_autoawq_s_own_numbers(fixtures: Path, size: int) -> None:
+    """What its code rounded a layer to, in float16, and then packed; zero points of 0 and 15 are among them."""
+    stored = load_file(fixtures / "autoawq-gemv.safetensors")
+    tensors = {suffix: stored[f"{size}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")}
+    config = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemv"}
+    format_ = parse_awq(config).format_of("model.layers.0.mlp.up_proj", tensors)
+    assert format_ is not None
+    assert torch.equal(format_.read(tensors).dequantize().half(), stored[f"{size}.dequantized"])
 
 
 def gemv_tensors(weight: QuantizedWeight, width: int) -> dict[str, Tensor]:
