@@ -1,7 +1,7 @@
 """Integers of 2 to 8 bits in int32 words, least significant bits first.
 
 dense   element i of a row occupies bits [i * b, i * b + b) of the row's little-endian bit stream; an element may lie
-        across two words. What compressed-tensors >= 0.18 writes, and GPTQ's 3-bit layout as well.
+        across two words. What compressed-tensors >= 0.18 writes, GPTQ's 3-bit layout, and AutoRound's of 5 to 7 bits.
 padded  32 // b elements in a word, the word's top bits unused. What compressed-tensors <= 0.12 wrote. The same as
         dense when b divides 32.
 planar  each 32 elements are b words: of planes of 4, 2 and 1 bits, the lowest first, each plane's fields in order. What

@@ -1,7 +1,8 @@
 """AutoRound's own dialect (quant_method auto-round): GPTQ's or AWQ's tensors, each layer's settings by its name.
 
-Source: intel/auto-round, `inference/backend.py` (which packing_format stores which zero points) and
-`inference/convert_model.py`; vLLM's `inc.py`. Exports named auto_gptq and auto_awq have quant_method gptq and awq and
+Fields of 5 to 7 bits lie in the dense stream, where GPTQModel's lie in planes. Source: intel/auto-round,
+`inference/backend.py` (which packing_format stores which zero points), `inference/convert_model.py` and
+`utils/bit_packing.py`; vLLM's `inc.py`. Exports named auto_gptq and auto_awq have quant_method gptq and awq and
 don't come here.
 """
 
@@ -82,7 +83,7 @@ class AutoRoundConfig:
             raise FormatError(f"{where}act_bits {settings['act_bits']}: quantized activations are not supported here")
         if self.packing == "awq":
             return make_awq(settings["bits"], settings["group_size"], not settings["sym"], "gemm", where)
-        return make_format(settings, 1 if self.packing == 1 else 2, False, where)
+        return make_format(settings, 1 if self.packing == 1 else 2, where)
 
 
 def parse_auto_round(raw: Mapping[str, Any]) -> AutoRoundConfig:

@@ -47,7 +47,9 @@ class GPTQFormat:
     scale_dtype   for writing; what is read keeps the type that it was stored in
     whole_words   version 1's zero points were made by subtracting whole words, as GPTQModel does, where a zero point
                   of 0 borrows from its neighbour: adding whole words gives back what was there
-    planar        words are planes of so many bits, which is read and not written; None: the dense stream
+    read_bits     of a stored field, in a layout that is read and not written: 5 to 7 bits, and 3 in planes; None: the
+                  scheme's bits, read and written
+    planar        these fields lie in planes of bits, GPTQModel's; else in the dense stream, AutoRound's
     """
 
     scheme: QuantScheme
@@ -55,12 +57,13 @@ class GPTQFormat:
     desc_act: bool = False
     scale_dtype: torch.dtype = torch.float16
     whole_words: bool = False
-    planar: int | None = None
+    read_bits: int | None = None
+    planar: bool = False
 
     def __post_init__(self) -> None:
         w = self.scheme.weight
         if (
-            w.dtype not in (*(() if self.planar is None else ("int5", "int6")), "int8", "int4", "int3", "int2")
+            w.dtype not in (*(() if self.read_bits is None else ("int5", "int6")), "int8", "int4", "int3", "int2")
             or self.scheme.activation is not None
         ):
             raise FormatError(
@@ -94,21 +97,22 @@ class GPTQFormat:
     @property
     def _bits(self) -> int:
         """Of a stored field."""
-        return self.planar or self.scheme.weight.bits
+        return self.read_bits or self.scheme.weight.bits
 
     def _unpack(self, words: Tensor, columns: int) -> Tensor:
-        if self.planar is None:
+        if not self.planar:
             return unpack(words, self._bits, columns, padded=False)
         try:
-            return unpack_planar(words, self.planar)
+            return unpack_planar(words, self._bits)
         except ValueError as e:
             raise FormatError(str(e)) from None
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
         n, k = weight.shape
-        if self.planar is not None:
-            raise FormatError(f"gptq's planes of {self.planar} bits are read, not written")
+        if self.read_bits is not None:
+            layout = "planes" if self.planar else "fields"
+            raise FormatError(f"gptq's {layout} of {self.read_bits} bits are read, not written")
         self.tensors(n, k)
         if weight.scheme != self.scheme:
             raise FormatError(f"a weight of {weight.scheme} can't be written as {self.scheme}")

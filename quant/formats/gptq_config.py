@@ -24,6 +24,7 @@ from octavo.quant.formats.patterns import Regexes
 from octavo.quant.scheme import QuantScheme, SchemeError, WeightDtype, WeightScheme, group
 
 VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2, "gptq_p": 2}  # the last: planes of bits, of 3 bits too
+READ_BITS = (5, 6, 7)  # read and not written
 DTYPES: dict[int, WeightDtype] = INT_DTYPES | {7: "int8"}  # 7 bits have no type of their own
 IN_BLOCK = re.compile(r"(^|\.)layers\.\d+\.(?!.*(\.gate|router|shared_expert_gate)$)")
 
@@ -67,7 +68,8 @@ class DynamicRule:
 class GPTQConfig:
     """A scheme for each layer.
 
-    base        bits, group_size, desc_act and sym of a layer without an override; planar: 3 bits lie in planes
+    base        bits, group_size, desc_act and sym of a layer without an override
+    planar      the numbers of bits whose fields lie in planes
     dynamic     GPTQModel's: which layers, and what differs for them, in their order; None: they are not quantized
     listed      the layers' names in their block, or parts of names, where the config lists them
     """
@@ -75,6 +77,7 @@ class GPTQConfig:
     base: Mapping[str, Any]
     version: Version
     whole_words: bool = False
+    planar: tuple[int, ...] = READ_BITS
     dynamic: tuple[DynamicRule, ...] = ()
     listed: tuple[str, ...] = ()
     lm_head: bool = False
@@ -87,7 +90,8 @@ class GPTQConfig:
         quantized = self._expects(module, override) if suffixes is None else "qweight" in suffixes
         if not quantized:
             return None
-        return make_format(_merge(self.base, override), self.version, self.whole_words, f"{module}: ")
+        settings = _merge(self.base, override)
+        return make_format(settings, self.version, f"{module}: ", whole_words=self.whole_words, planar=self.planar)
 
     def _expects(self, module: str, override: Mapping[str, Any] | None) -> bool:
         if override is None:
@@ -101,8 +105,18 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any] | None) -> dict[
     return {**base, **{key: value for key, value in (override or {}).items() if key in base and value is not None}}
 
 
-def make_format(settings: Mapping[str, Any], version: Version, whole_words: bool, where: str) -> GPTQFormat:
-    """The format for these bits, group_size, desc_act and sym. Raises FormatError; its message begins with `where`."""
+def make_format(
+    settings: Mapping[str, Any],
+    version: Version,
+    where: str,
+    *,
+    whole_words: bool = False,
+    planar: Collection[int] = (),
+) -> GPTQFormat:
+    """The format for these bits, group_size, desc_act and sym.
+
+    planar: the numbers of bits whose fields lie in planes. Raises FormatError, whose message begins with `where`.
+    """
     bits = settings["bits"]
     size = settings["group_size"]
     if bits not in DTYPES:
@@ -111,8 +125,9 @@ def make_format(settings: Mapping[str, Any], version: Version, whole_words: bool
         scheme = QuantScheme(WeightScheme(DTYPES[bits], group(size), settings["sym"]))
     except SchemeError as e:
         raise FormatError(f"{where}{e}") from e
-    planar = bits in (5, 6, 7) or (bits == 3 and settings.get("planar", False))
-    return GPTQFormat(scheme, version, settings["desc_act"], whole_words=whole_words, planar=bits if planar else None)
+    read_bits = bits if bits in READ_BITS or bits in planar else None
+    desc_act = settings["desc_act"]
+    return GPTQFormat(scheme, version, desc_act, whole_words=whole_words, read_bits=read_bits, planar=bits in planar)
 
 
 def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
@@ -121,21 +136,21 @@ def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
     _refuse(raw)
     base = {"bits": config.bits, "group_size": config.group_size, "desc_act": bool(config.desc_act)}
     base["sym"] = True if config.sym is None else config.sym  # AutoGPTQ's default, when it didn't write it yet
-    base["planar"] = stored_format(raw) == "gptq_p"
     version = VERSIONS[stored_format(raw)]
     makers = str((config.meta or {}).get("quantizer"))  # 'gptqmodel:7.6.0', alone or in a list
     parsed = GPTQConfig(
         base=base,
         version=version,
         whole_words="gptqmodel" in makers,
+        planar=(3, *READ_BITS) if stored_format(raw) == "gptq_p" else READ_BITS,
         dynamic=parse_dynamic(raw),
         listed=_flat(config.modules_in_block_to_quantize or []),
         lm_head=bool(config.lm_head),
         name=stored_format(raw),
     )
-    make_format(base, version, False, "")
+    make_format(base, version, "")
     for rule in parsed.dynamic:
-        make_format(_merge(base, rule.override), version, False, f"dynamic {rule.pattern!r}: ")
+        make_format(_merge(base, rule.override), version, f"dynamic {rule.pattern!r}: ")
     return parsed
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimmed import whole
 
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.formats.auto_round import parse_auto_round
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq import GPTQFormat, Version
 from octavo.quant.formats.gptq_config import parse_gptq
@@ -254,3 +255,29 @@ def test_planes_of_bits_are_read_as_gptqmodel_unpacks_them(fixtures: Path, bits:
     torch.testing.assert_close(weight.dequantize(), expected, atol=0, rtol=0)
     with pytest.raises(FormatError, match="are read, not written"):
         format_.write(weight)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("packing", "bits"),
+    [*(("auto_round", bits) for bits in range(2, 9)), *(("auto_gptq", bits) for bits in (5, 6, 7))],
+)
+def test_numbers_are_auto_round_s_own(fixtures: Path, packing: str, bits: int, symmetric: bool) -> None:
+    """Its layer's float16 weights, of words that its code packed. Scales are of both signs if symmetric.
+
+    Its own packing holds zero points from 0 on; as auto_gptq 5 to 7 bits alone differ from what AutoGPTQ writes.
+    """
+    name = f"{packing}.{bits}.{'sym' if symmetric else 'asym'}"
+    stored = load_file(fixtures / "auto-round.safetensors")
+    tensors = {suffix: stored[f"{name}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")}
+    settings = {"bits": bits, "group_size": 32, "sym": symmetric, "data_type": "int"}
+    config = {"packing_format": "auto_round" if packing == "auto_round" else "auto_round:auto_gptq", **settings}
+    format_ = parse_auto_round(config).format_of("model.layers.0.mlp.up_proj", tensors)
+    assert format_ is not None
+    assert format_.shape(tensors) == (32, 64)
+    weight = format_.read(tensors)
+    assert weight.note == ""
+    assert torch.equal(weight.dequantize().half(), stored[f"{name}.dequantized"])
+    if bits in (5, 6, 7):
+        with pytest.raises(FormatError, match="are read, not written"):
+            format_.write(weight)
