@@ -191,8 +191,8 @@ class GPTQFormat:
 
     def _wrap(self, zeros: Tensor) -> Tensor:
         """A stored all-ones field stands for a zero point of 0: its 2^b comes back as 0."""
-        least, most = self.scheme.weight.int_range
-        return torch.where(zeros > most, least, zeros) if self.scheme.weight.bits < 8 else zeros
+        half = 1 << self._bits - 1
+        return torch.where(zeros == half, -half, zeros) if self._bits < 8 else zeros  # int8 wraps by itself
 
     def _read_g_idx(self, left: dict[str, Tensor], k: int, groups: int) -> Tensor | None:
         """The group of each column [K] int32, None if the columns are in the order of their groups."""

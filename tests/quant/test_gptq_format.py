@@ -257,6 +257,26 @@ def test_planes_of_bits_are_read_as_gptqmodel_unpacks_them(fixtures: Path, bits:
         format_.write(weight)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["2.sym", "2.sym.act", "2.asym", "2.asym.act", "7.asym"])
+def test_numbers_are_gptqmodel_s_own(fixtures: Path, name: str, version: int) -> None:
+    """Its TorchLinear's float16 weights, of words that its code packed; asymmetric zero points are 0 and up.
+
+    Version 1's come of its convert_gptq_v2_to_v1_format_module: of 2 bits a 0 borrows from the next field.
+    """
+    bits, kind, *act = name.split(".")
+    stored = load_file(fixtures / "gptqmodel.safetensors")
+    tensors = {suffix: stored[f"{name}.{suffix}"] for suffix in ("qweight", "scales", "g_idx")}
+    tensors["qzeros"] = stored[f"{name}.qzeros_v{version}"]
+    config = {"quant_method": "gptq", "bits": int(bits), "group_size": 32, "sym": kind == "sym", "desc_act": bool(act)}
+    config |= {"checkpoint_format": "gptq" if version == 1 else "gptq_v2", "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
+    format_ = parse_gptq(config).format_of("model.layers.0.mlp.up_proj", tensors)
+    assert format_ is not None
+    weight = format_.read(tensors)
+    assert weight.note == ""
+    assert torch.equal(weight.dequantize().half(), stored[f"{name}.dequantized"])
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     ("packing", "bits"),
