@@ -270,7 +270,7 @@ def ask_octavo(url: str, asked: Questions) -> Answer:
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     payload = json.dumps({"model": NAME, "temperature": 0} | body).encode()
     request = urllib.request.Request(f"{url}/v1/completions", payload, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         decoded: dict[str, Any] = json.load(answer)
     return decoded
 

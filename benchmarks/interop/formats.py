@@ -7,10 +7,12 @@ Every row of CASES is written into WORK by `octavo quantize --algorithm rtn`, un
 know the format are asked in turn until one loads it; what the others said is listed under the table. Each continues the
 prompts of peers.py greedily. Where the first GOAL tokens are not octavo's, the last column has the place, and there the
 distance of the two log-probabilities by octavo in float32. Near is what octavo itself moves leads by, 99 of 100 times,
-between its float32 and its bfloat16. llama.cpp rounds inputs to 8 bits besides, which that doesn't count.
+between its float32 and its bfloat16; float32 that gives the same tokens needs none. llama.cpp rounds inputs to 8 bits
+besides, which that doesn't count.
 
-vLLM's build for CPUs lacks the CUDA op that rotates inputs while serving (hadacore_transform): it is asked again with
-that one op in plain torch, and the engine's cell says so.
+vLLM's build for CPUs lacks the CUDA ops that rotate inputs while serving (hadacore_transform) and that round them by
+a stored scale (static_scaled_fp8_quant): it is asked again with that one op in plain torch, and the engine's cell says
+so.
 
 I-quants are llama-quantize's own, out of --llama-f16 with --llama-imatrix: octavo reads them and doesn't write them.
 
@@ -47,8 +49,7 @@ PACKED = ("vLLM", "gptqmodel")
 LLAMA = ("llama.cpp",)
 MADE_BY_LLAMA = "llama-quantize"
 G = "--group-size 64"
-SHORT_BLOCKS = "128 doesn't divide 576, and no engine takes short blocks; Qwen2.5's whole ones load ({}-2026-11-24.md)"
-OTHER_NAMES = "transformers takes such scales by names of its own, and computes without them"
+SHORT_BLOCKS = "128 doesn't divide 576, and no engine takes short blocks; Qwen2.5's whole ones load ({}.md)"
 Q8_INPUTS = "llama.cpp's inputs of 8 bits move leads by {} (gguf-inputs-2026-12-01.md)"
 REASONS = {"Q4_1": Q8_INPUTS.format(0.365), "IQ4_XS": Q8_INPUTS.format(0.513)}
 
@@ -63,6 +64,7 @@ class Case:
     engines: tuple[str, ...]
     reason: str = ""  # why a difference is no near-tie, or no engine loads it
     rotations: str = ""
+    missing_op: str = ""  # of vLLM's build for CPUs
 
     @property
     def name(self) -> str:
@@ -78,14 +80,15 @@ CASES = (
     *(Case("compressed-tensors", s, G, CT) for s in ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A16")),
     *(Case("compressed-tensors", s, G, CT) for s in ("W4A8", "W4AFP8")),
     *(Case("compressed-tensors", s, "", CT) for s in ("W8A8", "FP8_DYNAMIC", "FP8")),
-    Case("compressed-tensors", "FP8_BLOCK", "", CT, SHORT_BLOCKS.format("greedy")),
+    Case("compressed-tensors", "FP8_BLOCK", "", CT, SHORT_BLOCKS.format("greedy-2026-11-24")),
     *(Case("compressed-tensors", s, "", CT) for s in ("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16")),
-    Case("compressed-tensors", "W4A16", G, ("vLLM",), rotations="R1 R2 R4"),
+    Case("compressed-tensors", "W4A16", G, ("vLLM",), rotations="R1 R2 R4", missing_op="hadacore_transform"),
     *(Case("gptq", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16")),
     *(Case("gptq_v2", s, G, PACKED) for s in ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16")),
     *(Case("awq", s, G, PACKED) for s in ("W4A16_ASYM", "W4A16")),
-    Case("fp8", "FP8", "", CT, OTHER_NAMES),
-    Case("fp8", "FP8_BLOCK", "", CT, SHORT_BLOCKS.format("calibrated")),
+    # Not transformers: it takes one scale a tensor by other names, and computes without these.
+    Case("fp8", "FP8", "", ("vLLM",), missing_op="static_scaled_fp8_quant"),
+    Case("fp8", "FP8_BLOCK", "", CT, SHORT_BLOCKS.format("formats-qwen2-2026-12-01")),
     *(Case("gguf", s, "", LLAMA) for s in ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q4_K", "Q5_K", "Q6_K")),
     *(Case("gguf", s, "", LLAMA, REASONS.get(s, "")) for s in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")),
     *(Case(MADE_BY_LLAMA, s, "", LLAMA, REASONS.get(s, "")) for s in ("IQ4_XS", "IQ4_NL", "IQ3_S", "IQ2_XS")),
@@ -135,19 +138,21 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     if refused:
         return {"row": [case.format, case.label, "octavo", "not written", refused], "refusals": [], "versions": []}
     refusals = []
+    asked = questions(args.model)
+    prompts = Questions(asked.prompts, [])
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        asked = questions(args.model)
-        with running(octavo_server("octavo", checkpoint, "--dtype", "bfloat16"), log) as run:
-            half = ask_octavo(run.url, asked)
         with running(octavo_server("octavo", checkpoint, "--dtype", "float32"), log) as run:
-            single = ask_octavo(run.url, asked)
-            for name, answer in answers(case, args, checkpoint, Questions(asked.prompts, []), log):
+            single = ask_octavo(run.url, prompts)
+            for name, answer in answers(case, args, checkpoint, prompts, log):
                 if answer.error:
                     refusals.append(f"{case.name}, {name}: {brief(answer.error)}")
                     continue
-                ours = single if name.endswith("float32") else half
-                near = distance(single, half).lead_p99
+                ours, near = single, 0.0
+                is_exact = name.endswith("float32")
+                if not (is_exact and begun(single).tokens == begun(answer).tokens):
+                    half, near = how_far_apart(run.url, checkpoint, asked)
+                    ours = single if is_exact else half
                 cells = greedy_cells(run.url, asked.prompts, begun(ours), begun(answer), near)
                 row = [case.format, case.label, name, *cells]
                 return {"row": row, "refusals": refusals, "versions": [answer.version]}
@@ -156,6 +161,14 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "refusals": refusals,
         "versions": [],
     }
+
+
+def how_far_apart(url: str, checkpoint: Path, asked: Questions) -> tuple[Answer, float]:
+    """octavo's answer in bfloat16, and near: what that moves leads by from float32, whose server has `url`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with running(octavo_server("octavo", checkpoint, "--dtype", "bfloat16"), Path(folder) / "log") as run:
+            half = ask_octavo(run.url, asked)
+        return half, distance(ask_octavo(url, asked), half).lead_p99
 
 
 def quantize(case: Case, args: argparse.Namespace, checkpoint: Path) -> str | None:
@@ -190,17 +203,19 @@ def answers(case: Case, args: argparse.Namespace, checkpoint: Path, asked: Quest
             for python in args.hf_python:
                 for dtype in ("float32", "bfloat16"):
                     peer = Peer(f"transformers, {dtype}", python, "transformers_greedy.py", dtype)
-                    yield peer.name, ask(peer, checkpoint, asked)
+                    yield peer.name, ask(peer, checkpoint, asked, GOAL)
         elif engine == "vLLM" and args.vllm_python:
             environment = {"LD_PRELOAD": args.vllm_preload}
             peer = Peer("vLLM, bfloat16", args.vllm_python, "vllm_greedy.py", "bfloat16", environment)
-            yield peer.name, ask(peer, checkpoint, asked)
-            if case.rotations:
-                peer = replace(peer, environment=environment | {"HADACORE": "torch"})
-                yield "vLLM with hadacore_transform in plain torch, bfloat16", ask(peer, checkpoint, asked)
+            yield peer.name, ask(peer, checkpoint, asked, GOAL)
+            if case.missing_op:
+                peer = replace(peer, environment=environment | {"PLAIN_TORCH": case.missing_op})
+                yield f"vLLM with {case.missing_op} in plain torch, bfloat16", ask(peer, checkpoint, asked, GOAL)
         elif engine == "gptqmodel" and args.gptq_python:
-            peer = Peer("gptqmodel, bfloat16", args.gptq_python, "gptqmodel_greedy.py", "bfloat16")
-            yield peer.name, ask(peer, checkpoint, asked)
+            for dtype in ("float32", "bfloat16"):
+                environment = {"GPTQ_TORCH_CACHE_WEIGHTS": "1"}  # dequantized once, not for each token
+                peer = Peer(f"gptqmodel, {dtype}", args.gptq_python, "gptqmodel_greedy.py", dtype, environment)
+                yield peer.name, ask(peer, checkpoint, asked, GOAL)
         elif engine == "llama.cpp" and args.llama_server:
             yield "llama.cpp", ask_llama(args.llama_server, checkpoint / "model.gguf", asked, log)
 
@@ -254,7 +269,8 @@ def write(path: Path, found: dict[str, Any]) -> None:
     rows = [with_reason(case, found[case.name]["row"]) for case in CASES if case.name in found]
     cases = [found[case.name] for case in CASES if case.name in found]
     versions = dict.fromkeys(version for case in cases for version in case["versions"])
-    processors = dict.fromkeys(case["processor"] for case in cases)
+    first, *others = dict.fromkeys(case["processor"] for case in cases) or [""]
+    made = [f"{it}: {', '.join(name for name, case in found.items() if case['processor'] == it)}" for it in others]
     lines = [
         f"# What octavo writes, in other engines, {datetime.date.today().isoformat()}",
         "",
@@ -268,7 +284,8 @@ def write(path: Path, found: dict[str, Any]) -> None:
         *dict.fromkeys(f"- {words}" for case in cases for words in case["refusals"]),
         "",
         f"- versions: octavo {__version__}; {'; '.join(versions)}",
-        f"- processor: {'; '.join(processors)}",
+        f"- processor: {first}",
+        *(f"- rows of a later run, on {rows}" for rows in made),
         "- command: `python -m benchmarks.interop.formats MODEL WORK`, flags as in the README beside this folder",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

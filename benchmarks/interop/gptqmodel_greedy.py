@@ -1,6 +1,9 @@
 """One GPTQ or AWQ checkpoint by gptqmodel, by its kernel in plain torch: runs in its environment. Job: peers.py.
 
-python gptqmodel_greedy.py CHECKPOINT JOB.json
+    python gptqmodel_greedy.py CHECKPOINT JOB.json
+
+gptqmodel loads a model in float16 or bfloat16, and its layers multiply by scales of that type: bfloat16 rounds those
+that the file has. In float32 the model is loaded in float16 and widened, scales included; the code is gptqmodel's own.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ def main() -> None:
         from gptqmodel import BACKEND, GPTQModel
 
         dtype = getattr(torch, job["dtype"])
-        model = GPTQModel.load(checkpoint, device="cpu", backend=BACKEND.TORCH, dtype=dtype).model.eval()
+        loaded = torch.float16 if dtype == torch.float32 else dtype
+        model = GPTQModel.load(checkpoint, device="cpu", backend=BACKEND.TORCH, dtype=loaded).model.eval().to(dtype)
         with torch.inference_mode():
             answer: dict[str, object] = {"tokens": [greedy(model, ids, job["max_tokens"]) for ids in job["prompts"]]}
     except Exception as error:  # whatever a peer says is the result

@@ -76,10 +76,10 @@ def questions(checkpoint: Path) -> Questions:
     return Questions(prompts, scored)
 
 
-def ask(peer: Peer, checkpoint: Path, asked: Questions) -> Answer:
+def ask(peer: Peer, checkpoint: Path, asked: Questions, max_tokens: int = MAX_TOKENS) -> Answer:
     """The peer's answer, or its own words on why there is none."""
     print(f"{checkpoint.name}: {peer.name}", file=sys.stderr, flush=True)
-    job = {"prompts": asked.prompts, "texts": asked.texts, "max_tokens": MAX_TOKENS, "top": TOP}
+    job = {"prompts": asked.prompts, "texts": asked.texts, "max_tokens": max_tokens, "top": TOP}
     job |= {"dtype": peer.dtype, "attention": peer.attention, "divisor": peer.divisor}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job, file)

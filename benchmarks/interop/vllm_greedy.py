@@ -2,8 +2,9 @@
 
     python vllm_greedy.py CHECKPOINT JOB.json
 
-With HADACORE=torch in the environment, the op that multiplies by Sylvester's matrix over sqrt(n), which vLLM's build
-for CPUs lacks, is plain torch; all else is vLLM's own.
+PLAIN_TORCH in the environment names an op that vLLM's build for CPUs lacks, and that is plain torch then; all else is
+vLLM's own. hadacore_transform multiplies by Sylvester's matrix over sqrt(n), static_scaled_fp8_quant rounds to e4m3 by
+a stored scale, with the formula of vLLM's QuantFP8.forward_native.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an error in the worker reaches us with its words
     import vllm
 
-    if os.environ.get("HADACORE") == "torch":
-        replace_hadacore()
+    if op := os.environ.get("PLAIN_TORCH"):
+        {"hadacore_transform": replace_hadacore, "static_scaled_fp8_quant": replace_static_fp8}[op]()
     try:
         model = vllm.LLM(
             checkpoint, dtype=job["dtype"], max_model_len=1024, enforce_eager=True, enable_prefix_caching=False
@@ -53,6 +54,23 @@ def replace_hadacore() -> None:
         return (out * x.shape[-1] ** -0.5).to(x.dtype).view(x.shape)
 
     _custom_ops.hadacore_transform = transform
+
+
+def replace_static_fp8() -> None:
+    import torch
+    from vllm import _custom_ops
+
+    original = _custom_ops.scaled_fp8_quant
+
+    def quantize(x, scale=None, *rest, group_shape=None, **named):  # type: ignore[no-untyped-def]
+        if scale is None:
+            return original(x, scale, *rest, group_shape=group_shape, **named)
+        if scale.numel() != 1 or any(rest) or any(value is not None for value in named.values()):
+            raise ValueError(f"only one scale is known here, not {list(scale.shape)}, {rest}, {named}")
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        return (x.float() * scale.float().reciprocal()).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
+
+    _custom_ops.scaled_fp8_quant = quantize
 
 
 def run(model, prompts: list[list[int]], params):  # type: ignore[no-untyped-def]
