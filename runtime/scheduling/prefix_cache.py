@@ -101,14 +101,17 @@ class PrefixCache:
         return self.snapshots.use(self._hashes(sequence, start)[-1])
 
     def saves(self, sequence: Sequence, start: int, end: int) -> tuple[tuple[int, int], ...]:
-        """(position, row) of the states to be copied while tokens start .. end are computed, all of which are known."""
+        """(position, row) of the states to be copied while tokens start .. end are computed, all of which are known.
+
+        Where these are more than there are rows, the last: the whole prompt's saves the most.
+        """
         if self.snapshots is None or not self._config.enable_prefix_caching:
             return ()
         size = self._config.block_size
         step = max(1, self._config.snapshot_tokens // size) * size
         places = {*range(start // step * step + step, end + 1, step), (sequence.num_prompt - 1) // size * size}
         found = []
-        for place in sorted(place for place in places if start < place <= end):
+        for place in sorted(place for place in places if start < place <= end)[-self._config.num_snapshots :]:
             row = self.snapshots.make(self._hashes(sequence, place)[-1])
             if row is not None:
                 found.append((place, row))

@@ -113,6 +113,14 @@ def test_a_shared_beginning_is_found_where_there_is_a_snapshot() -> None:
     assert outputs["third"][0].num_cached_tokens == 0
 
 
+def test_of_more_states_in_a_step_than_rows_the_last_are_kept() -> None:
+    engine = make_stateful_engine(num_snapshots=2, snapshot_tokens=4, max_num_batched_tokens=64)
+    prompt = list(range(3, 33))
+    for expected in (0, 28):
+        outputs = run_to_end(engine, [make_request("r", prompt)])
+        assert outputs["r"][0].num_cached_tokens == expected
+
+
 def test_a_row_that_a_step_reads_is_not_given_away_in_it() -> None:
     snapshots = Snapshots(10, 2)
     assert [snapshots.make(name) for name in (b"a", b"b", b"c")] == [10, 11, None]
