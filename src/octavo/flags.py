@@ -222,14 +222,18 @@ def _in_words(kind: type[int | float], bounds: msgspec.Meta) -> str:
     """'a whole number from 1 to 8'."""
     words = ["a whole number" if kind is int else "a number"]
     if bounds.gt is not None:
-        words.append(f"above {bounds.gt:g}")
+        words.append(f"above {_digits(bounds.gt)}")
     if bounds.ge is not None:
-        words.append(f"from {bounds.ge:g}" + (" up" if bounds.le is None and bounds.lt is None else ""))
+        words.append(f"from {_digits(bounds.ge)}" + (" up" if bounds.le is None and bounds.lt is None else ""))
     if bounds.le is not None:
-        words.append(f"{'to' if bounds.ge is not None else 'up to'} {bounds.le:g}")
+        words.append(f"{'to' if bounds.ge is not None else 'up to'} {_digits(bounds.le)}")
     if bounds.lt is not None:
-        words.append(f"{'to' if bounds.ge is not None else ''} below {bounds.lt:g}".strip())
+        words.append(f"{'to' if bounds.ge is not None else ''} below {_digits(bounds.lt)}".strip())
     return " ".join(words)
+
+
+def _digits(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 @cache

@@ -322,6 +322,8 @@ def test_wide_layers_get_more_samples(config: dict[str, Any], length: int, expec
     [
         ["--num-calibration-samples", "0"],
         ["--num-calibration-samples", "-3"],
+        ["--num-calibration-samples", "1048577"],
+        ["--self-generated-samples", "1048577"],
         ["--max-seq-length", "1e3"],
         ["--seed", "-1"],
         ["--seed", "4294967296"],

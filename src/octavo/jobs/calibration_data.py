@@ -21,6 +21,7 @@ MAX_DEFAULT_SAMPLES = 512
 TUNED_SAMPLES = 128
 """Windows that tuning has at least: of fewer it learns what is particular to them. Of three blocks of SmolLM2 in
 W3A16@64, KL on text of other kinds is 0.0811 with 32 windows of docstrings, and 0.0647 with 96 of its own text, too."""
+MOST_SAMPLES = 2**20  # each of which has a seed of its own, and which no machine has the time for
 LENGTH = 512  # tokens of a window
 
 
@@ -48,6 +49,7 @@ class DataOptions(msgspec.Struct, frozen=True):
         int | None,
         Meta(
             ge=1,
+            le=MOST_SAMPLES,
             description="windows of text",
             extra={
                 "flag": "--num-calibration-samples",
@@ -85,6 +87,7 @@ class DataOptions(msgspec.Struct, frozen=True):
         int | None,
         Meta(
             ge=0,
+            le=MOST_SAMPLES,
             description="windows of text that the model generates itself, beside those of --dataset",
             extra={
                 "metavar": "N",
