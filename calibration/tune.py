@@ -19,14 +19,12 @@ from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.layers import QuantizeError
 from octavo.quant.qparams import QuantizedWeight
 
-STEPS = 200
+STEPS = 100
 STEP_TOKENS = 1024  # whose gradients make a step
-ROUNDING_RATE = 0.003  # of the first step, in codes; it falls to 0 linearly
-SCALE_RATE = 0.002  # of the first step, as a part of the scale
-TWO_BIT_SCALE_RATE = 0.006  # better there and worse at three bits: of one block of SmolLM2, KL 0.0513 and not 0.0532
+ROUNDING_RATE = 0.012  # of the first step, in codes; it falls to 0 linearly
+SCALE_RATE = 0.006  # of the first step, as a part of the scale
 HELD_BACK = 8  # every how many-th sample is held back
-CHECKS = 8  # how often the held-back samples are looked at
-PATIENCE = 3  # looks without a gain after which the block is left
+LOOK_STEPS = 12  # between looks at held-back samples, from the last step back to the middle: what is best comes late
 
 
 class Differentiable(Protocol):
@@ -86,8 +84,7 @@ class BlockWeights:
                 rows = self._fixed[module].shape[0] if module in self._fixed else self.learned[module].start.shape[0]
                 if module in self.learned:
                     learned = self.learned[module]
-                    scale_rate = TWO_BIT_SCALE_RATE if learned.start.scheme.weight.bits == 2 else SCALE_RATE
-                    learned.step(gradient[begin : begin + rows], share * ROUNDING_RATE, share * scale_rate)
+                    learned.step(gradient[begin : begin + rows], share * ROUNDING_RATE, share * SCALE_RATE)
                 begin += rows
 
     def results(self) -> dict[str, QuantizedWeight]:
@@ -120,20 +117,16 @@ def tune(block: Differentiable, own: BlockWeights, hidden: Hidden, target: Hidde
 
     before = look()
     best = Tuned(own.results(), before, before)
-    without_gain = 0
     for step in range(STEPS):
         with torch.enable_grad():
             weights = own.weights()
             torch.autograd.backward(errors(next(order), weights))
         own.step(weights, 1 - step / STEPS)
-        if (step + 1) % (STEPS // CHECKS) == 0:
+        left = STEPS - 1 - step
+        if left < STEPS // 2 and left % LOOK_STEPS == 0:
             error = look()
-            without_gain += 1
             if error < best.error:
                 best = Tuned(own.results(), before, error)
-                without_gain = 0
-            if without_gain == PATIENCE:
-                break
     return best
 
 
