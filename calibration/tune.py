@@ -23,6 +23,7 @@ STEPS = 100
 STEP_TOKENS = 1024  # whose gradients make a step
 ROUNDING_RATE = 0.012  # of the first step, in codes; it falls to 0 linearly
 SCALE_RATE = 0.006  # of the first step, as a part of the scale
+FLOAT_SHARE = 0.5  # of both rates, for floats, whose large numbers lie far apart: benchmarks/quality/results/README.md
 HELD_BACK = 8  # every how many-th sample is held back
 LOOK_STEPS = 12  # between looks at held-back samples, from the last step back to the middle: what is best comes late
 
@@ -84,7 +85,8 @@ class BlockWeights:
                 rows = self._fixed[module].shape[0] if module in self._fixed else self.learned[module].start.shape[0]
                 if module in self.learned:
                     learned = self.learned[module]
-                    learned.step(gradient[begin : begin + rows], share * ROUNDING_RATE, share * SCALE_RATE)
+                    rate = share * (FLOAT_SHARE if learned.start.scheme.weight.is_float else 1)
+                    learned.step(gradient[begin : begin + rows], rate * ROUNDING_RATE, rate * SCALE_RATE)
                 begin += rows
 
     def results(self) -> dict[str, QuantizedWeight]:
