@@ -1,4 +1,4 @@
-"""The values of a recipe's fields, for types and flags. Imports nothing heavy."""
+"""The values of a recipe's fields, for types and flags, and their bounds. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,3 +11,5 @@ ActOrder = Literal["none", "static", "group"]
 Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "gguf"]
 RotationName = Literal["R1", "R2", "R4"]
 TransformType = Literal["hadamard", "random-hadamard"]
+
+MOST_SAMPLES = 2**20  # each of which has a seed of its own, and which no machine has the time for

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from octavo.calibration.choices import MOST_SAMPLES
 from octavo.calibration.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ MAX_DEFAULT_SAMPLES = 512
 TUNED_SAMPLES = 128
 """Windows that tuning has at least: of fewer it learns what is particular to them. Of three blocks of SmolLM2 in
 W3A16@64, KL on text of other kinds is 0.0811 with 32 windows of docstrings, and 0.0647 with 96 of its own text, too."""
-MOST_SAMPLES = 2**20  # each of which has a seed of its own, and which no machine has the time for
 LENGTH = 512  # tokens of a window
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from octavo.calibration.choices import MOST_SAMPLES
 from octavo.calibration.progress import Progress, silent
 from octavo.kernels.native.environment import ENVIRONMENT
 
@@ -200,7 +201,7 @@ def _run(engine: Engine, request: GenerationRequest, progress: Callable[[int], N
     while num_added < len(texts) or num_live:
         while num_added < len(texts) and num_live < at_once:
             prompt = texts[num_added]
-            seed = request.seed * 2**20 + num_added
+            seed = request.seed * MOST_SAMPLES + num_added
             params = SamplingParams(max_tokens=length - len(prompt), seed=seed, forbidden=request.forbidden)
             source = [] if request.sources is None else request.sources[num_added]
             refused = engine.add(AddRequest(str(num_added), prompt.copy(), params, 0.0, source_ids=source))
