@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -74,20 +75,27 @@ class BlockWeights:
             found[name] = weight.requires_grad_(any(m in self.learned for m in modules))
         return found
 
-    def step(self, weights: Mapping[str, Tensor], share: float) -> None:
-        """Move against the gradients of weights that `weights` gave last, at a share of the rates."""
-        for name, modules in self._layers.items():
-            gradient = weights[name].grad
-            if gradient is None:  # an expert that no token of the batch went to
-                continue
-            begin = 0
-            for module in modules:
-                rows = self._fixed[module].shape[0] if module in self._fixed else self.learned[module].start.shape[0]
-                if module in self.learned:
-                    learned = self.learned[module]
-                    rate = share * (FLOAT_SHARE if learned.start.scheme.weight.is_float else 1)
-                    learned.step(gradient[begin : begin + rows], rate * ROUNDING_RATE, rate * SCALE_RATE)
-                begin += rows
+    def move_in_backward(self, weights: Mapping[str, Tensor], share: float) -> None:
+        """Move against the gradients of weights that `weights` gave last, at a share of the rates, once they are known.
+
+        A layer moves as soon as the backward pass has its gradient, which is freed then: never are all there at once.
+        """
+        for name, weight in weights.items():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(partial(self._move, name, share))  # type: ignore[no-untyped-call]
+
+    def _move(self, name: str, share: float, weight: Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        weight.grad = None
+        begin = 0
+        for module in self._layers[name]:
+            rows = self._fixed[module].shape[0] if module in self._fixed else self.learned[module].start.shape[0]
+            if module in self.learned:
+                learned = self.learned[module]
+                rate = share * (FLOAT_SHARE if learned.start.scheme.weight.is_float else 1)
+                learned.step(gradient[begin : begin + rows], rate * ROUNDING_RATE, rate * SCALE_RATE)
+            begin += rows
 
     def results(self) -> dict[str, QuantizedWeight]:
         return {module: learned.result() for module, learned in self.learned.items()}
@@ -122,8 +130,9 @@ def tune(block: Differentiable, own: BlockWeights, hidden: Hidden, target: Hidde
     for step in range(STEPS):
         with torch.enable_grad():
             weights = own.weights()
+            own.move_in_backward(weights, 1 - step / STEPS)
             torch.autograd.backward(errors(next(order), weights))
-        own.step(weights, 1 - step / STEPS)
+        del weights
         left = STEPS - 1 - step
         if left < STEPS // 2 and left % LOOK_STEPS == 0:
             error = look()

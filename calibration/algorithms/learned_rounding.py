@@ -54,8 +54,9 @@ class LearnedRounding:
         offset = None if start.zero_point is None else start.zero_point.float().view(*shape[:2], 1)
         self._zero = None if w.minima else offset
         self._minima = offset if w.minima and offset is not None else torch.zeros(())
-        self._codes = self._less_zero(codes.float().reshape(shape))
-        self.latent = _begin((weight.float().reshape(shape) + self._minima) / self._scale, self._codes, w)
+        self._codes = codes.reshape(shape)  # that `weight` gave last; they are numbers again only where they are needed
+        begin = self._less_zero(codes.float().reshape(shape))
+        self.latent = _begin((weight.float().reshape(shape) + self._minima) / self._scale, begin, w)
         self.factor = torch.ones_like(self._scale)
         self._rounding = _Adam(self.latent)
         self._scaling = None if self._has_fixed_scales else _Adam(self.factor)
@@ -63,8 +64,8 @@ class LearnedRounding:
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] that is now meant."""
         codes = self._rounded()
-        self._codes = self._less_zero(codes)
-        return self._unsorted((self._codes * self._stored_scale() - self._minima).to(dtype))
+        self._codes = codes.to(code_type(self.start.scheme.weight))
+        return self._unsorted((self._less_zero(codes) * self._stored_scale() - self._minima).to(dtype))
 
     def step(self, gradient: Tensor, rounding_rate: float, scale_rate: float) -> None:
         """Move against the gradient [N, K] of the weight that `weight` gave last, by at most about the rates.
@@ -73,9 +74,10 @@ class LearnedRounding:
         """
         ordered = gradient if self._order is None else gradient[:, self._order]
         g = ordered.reshape(self.latent.shape).float() * self._scale.sign()
+        codes = self._less_zero(self._codes.float())
         if self._scaling is not None:
-            self._scaling.move(self.factor, (self._codes * g).sum(2, keepdim=True), scale_rate)
-        self._rounding.move(self.latent, g, rounding_rate, _spacing(self._codes, self.start.scheme.weight))
+            self._scaling.move(self.factor, (codes * g).sum(2, keepdim=True), scale_rate)
+        self._rounding.move(self.latent, g, rounding_rate, _spacing(codes, self.start.scheme.weight))
 
     def result(self) -> QuantizedWeight:
         """Codes and scales as they are now."""
