@@ -109,8 +109,9 @@ class Block:
         layer = self.runner.build(self.index, self.tensors)
         groups = self.runner.groups(self.index, layer)
         stats = self._capture(layer, hidden, groups) if self.recipe.needs_statistics else {}
+        del layer  # it takes as much as the tensors
         if self.recipe.scaling is not None:  # all folds first: none may reach into a layer that is solved already
-            stats = self._scale(groups, stats)
+            self._scale(groups, stats)
         stages = _stages(groups) if self.recipe.true_sequential else [groups]
         for number, stage in enumerate(stages):
             if number > 0:
@@ -150,19 +151,17 @@ class Block:
                 )
         return found
 
-    def _scale(self, groups: list[InputGroup], stats: dict[str, InputStats]) -> dict[str, InputStats]:
-        """Fold AWQ's or SmoothQuant's scales into the ops before; the statistics as they are afterwards."""
+    def _scale(self, groups: list[InputGroup], stats: dict[str, InputStats]) -> None:
+        """Fold AWQ's or SmoothQuant's scales into the ops before; `stats` are as they are afterwards."""
         readers = {group.name: group.modules for group in groups}
-        result = dict(stats)
         for fold in self.runner.folds(self.index):
             modules = readers.get(fold.group, ())
             if fold.group not in stats or any(m not in self.schemes for m in modules):
                 continue
             self.step(f"{self.recipe.scaling} {fold.group}")
-            found = self._search(fold, modules, result[fold.group])
+            found = self._search(fold, modules, stats[fold.group])
             if found.gains or self._smoothing(fold) is not None:
-                result[fold.group] = fold_scales(self.tensors, fold, modules, found.scales, result[fold.group])
-        return result
+                stats[fold.group] = fold_scales(self.tensors, fold, modules, found.scales, stats[fold.group])
 
     def _search(self, fold: Fold, modules: Sequence[str], stats: InputStats) -> ScaleSearch:
         """Scales for the input of some layers."""

@@ -65,7 +65,7 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
 
 
 def _block_memory(unit: Unit, recipe: Recipe) -> int:
-    """A block's tensors, the same as the runner packs them, statistics, and the widest layer in float32 a few times."""
+    """A block's tensors, and most of: what it takes to run them, to solve the widest layer, and to tune all."""
     inputs = _inputs(unit)
     if not inputs:  # a block that stays as it is runs, and that is all
         return 2 * unit.nbytes
@@ -73,7 +73,8 @@ def _block_memory(unit: Unit, recipe: Recipe) -> int:
     widest = max(4 * n * k + (2 if recipe.solver == "gptq" else 0) * 2 * k * k for k, n in inputs)
     tuning = TUNING_BYTES * sum(k * n for k, n in inputs) if recipe.tunes else 0
     activations = 4 * BATCH_TOKENS * max(k + n for k, n in inputs)
-    return 2 * unit.nbytes + max(statistics + 4 * widest, tuning) + 4 * activations
+    running = unit.nbytes + statistics + 4 * activations  # the tensors again, as the runner packs them
+    return unit.nbytes + max(running, statistics + 4 * widest, unit.nbytes + tuning + 4 * activations)
 
 
 def _inputs(unit: Unit) -> list[tuple[int, int]]:

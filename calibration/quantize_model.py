@@ -148,6 +148,7 @@ def _unit(run: _Run, unit: Unit) -> None:
             run.states = _embed(run, calibration)
     remember = {"layers": [asdict(row) for row in rows], "kv": kv, "experts": experts}
     run.work.finish(unit.name, run.states, remember)
+    run.prepared.checkpoint.unmap()
     for hidden in before.values():
         hidden.close(remove=True)
 
@@ -185,7 +186,7 @@ def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
 def _global_scale(unit: Unit, joined: tuple[str, ...], scheme: QuantScheme) -> Tensor | None:
     """What divides the e4m3 scales of layers that engines make one, of those that have the scheme."""
     alike = (item for item in unit.items if item.linear is not None and item.linear.module in joined)
-    return global_scale_of((item.file.view(item.name) for item in alike if item.scheme == scheme), scheme.weight)
+    return global_scale_of((item.file.read(item.name) for item in alike if item.scheme == scheme), scheme.weight)
 
 
 def _block(

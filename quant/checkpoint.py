@@ -167,6 +167,11 @@ class Checkpoint:
         self._unread.discard(name)
         return view
 
+    def unmap(self) -> None:
+        """Forget what is mapped of the files; views that somebody has stay."""
+        for file in set(self._file_of.values()):
+            file.unmap()
+
     def leave(self, module: str) -> None:
         """Count a linear layer's tensors as read: they are somebody else's."""
         self._unread.difference_update(f"{module}.{suffix}" for suffix in (*self.suffixes(module), "bias"))

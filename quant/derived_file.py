@@ -54,6 +54,9 @@ class DerivedFile:
         else:
             yield from torch.split(self.view(name).flatten().view(torch.uint8), chunk_bytes)
 
+    def unmap(self) -> None:
+        self._file.unmap()
+
     def divide(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
         """Replace one of the file's own tensors by several that lie one after another in its bytes."""
         self._file.divide(name, parts)

@@ -102,6 +102,10 @@ class SafetensorsFile:
             raw = raw.clone()  # some writers don't align; a typed view must be aligned
         return raw.view(spec.dtype).view(spec.shape)
 
+    def unmap(self) -> None:
+        """Forget the mapping, so that its pages no longer count as the process's memory once the last view is gone."""
+        self._map = None
+
     def read(self, name: str) -> Tensor:
         """The tensor in its own memory, which is freed with it."""
         spec = self.specs[name]

@@ -49,7 +49,8 @@ class StatsCollector:
 
     def __init__(self, in_features: int, device: torch.device, *, moments: bool = True, num_rows: int = 0) -> None:
         side = in_features if moments else 0
-        self._sum = torch.zeros(side, side, device=device)  # right of the diagonal, and some more
+        with torch.inference_mode(False):  # whoever collects is in it, and whoever has the result is not
+            self._sum = torch.zeros(side, side, device=device)  # right of the diagonal, and some more
         self._absmax = torch.zeros(in_features, device=device)
         self._abssum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._values = torch.empty(0, in_features, device=device)  # fresh memory costs as much as the sums below
@@ -83,10 +84,13 @@ class StatsCollector:
             self._every *= 2
 
     def result(self) -> InputStats:
-        """Raises ValueError when nothing was added."""
+        """What was seen; nothing can be added any more. Raises ValueError when nothing was added."""
         if self.num_tokens == 0:
             raise ValueError("no token was seen")
         mean = (self._abssum / self.num_tokens).float()
-        moments = self._sum.triu().div_(self.num_tokens)
-        moments += moments.triu(1).t()
+        moments = self._sum.triu_().div_(self.num_tokens)
+        for begin in range(0, moments.shape[0], self.STRIP):  # in place: of a wide layer they are half of all memory
+            end = begin + self.STRIP
+            moments[begin:end, begin:end] += moments[begin:end, begin:end].triu(1).t()
+            moments[end:, begin:end] = moments[begin:end, end:].t()
         return InputStats(moments, self._absmax, mean, self.num_tokens, self._rows)

@@ -123,6 +123,9 @@ class GGUFFile:
     def read(self, name: str) -> Tensor:
         return self.view(name)
 
+    def unmap(self) -> None:
+        self._map = None
+
     def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[Tensor]:
         yield from torch.split(self.view(name).flatten().view(torch.uint8), chunk_bytes)
 

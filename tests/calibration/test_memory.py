@@ -46,8 +46,21 @@ before = peak()
 QUANTIZE = (
     PEAK
     + """
-quantize_model(prepare(Path(sys.argv[1]), Path(sys.argv[2]), Recipe("W4A16"), max_shard_bytes=100_000_000))
+model, out, scheme = sys.argv[1:]
+quantize_model(prepare(Path(model), Path(out), Recipe(scheme), max_shard_bytes=100_000_000))
 print(before, peak())
+"""
+)
+INPUTS = 4096
+STATISTICS = (
+    PEAK
+    + """
+from octavo.calibration.algorithms.input_statistics import StatsCollector
+collector = StatsCollector(int(sys.argv[1]), torch.device("cpu"))
+x = torch.ones(64, int(sys.argv[1]))
+with torch.inference_mode():
+    collector.add(x)
+print(before, peak(), float(collector.result().moments.sum()), peak())
 """
 )
 GPTQ = (
@@ -96,17 +109,22 @@ def generate(model: Path) -> int:
     return total
 
 
-def peaks(program: str, model: Path, out: Path, **environment: str) -> tuple[int, int]:
-    """What a program prints: the peak when it begins, and when it is done."""
+def printed(program: str, *arguments: object, **environment: str) -> list[str]:
+    """What a program prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, str(model), str(out)],
+        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
     )
     assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split())
+    return done.stdout.split()
+
+
+def peaks(program: str, *arguments: object, **environment: str) -> tuple[int, int]:
+    """The peak when a program begins, and when it is done."""
+    before, after = map(int, printed(program, *arguments, **environment))
     return before, after
 
 
@@ -130,11 +148,19 @@ def test_gptq_holds_one_block(tmp_path: Path) -> None:
     assert peak[8] - peak[2] < (size[8] - size[2]) / 6, peak
 
 
-def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4A16"])  # the latter looks at layers together first
+def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path, scheme: str) -> None:
     total = generate(tmp_path / "model")
     assert total > 4 * 2 * LARGEST
-    before, after = peaks(QUANTIZE, tmp_path / "model", tmp_path / "out")
+    before, after = peaks(QUANTIZE, tmp_path / "model", tmp_path / "out", scheme)
     assert after - before < 2 * LARGEST
     written = Checkpoint.open(tmp_path / "out")
     assert len(written.files) > 1
     assert sum(written.spec(name).nbytes for name in written.names) < 0.5 * total  # embeddings are a fifth
+
+
+def test_statistics_of_a_wide_layer_are_there_once() -> None:
+    """The moments of 4,096 inputs are 67 MB; making both halves of what was added up takes no second 67."""
+    _, added, total, done = map(float, printed(STATISTICS, INPUTS))
+    assert total == INPUTS**2
+    assert done - added < 4 * INPUTS**2 / 4, (done, added)
