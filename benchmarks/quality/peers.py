@@ -9,9 +9,10 @@ of its own whose seconds and peak of memory are taken. Then transformers compute
 in float32, with inputs rounded as the scheme says by one code for all tools, and the KL divergence from the original's
 predictions is taken of each window of each text. So no tool's own code decides what its weights mean for it.
 
-What WORK has is not done again: a run that is killed goes on, and runs of several nights fill one table. --blocks N
-quantizes only the first N blocks, where a whole model takes hours: another table, which says so. A tool that refuses a
-cell has its last line there; to try again remove its directory in WORK.
+What WORK or NAME.json has is not done again: a run that is killed goes on, and runs of several nights fill one table.
+--blocks N quantizes only the first N blocks, where a whole model takes hours: another table, which says so. A few
+blocks can't write, so the whole model has written for octavo's `best` there, before its seconds are counted. A tool
+that refuses a cell has its last line there; to try again remove its directory in WORK, and its row.
 """
 
 from __future__ import annotations
@@ -73,24 +74,27 @@ def main() -> None:
     model = args.model if args.blocks is None else trimmed(args.model, args.work, args.blocks)
     work = args.work / ("whole" if args.blocks is None else f"first-{args.blocks}")
     judge = cache(lambda: Judge(args.model, texts, args.windows, args.work))
+    facts = {"blocks": args.blocks, "windows": args.windows, "window": WINDOW}
+    kept = _kept(args.table, facts)
     for cell in args.cell or CELLS:
         for tool, script, *words in tools(cell, args.octavo.split(","), pythons, llama):
             directory = work / cell / tool.replace(" ", "-")
-            if not re.fullmatch(args.only, tool) or (directory / "kl.json").exists():
+            if not re.fullmatch(args.only, tool) or (directory / "kl.json").exists() or (cell, tool) in kept:
                 continue
             out = directory / "model"
             if not (directory / "cost.json").exists():
-                run([script, words[0], str(model), str(args.samples), str(out), *words[1:]], directory)
+                has_text = tool == "octavo best" and args.blocks is not None
+                samples = own_text(args.model, args.samples, args.work) if has_text else args.samples
+                run([script, words[0], str(model), str(samples), str(out), *words[1:]], directory)
             cost = json.loads((directory / "cost.json").read_text())
             if not cost["refusal"]:
                 print(cell, tool, cost, flush=True)
                 _write(directory / "kl.json", judge().compare(out, cell))
                 shutil.rmtree(out)
-    rows = [row for cell in CELLS for row in _rows(work, cell)]
+    rows = [row for cell in CELLS for row in [*_rows(work, cell), *(kept[key] for key in kept if key[0] == cell)]]
     print(table := markdown(rows, list(texts)))
     if args.table is not None:
-        facts = {"blocks": args.blocks, "windows": args.windows, "window": WINDOW, "rows": rows}
-        _write(args.table.with_suffix(".json"), facts)
+        _write(args.table.with_suffix(".json"), facts | {"rows": rows})
         args.table.with_suffix(".md").write_text(table)
 
 
@@ -120,6 +124,15 @@ def run(command: list[str], directory: Path) -> None:
     files = [str(directory / name) for name in ("cost.json", "log")]
     if subprocess.run([sys.executable, str(HERE / "measured.py"), *files, *command], check=False).returncode:
         raise SystemExit(f"see {files[1]}")
+
+
+def own_text(model: Path, samples: Path, work: Path) -> Path:
+    """The samples and what octavo has the whole model write beside them."""
+    directory = work / "own-text"
+    out = directory / "samples.pt"
+    if not out.exists():
+        run([sys.executable, str(HERE / "own_text.py"), str(model), str(samples), str(out)], directory)
+    return out
 
 
 def trimmed(model: Path, work: Path, blocks: int) -> Path:
@@ -246,6 +259,18 @@ def _rows(work: Path, cell: str) -> Iterator[dict[str, Any]]:
         row |= json.loads(file.read_text())
         if judged.exists() or row["refusal"]:
             yield row | (json.loads(judged.read_text()) if judged.exists() else {})
+
+
+def _kept(table: Path | None, facts: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of an earlier run of a table, by cell and tool."""
+    file = None if table is None else table.with_suffix(".json")
+    if file is None or not file.exists():
+        return {}
+    earlier = json.loads(file.read_text())
+    rows = earlier.pop("rows")
+    if earlier != facts:
+        raise SystemExit(f"{file} is a table of {earlier}, and this would be one of {facts}: give it another name")
+    return {(row["cell"], row["tool"]): row for row in rows}
 
 
 def _write(file: Path, value: object) -> None:

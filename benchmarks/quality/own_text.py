@@ -1,0 +1,24 @@
+"""What `octavo quantize --effort best` calibrates on: `python own_text.py MODEL SAMPLES.pt OUT.pt`.
+
+The samples, and windows of as many tokens that MODEL has written itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from octavo.jobs.calibration_data import DataOptions, make_data
+
+
+def main() -> None:
+    """Write."""
+    model, samples, out = sys.argv[1:4]
+    data = make_data(Path(model), DataOptions(torch.load(samples)), tunes=True)
+    torch.save(torch.stack(data.samples), out)
+
+
+if __name__ == "__main__":
+    main()
