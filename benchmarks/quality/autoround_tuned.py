@@ -10,8 +10,10 @@ inputs have scales that are stored (NVFP4, FP8), llm-compressor's format has the
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +40,13 @@ def main() -> None:
         enable_torch_compile=False,
         amp=False,
     )
-    rounder.quantize_and_save(out, format="llm_compressor" if scheme in ("NVFP4", "FP8") else "fake")
+    has_input_scales = scheme in ("NVFP4", "FP8")
+    rounder.quantize_and_save(out, format="llm_compressor" if has_input_scales else "fake")
+    if not has_input_scales:
+        for file in Path(out).rglob("config.json"):  # which says how its library is to round inputs
+            config = json.loads(file.read_text())
+            config.pop("quantization_config", None)
+            file.write_text(json.dumps(config))
 
 
 def _scheme(name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """llama.cpp's quantizer: `python llama_quantize.py MODEL SAMPLES.pt OUT KIND BIN CONVERTER [imatrix]`.
 
-In octavo's environment, which has what CONVERTER (llama.cpp's convert_hf_to_gguf.py) needs; BIN is the directory of
-llama-quantize and llama-imatrix. imatrix: with the importance of each input, measured on the samples as text.
+In an environment that has what CONVERTER (llama.cpp's convert_hf_to_gguf.py) needs: torch, transformers, gguf and
+sentencepiece. BIN is the directory of llama-quantize and llama-imatrix. imatrix: with the importance of each input,
+measured on the samples as text.
 """
 
 from __future__ import annotations

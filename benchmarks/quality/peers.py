@@ -104,7 +104,7 @@ def tools(cell: str, efforts: list[str], pythons: dict[str, str], llama: list[st
     for effort in efforts:
         yield [f"octavo {effort}", sys.executable, str(HERE / "octavo_samples.py"), cell, effort]
     if cell.startswith("Q4_K"):
-        script = [sys.executable, str(HERE / "llama_quantize.py"), cell, *llama]
+        script = [pythons.get("llama", sys.executable), str(HERE / "llama_quantize.py"), cell, *llama]
         if llama:
             yield ["llama.cpp", *script]
             yield ["llama.cpp imatrix", *script, "imatrix"]
