@@ -91,7 +91,8 @@ def main() -> None:
                 print(cell, tool, cost, flush=True)
                 _write(directory / "kl.json", judge().compare(out, cell))
                 shutil.rmtree(out)
-    rows = [row for cell in CELLS for row in [*_rows(work, cell), *(kept[key] for key in kept if key[0] == cell)]]
+    found = kept | {(cell, row["tool"]): row for cell in CELLS for row in _rows(work, cell)}
+    rows = sorted(found.values(), key=lambda row: (CELLS.index(row["cell"]), row["tool"]))
     print(table := markdown(rows, list(texts)))
     if args.table is not None:
         _write(args.table.with_suffix(".json"), facts | {"rows": rows})
@@ -130,8 +131,10 @@ def own_text(model: Path, samples: Path, work: Path) -> Path:
     """The samples and what octavo has the whole model write beside them."""
     directory = work / "own-text"
     out = directory / "samples.pt"
-    if not out.exists():
+    if not (directory / "cost.json").exists():
         run([sys.executable, str(HERE / "own_text.py"), str(model), str(samples), str(out)], directory)
+    if refusal := json.loads((directory / "cost.json").read_text())["refusal"]:
+        raise SystemExit(f"{model.name} wrote no text: {refusal}; see {directory / 'log'}, and remove {directory}")
     return out
 
 
