@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from octavo.jobs.calibration_data import DataOptions, make_data
+from octavo.jobs.calibration_data import TUNED_SAMPLES, DataOptions, make_data
 
 
 def main() -> None:
     """Write."""
     model, samples, out = sys.argv[1:4]
-    data = make_data(Path(model), DataOptions(torch.load(samples)), tunes=True)
+    given = torch.load(samples)
+    asked = max(0, TUNED_SAMPLES - len(given))  # with the number, a model that can't write is an error
+    data = make_data(Path(model), DataOptions(given, self_generated_samples=asked))
     torch.save(torch.stack(data.samples), out)
 
 
