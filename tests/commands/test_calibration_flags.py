@@ -24,7 +24,7 @@ from octavo.calibration.verify import held_out_text
 from octavo.flags import add_flags, flags_of, read
 from octavo.jobs.calibration_data import TUNED_SAMPLES, DataOptions, default_num_samples, make_data
 from octavo.jobs.model_text import ModelText
-from octavo.jobs.self_text import GenerationRequest, _run, choose_prompts, generate
+from octavo.jobs.self_text import GenerationRequest, _run, choose_prompts, generate, generate_data
 from octavo.quant.model_files import CheckpointError
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.startup import load_engine
@@ -181,7 +181,7 @@ def test_a_model_writes_text_beside_a_dataset(fixtures: Path) -> None:
         (msgspec.structs.replace(given, self_generated_samples=3), False, 3),
         (given, True, TUNED_SAMPLES - 2),
     ):
-        own = make_data(tiny, DataOptions(num_samples=count, max_seq_length=32))
+        own = generate_data(tiny, ModelText(tiny), Sizes(count, 32), beside=alone)
         both = make_data(tiny, options, tunes=tunes)
         assert sorted(s.tolist() for s in both.samples) == sorted(s.tolist() for s in [*alone.samples, *own.samples])
         assert both.source == f"{alone.source}; and {own.source}"
@@ -222,6 +222,18 @@ def test_texts_begin_with_words_and_conversations(fixtures: Path, tmp_path: Path
     assert {prompt[0] for prompt in framed} == {
         bos.tokenizer.token_id("<|endoftext|>")
     }  # without a template that works, words alone
+
+
+def test_texts_beside_a_given_one_begin_with_its_words(fixtures: Path) -> None:
+    """Not with what is no word; words that it has often come often; all of it without a word."""
+    text = ModelText(fixtures / "tiny")
+    often, once = (text.encode(word, add_special_tokens=False)[0] for word in ("he", "bytes"))
+    given = [often, once, often, *text.encode("12 ..."), often]
+    drawn = [prompt[-1] for prompt in choose_prompts(text, Sizes(400, 64, 1), given)[::2]]
+    assert drawn.count(often) > 2 * drawn.count(once) > 40
+    assert drawn.count(often) + drawn.count(once) == 200
+    digits = text.encode("1", add_special_tokens=False)
+    assert choose_prompts(text, Sizes(1, 64, 1), digits) == [digits]
 
 
 def test_a_small_cache_takes_the_texts_in_turns(fixtures: Path) -> None:

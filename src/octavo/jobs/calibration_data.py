@@ -155,7 +155,7 @@ def make_data(
         return data
     sizes = Sizes(count, data.samples[0].numel(), options.seed)
     try:
-        return mixed(data, generate_data(source, text, sizes, device=device, progress=progress))
+        return mixed(data, generate_data(source, text, sizes, beside=data, device=device, progress=progress))
     except (GenerationError, DataError) as e:
         if asked is not None:
             raise DataError(f"--self-generated-samples {asked}: the model can't generate text: {e}") from e

@@ -1,8 +1,9 @@
 """Calibration text that the model itself generates, for those who have none: sampled at temperature 1.0, from a seed.
 
-As in LLM-QAT (https://arxiv.org/abs/2305.17888) a text begins with a token drawn at random, so that texts differ. If
-the model has a chat template, every other text begins as a conversation does and the model continues with a question
-and its answer, as in Magpie (https://arxiv.org/abs/2406.08464): a chat model hardly sees anything else when it serves.
+As in LLM-QAT (https://arxiv.org/abs/2305.17888) a text begins with a token drawn at random, so that texts differ:
+beside a given text with one of its words, else with one of the vocabulary, which may be of any language. If the model
+has a chat template, every other text begins as a conversation does and the model continues with a question and its
+answer, as in Magpie (https://arxiv.org/abs/2406.08464): a chat model hardly sees anything else when it serves.
 
 The model runs in a process of its own, through the engine that serves it, so that its memory is free again before the
 quantizer begins, which holds one block at a time. A seed gives the same text on one machine only: floats that are
@@ -16,7 +17,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -70,19 +71,20 @@ def generate_data(
     text: ModelText,
     sizes: Sizes,
     *,
+    beside: CalibrationData | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     progress: Progress = silent,
 ) -> CalibrationData:
     """Texts of exactly max_seq_length tokens, out of the checkpoint in `source`.
 
-    Raises DataError for windows that are too short, and GenerationError where the model can't be run.
+    beside: the text whose words they begin with. Raises DataError for windows that are too short, and GenerationError where the model can't be run.
     """
     import torch
 
     from octavo.calibration.text.data import from_token_ids
     from octavo.calibration.text.documents import DataError
 
-    prompts = choose_prompts(text, sizes)
+    prompts = choose_prompts(text, sizes, () if beside is None else torch.cat(beside.samples).tolist())
     longest = max(map(len, prompts))
     if sizes.max_seq_length <= longest:
         raise DataError(f"--max-seq-length {sizes.max_seq_length}: {longest + 1} at least are needed")
@@ -92,8 +94,11 @@ def generate_data(
     return from_token_ids(samples, vocab_size=text.vocab_size, source=label, seed=sizes.seed)
 
 
-def choose_prompts(text: ModelText, sizes: Sizes) -> list[list[int]]:
-    """The first tokens of each text: those that the tokenizer adds and a word, or the beginning of a conversation."""
+def choose_prompts(text: ModelText, sizes: Sizes, words: Sequence[int] = ()) -> list[list[int]]:
+    """The first tokens of each text: those that the tokenizer adds and a word, or the beginning of a conversation.
+
+    words: the tokens that the word is drawn from; none: the vocabulary.
+    """
     rng = random.Random(sizes.seed)
     plain, framed = (text.encode("a", add_special_tokens=special) for special in (False, True))
     bos = framed[: framed.index(plain[0])]
@@ -101,19 +106,19 @@ def choose_prompts(text: ModelText, sizes: Sizes) -> list[list[int]]:
     conversation = text.encode(before, add_special_tokens=False) if before else []
     prompts = []
     for i in range(sizes.num_samples):
-        word = [*bos, _random_word(text, rng)]  # drawn for every text, so that the others are the same without a chat
+        word = [*bos, _random_word(text, words, rng)]  # drawn for every text, so that the others are the same without a chat
         is_chat = i % 2 == 1 and 0 < len(conversation) <= sizes.max_seq_length // 2
         prompts.append(conversation if is_chat else word)
     return prompts
 
 
-def _random_word(text: ModelText, rng: random.Random) -> int:
-    """A random token made of letters; any token if the tokenizer has few of these."""
+def _random_word(text: ModelText, words: Sequence[int], rng: random.Random) -> int:
+    """A random token made of letters; any token if there are few of these."""
     tokenizer = text.tokenizer
-    size = min(text.vocab_size, tokenizer.num_tokens)
+    words = words or range(min(text.vocab_size, tokenizer.num_tokens))
     token_id = 0
     for _ in range(DRAWS):
-        token_id = rng.randrange(size)
+        token_id = rng.choice(words)
         word = tokenizer.token_bytes(token_id).decode(errors="replace").strip()
         if word.isalpha() and token_id not in tokenizer.special_ids:
             break
