@@ -72,6 +72,7 @@ class Runner(Protocol):
     def modules(self, index: int) -> dict[str, tuple[str, ...]]: ...
     def differentiable(self, layer: Any, rounds: Mapping[str, Round]) -> Differentiable: ...
     def rounding(self, layer: Any, rounds: Mapping[str, Round]) -> Any: ...
+    def norm_behind(self, index: int, /) -> tuple[str, float] | None: ...
     def folds(self, index: int) -> list[Fold]: ...
     def head(self, tensor: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]: ...
     def forward(
@@ -96,14 +97,15 @@ class Block:
     step: Step
     expert_counts: Tensor | None = None  # [num_experts]: tokens that chose each expert, once inputs were measured
 
-    def quantize(self, hidden: Hidden, target: Hidden | None = None) -> Iterator[Solved]:
+    def quantize(self, hidden: Hidden, target: Hidden | None = None, reader: Tensor | None = None) -> Iterator[Solved]:
         """Each linear layer that has a scheme, solved; `tensors` holds what it computes with from then on.
 
-        target: the output of the original's block, for algorithms that tune towards it.
+        target: the output of the original's block, for algorithms that tune towards it. reader [H]: what the norm that
+        reads this output multiplies it by, if one does.
         """
         if target is None:
             return self._solve_layers(hidden)
-        return self._tune(list(self._solve_layers(hidden)), hidden, target)
+        return self._tune(list(self._solve_layers(hidden)), hidden, target, reader)
 
     def _solve_layers(self, hidden: Hidden) -> Iterator[Solved]:
         layer = self.runner.build(self.index, self.tensors)
@@ -203,7 +205,7 @@ class Block:
                     self.tensors[f"{module}.weight"] = rounded.to(weight.dtype)
                     yield Solved(module, quantized, weight, output)
 
-    def _tune(self, solved: list[Solved], hidden: Hidden, target: Hidden) -> Iterator[Solved]:
+    def _tune(self, solved: list[Solved], hidden: Hidden, target: Hidden, reader: Tensor | None) -> Iterator[Solved]:
         """The layers with what tuning made of them; an expert that hardly any token goes to stays as it is."""
         layers = self.runner.modules(self.index)
         rare = set() if self.expert_counts is None else set(rarely_chosen(self.expert_counts.tolist()))
@@ -221,7 +223,7 @@ class Block:
         own = BlockWeights(layers, self.tensors, learned, _tuning_dtype(self.runner), device)
         rounds = _input_rounding(layers, {s.module: s.quantized for s in solved}, device)
         block = self.runner.differentiable(self.runner.build(self.index, self.tensors), rounds)
-        tuned = tune(block, own, hidden, target, seed=self.index)
+        tuned = tune(block, own, hidden, target, reader, seed=self.index)
         for layer in solved:
             quantized = tuned.weights.get(layer.module)
             if quantized is not None:

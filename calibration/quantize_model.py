@@ -206,7 +206,8 @@ def _block(
         if "original" in run.states:
             following["original"] = _hidden(calibration, run.work, index + 1, "original")
             block.run(run.states["original"], following["original"])
-        for solved in block.quantize(run.states["hidden"], following.get("original")):
+        reader = _norm_behind(run, calibration, index)
+        for solved in block.quantize(run.states["hidden"], following.get("original"), reader):
             item = items[f"{solved.module}.weight"]
             assert item.linear is not None
             rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))
@@ -227,6 +228,16 @@ def _block(
     for name, spec in unit.scales.items():
         run.work.write(name, found[name.rpartition(".")[2]].view(spec.shape))
     return rows, report.to_json(), experts
+
+
+def _norm_behind(run: _Run, calibration: Calibration, index: int) -> Tensor | None:
+    """What the norm that reads a block's output multiplies it by, [H]."""
+    found = calibration.runner.norm_behind(index)
+    checkpoint = run.prepared.checkpoint
+    if found is None or not checkpoint.has(found[0]):
+        return None
+    name, offset = found
+    return checkpoint.tensor(name).float() + offset
 
 
 def _kv_report(kv: KVCollector, unit: Unit) -> KVReport:

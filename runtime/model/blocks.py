@@ -156,6 +156,16 @@ class BlockRunner:
         """The layer with the inputs of some of its linear layers rounded, by these layers' names in it."""
         return layer.map_linears(rounding_by(rounds))
 
+    def norm_behind(self, index: int) -> tuple[str, float] | None:
+        """The norm that reads the output of block `index`: its weight's name, and what is added to it; None: none."""
+        name = f"{self._prefix}norm"
+        if index + 1 < self.num_blocks:
+            first, *_ = NORMS[self.spec.norms]
+            if first is None:
+                return None
+            name = f"{self._prefix}layers.{index + 1}.{first}"
+        return f"{stored_name(self.spec, name)}.weight", self.spec.norm_offset
+
     def folds(self, index: int) -> list[Fold]:
         """The ops into which scales per input channel of the next linear layer can be folded."""
         spec = self.spec

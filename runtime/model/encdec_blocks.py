@@ -172,6 +172,10 @@ class EncDecBlockRunner:
             norms["cross_q"] = names.cross_norm
         return [*(Fold(group, f"{owner}{norm}", "norm") for group, norm in norms.items()), *folds]
 
+    def norm_behind(self, _index: int) -> tuple[str, float] | None:
+        """None, so that channels count the same: many blocks read what an encoder ends with."""
+        return None
+
     @torch.inference_mode()
     def forward(
         self,

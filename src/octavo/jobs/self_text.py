@@ -77,7 +77,8 @@ def generate_data(
 ) -> CalibrationData:
     """Texts of exactly max_seq_length tokens, out of the checkpoint in `source`.
 
-    beside: the text whose words they begin with. Raises DataError for windows that are too short, and GenerationError where the model can't be run.
+    beside: the text whose words they begin with. Raises DataError for windows that are too short, and GenerationError
+    where the model can't be run.
     """
     import torch
 
@@ -106,7 +107,8 @@ def choose_prompts(text: ModelText, sizes: Sizes, words: Sequence[int] = ()) -> 
     conversation = text.encode(before, add_special_tokens=False) if before else []
     prompts = []
     for i in range(sizes.num_samples):
-        word = [*bos, _random_word(text, words, rng)]  # drawn for every text, so that the others are the same without a chat
+        # drawn for every text, so that the others are the same without a chat
+        word = [*bos, _random_word(text, words, rng)]
         is_chat = i % 2 == 1 and 0 < len(conversation) <= sizes.max_seq_length // 2
         prompts.append(conversation if is_chat else word)
     return prompts

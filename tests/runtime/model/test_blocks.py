@@ -17,6 +17,7 @@ from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.blocks import BlockRunner
 from octavo.runtime.model.device import Device
+from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.worker.kv_cache import allocate
 
@@ -141,3 +142,40 @@ def test_scales_before_experts_are_folded_into_routers_too(tmp_path: Path) -> No
         fold_scales(tensors, fold, readers[fold.group], scales, stats)
     after = runner.forward(runner.build(1, tensors), hidden)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1", "granitemoehybrid-dense", "lfm2"])
+def test_the_norm_behind_a_block_is_the_one_that_transformers_puts_there(tmp_path: Path, name: str) -> None:
+    """Its input is the block's output, and it multiplies by its weight and what is said to be added."""
+    hf = make_hf(*CASES[name])
+    save(hf, tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, LAYOUTS)
+    runner = BlockRunner(checkpoint.config, "model.", LENGTH)
+    outputs = list[Tensor]()
+    for layer in hf.model.layers:
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    modules = dict(hf.named_modules())
+    reads = {}
+    behind = [runner.norm_behind(index) for index in range(runner.num_blocks)]
+    for found in behind:
+        assert found is not None
+        module = modules[found[0].removesuffix(".weight")]
+        module.register_forward_hook(lambda _, args, out, key=found[0]: reads.update({key: (args[0], out)}))
+    hf(torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(1)))
+    for output, found in zip(outputs, behind, strict=True):
+        assert found is not None
+        read, given = reads[found[0]]
+        torch.testing.assert_close(read, output, rtol=0, atol=0)
+        unit = read / read.square().mean(-1, keepdim=True).sqrt()
+        factor = checkpoint.tensor(found[0]) + found[1]
+        torch.testing.assert_close(given, unit * factor, rtol=1e-3, atol=1e-3)
+
+
+def test_no_norm_is_behind_a_block_whose_reader_has_none(tmp_path: Path) -> None:
+    hf = make_hf(*CASES["olmo2"])
+    save(hf, tmp_path)
+    runner = BlockRunner(Checkpoint.open(tmp_path).config, "model.", LENGTH)
+    assert [runner.norm_behind(i) for i in range(runner.num_blocks)] == [
+        *[None] * (runner.num_blocks - 1),
+        ("model.norm.weight", 0.0),
+    ]
