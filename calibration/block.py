@@ -220,7 +220,7 @@ class Block:
             yield from solved
             return
         self.step("tuning")
-        own = BlockWeights(layers, self.tensors, learned, _tuning_dtype(self.runner), device)
+        own = BlockWeights(layers, self.tensors, learned, _product_dtype(self.runner), device)
         rounds = _input_rounding(layers, {s.module: s.quantized for s in solved}, device)
         block = self.runner.differentiable(self.runner.build(self.index, self.tensors), rounds)
         tuned = tune(block, own, hidden, target, reader, seed=self.index)
@@ -304,8 +304,8 @@ class Block:
             target.append(output)
 
 
-def _tuning_dtype(runner: Runner) -> torch.dtype:
-    """The type that tuning computes in: on most CPUs float32, which takes two thirds of bfloat16's time there."""
+def _product_dtype(runner: Runner) -> torch.dtype:
+    """The type that tuning multiplies matrices in: float32 on CPUs that multiply it faster."""
     in_float32 = runner.device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if in_float32 else runner.dtype
 

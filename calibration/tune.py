@@ -50,6 +50,7 @@ class BlockWeights:
     layers   a linear layer's name in the block -> its modules, in the order of their rows
     tensors  what the block computes with, `MODULE.weight`
     learned  module -> its rounding
+    dtype    of what linear layers multiply
     """
 
     def __init__(
@@ -117,9 +118,10 @@ def tune(
     held = list(range(0, count, HELD_BACK))
     order = _batches([i for i in range(count) if i not in held], max(1, STEP_TOKENS // hidden.shape.seq_len), seed)
     factor = _counted(target, held, reader).to(device)
+    dtype = torch.float32 if device.type == "cpu" else own.dtype  # between products, which alone take long on a CPU
 
     def errors(samples: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
-        output = block.forward(hidden.samples(samples).to(device, own.dtype), weights).float()
+        output = block.forward(hidden.samples(samples).to(device, dtype), weights).float()
         wanted = target.samples(samples).to(device).float()
         return (((output - wanted) * factor).square().sum(-1) / _size(wanted)).mean()
 

@@ -3,7 +3,8 @@
     python autoround_tuned.py MODEL SAMPLES.pt OUT SCHEME STEPS
 
 SCHEME: W4A16@64 (any bits and group), W4A8@64, or one of PRESETS. Symmetric weights, batches of 4 samples, the
-library's defaults otherwise, but amp is off: on a CPU that has no AMX, bfloat16 takes 1.6 times as long as float32.
+library's defaults otherwise, but amp is off on a CPU where bfloat16 takes 1.6 times as long as float32: an Intel that
+has no AMX.
 OUT is a plain checkpoint with the weights that the codes stand for, so that whatever reads it can't differ; but where
 inputs have scales that are stored (NVFP4, FP8), llm-compressor's format has them.
 """
@@ -38,7 +39,7 @@ def main() -> None:
         dataset=[{"input_ids": row.unsqueeze(0)} for row in token_ids],
         device_map="cpu",
         enable_torch_compile=False,
-        amp=False,
+        amp=torch.cpu._is_amx_tile_supported() or "AuthenticAMD" in Path("/proc/cpuinfo").read_text(),
     )
     has_input_scales = scheme in ("NVFP4", "FP8")
     rounder.quantize_and_save(out, format="llm_compressor" if has_input_scales else "fake")

@@ -1,5 +1,8 @@
 """What this machine's processor can do. Imports torch alone, so that anything may ask before it imports a kernel."""
 
+from functools import cache
+from pathlib import Path
+
 import torch
 
 
@@ -16,7 +19,17 @@ def has_wide_registers() -> bool:
     return bool(torch.cpu._is_avx512_supported())
 
 
+@cache
 def multiplies_bfloat16() -> bool:
-    """AMX: matrices of bfloat16 are multiplied faster than float32's, which they aren't by AVX-512 alone (0.53 of the
-    speed in torch 2.13)."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    """Matrices of bfloat16 are multiplied faster than float32's: by AMX, and by AVX-512 of AMD, not of Intel.
+
+    torch 2.13: 2.4 times as fast on Zen 4, 0.53 of the speed on an Intel that has no AMX.
+    """
+    return bool(torch.cpu._is_amx_tile_supported()) or (has_dot_products() and _is_amd())
+
+
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -2,8 +2,9 @@
 
 The block is the layer that serves, and so are its norms, rotation and router; only its linear layers' weights
 are the caller's, who wants their gradients. The serving operators write into a cache and have no gradients. The type
-is that of the hidden states: in float32 the output is that of `BlockRunner.forward` but for rounding. Inputs of linear
-layers are rounded as the caller says; gradients pass through that as they come.
+is that of the hidden states, and linear layers multiply in that of the weights: in float32 the output is that of
+`BlockRunner.forward` but for rounding. Inputs of linear layers are rounded as the caller says; gradients pass through
+that as they come.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def multiplied(linear: Linear, x: Tensor, weight: Tensor, rounds: Round | None) 
             change = rounds(x.flatten(0, -2)).view_as(x) - x
         x = x + change.to(x.dtype)
     bias = linear.whole_bias
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
 
 def _add_norm(part: AddNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
