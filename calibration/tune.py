@@ -26,6 +26,7 @@ ROUNDING_RATE = 0.012  # of the first step, in codes; it falls to 0 linearly
 SCALE_RATE = 0.006  # of the first step, as a part of the scale
 FLOAT_SHARE = 0.5  # of both rates, for floats, whose large numbers lie far apart: benchmarks/quality/results/README.md
 HELD_BACK = 8  # every how many-th sample is held back
+ENOUGH = 64  # samples; of twice, three times as many it is every 16th, 24th, since 8 held back tell as much
 LOOK_STEPS = 12  # between looks at held-back samples, from the last step back to the middle: what is best comes late
 
 
@@ -115,7 +116,7 @@ def tune(
     if count < 2:
         raise QuantizeError("algorithm tune holds samples back, so it needs 2 at least: --num-calibration-samples 2")
     device = next(iter(own.learned.values())).latent.device
-    held = list(range(0, count, HELD_BACK))
+    held = list(range(0, count, HELD_BACK * max(1, count // ENOUGH)))
     order = _batches([i for i in range(count) if i not in held], max(1, STEP_TOKENS // hidden.shape.seq_len), seed)
     factor = _counted(target, held, reader).to(device)
     dtype = torch.float32 if device.type == "cpu" else own.dtype  # between products, which alone take long on a CPU
