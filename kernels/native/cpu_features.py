@@ -1,6 +1,5 @@
 """What this machine's processor can do. Imports torch alone, so that anything may ask before it imports a kernel."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ def has_wide_registers() -> bool:
     return bool(torch.cpu._is_avx512_supported())
 
 
-@cache
 def multiplies_bfloat16() -> bool:
     """Matrices of bfloat16 are multiplied faster than float32's: by AMX, and by AVX-512 of AMD, not of Intel.
 
