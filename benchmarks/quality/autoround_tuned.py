@@ -4,7 +4,7 @@
 
 SCHEME: W4A16@64 (any bits and group), W4A8@64, or one of PRESETS. Symmetric weights, batches of 4 samples, the
 library's defaults otherwise, but amp is off on a CPU where bfloat16 takes 1.6 times as long as float32: an Intel that
-has no AMX.
+has no AMX (octavo decides so, too, in `kernels/native/cpu_features.py`, which this environment doesn't have).
 OUT is a plain checkpoint with the weights that the codes stand for, so that whatever reads it can't differ; but where
 inputs have scales that are stored (NVFP4, FP8), llm-compressor's format has them.
 """
