@@ -22,9 +22,9 @@ from octavo.quant.input_rounding import input_rounding
 from octavo.quant.qparams import WeightError, over_global_scale, quantize_weight, scale_type
 from octavo.quant.scheme import ActivationScheme, QuantScheme, Search
 
-ROWS = (
-    256  # outputs of a layer, evenly spread, that a trial rounds: 512 find scales with 0.5% less loss in twice the time
-)
+# Outputs of a layer, evenly spread, that a trial rounds: 256 find scales with 0.25 % less loss in twice the time, 64
+# ones with 1.6 % more.
+ROWS = 128
 Tie = Callable[[Tensor], Tensor]
 
 
