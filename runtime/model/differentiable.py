@@ -39,6 +39,8 @@ from octavo.runtime.model.single_layers import AnyLayer, MixerLayer, MlpLayer
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.state_layers import GatedDelta, KimiDeltaAttention, StateMixer
 
+HALVED = 128  # queries in half a sequence, from which on halves pay
+
 
 class DifferentiableBlock:
     """A block whose linear layers multiply by given weights, [N, K] by their names in the layer ('qkv', 'down').
@@ -100,8 +102,11 @@ class DifferentiableBlock:
         k = k.repeat_interleave(repeat, dim=1)
         v = v.repeat_interleave(repeat, dim=1)
         if shape.soft_cap is None and shape.sinks is None:
-            seen = None if shape.window is None else attention.seen_keys(length, length, shape, device=x.device)
-            out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=shape.scale)
+            if shape.window is None:
+                out = causal_attention(q, k, v, shape.scale)
+            else:
+                seen = attention.seen_keys(length, length, shape, device=x.device)
+                out = F.scaled_dot_product_attention(q, k, v, seen, scale=shape.scale)
         else:
             scores = q.float() @ k.float().transpose(-1, -2) * shape.scale
             seen = attention.seen_keys(length, length, shape, device=x.device)
@@ -151,7 +156,7 @@ class DifferentiableBlock:
                 values,
             )
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale)
+        out = causal_attention(q, k, v, shape.scale)
         return self._linear("o", out.transpose(1, 2).flatten(2), weights)
 
     def _mlp(self, mlp: Mlp, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -216,6 +221,20 @@ def multiplied(linear: Linear, x: Tensor, weight: Tensor, rounds: Round | None) 
         x = x + change.to(x.dtype)
     bias = linear.whole_bias
     return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of whole sequences: q and k [B, H, T, D], v [B, H, T, E] -> [B, H, T, E].
+
+    On a CPU torch computes what no query sees, too, so that the first half of the queries goes without the other half
+    of the keys: with gradients that takes 0.85 of the time.
+    """
+    half = q.shape[2] // 2
+    if q.device.type != "cpu" or half < HALVED:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    seen = torch.ones(q.shape[2] - half, k.shape[2], dtype=torch.bool).tril(half)
+    first = F.scaled_dot_product_attention(q[:, :, :half], k[:, :, :half], v[:, :, :half], is_causal=True, scale=scale)
+    return torch.cat((first, F.scaled_dot_product_attention(q[:, :, half:], k, v, seen, scale=scale)), dim=2)
 
 
 def _add_norm(part: AddNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from hf_oracle import CASES, READS_MORE, make_hf, save
 
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.blocks import BlockRunner
+from octavo.runtime.model.differentiable import HALVED, causal_attention
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.sources import CheckpointSource
 
@@ -83,3 +84,22 @@ def test_its_gradients_are_those_of_transformers(tmp_path: Path, rounded: bool) 
         gradient = weights[linear].grad
         assert gradient is not None
         assert float((gradient - wanted).norm() / wanted.norm()) < 200 * EPS, linear
+
+
+@pytest.mark.parametrize("length", [2 * HALVED - 1, 2 * HALVED, 2 * HALVED + 1])
+def test_attention_in_halves_and_its_gradients(length: int) -> None:
+    """Against float64, with values of another width than keys, as latents' are."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, length, 16), (2, 3, length, 16), (2, 3, length, 8)]
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    inputs = [each.detach().float().requires_grad_() for each in exact]
+    direction = torch.randn(2, 3, length, 8, generator=generator, dtype=torch.float64)
+    q, k, v = exact
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    expected = (q @ k.mT * 0.25).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    expected.backward(direction)
+    found = causal_attention(*inputs, 0.25)
+    found.backward(direction.float())
+    torch.testing.assert_close(found, expected.float(), rtol=length * EPS, atol=length * EPS)
+    for given, wanted in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(given.grad, wanted.grad.float(), rtol=length * EPS, atol=length * EPS)
