@@ -65,15 +65,21 @@ class BlockWeights:
         self.learned = learned
         self._layers = layers
         self.dtype = dtype
-        fixed = {m for modules in layers.values() for m in modules} - learned.keys()
-        self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in fixed}
+        self._device = device
+        self._shapes = {m: tensors[f"{m}.weight"].shape for modules in layers.values() for m in modules}
+        self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in self._shapes.keys() - learned.keys()}
 
     def weights(self) -> dict[str, Tensor]:
         """Each layer's [N, K], which records its gradient if it is learned in part."""
         found = {}
         for name, modules in self._layers.items():
-            parts = [self._fixed[m] if m in self._fixed else self.learned[m].weight(self.dtype) for m in modules]
-            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+            num_rows = self._num_rows(name)
+            weight = torch.empty(sum(num_rows), self._shapes[modules[0]][1], dtype=self.dtype, device=self._device)
+            for module, part in zip(modules, torch.split(weight, num_rows), strict=True):
+                if module in self.learned:
+                    self.learned[module].write(part)
+                else:
+                    part.copy_(self._fixed[module])
             found[name] = weight.requires_grad_(any(m in self.learned for m in modules))
         return found
 
@@ -90,14 +96,15 @@ class BlockWeights:
         gradient = weight.grad
         assert gradient is not None
         weight.grad = None
-        begin = 0
-        for module in self._layers[name]:
-            rows = self._fixed[module].shape[0] if module in self._fixed else self.learned[module].start.shape[0]
+        for module, part in zip(self._layers[name], torch.split(gradient, self._num_rows(name)), strict=True):
             if module in self.learned:
                 learned = self.learned[module]
                 rate = share * (FLOAT_SHARE if learned.start.scheme.weight.is_float else 1)
-                learned.step(gradient[begin : begin + rows], rate * ROUNDING_RATE, rate * SCALE_RATE)
-            begin += rows
+                learned.step(part, rate * ROUNDING_RATE, rate * SCALE_RATE)
+
+    def _num_rows(self, name: str) -> list[int]:
+        """Those of each of a layer's modules."""
+        return [self._shapes[module][0] for module in self._layers[name]]
 
     def results(self) -> dict[str, QuantizedWeight]:
         return {module: learned.result() for module, learned in self.learned.items()}

@@ -51,33 +51,42 @@ class LearnedRounding:
             codes = ordered.codes
             weight = weight[:, self._order]
         self._scale = start.scale.float().view(*shape[:2], 1)
+        self._sign = self._scale.sign() if bool((self._scale < 0).any()) else None
         offset = None if start.zero_point is None else start.zero_point.float().view(*shape[:2], 1)
         self._zero = None if w.minima else offset
-        self._minima = offset if w.minima and offset is not None else torch.zeros(())
+        self._minima = offset if w.minima else None
         self._codes = codes.reshape(shape)  # that `weight` gave last; they are numbers again only where they are needed
         begin = self._less_zero(codes.float().reshape(shape))
-        self.latent = _begin((weight.float().reshape(shape) + self._minima) / self._scale, begin, w)
+        exact = weight.float().reshape(shape)
+        exact = exact / self._scale if self._minima is None else (exact + self._minima) / self._scale
+        self.latent = _begin(exact, begin, w)
         self.factor = torch.ones_like(self._scale)
         self._rounding = _Adam(self.latent)
         self._scaling = None if self._has_fixed_scales else _Adam(self.factor)
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] that is now meant."""
+    def write(self, weight: Tensor) -> None:
+        """Write the weight that is now meant to `weight` [N, K]."""
         codes = self._rounded()
         self._codes = codes.to(code_type(self.start.scheme.weight))
-        return self._unsorted((self._less_zero(codes) * self._stored_scale() - self._minima).to(dtype))
+        values = self._less_zero(codes).mul_(self._stored_scale())
+        if self._minima is not None:
+            values -= self._minima
+        weight.copy_(self._unsorted(values))
 
     def step(self, gradient: Tensor, rounding_rate: float, scale_rate: float) -> None:
-        """Move against the gradient [N, K] of the weight that `weight` gave last, by at most about the rates.
+        """Move against the gradient [N, K] of the weight that `write` wrote last, by at most about the rates.
 
         Of latents the rate is in steps of the grid, which are wider for large numbers if these are floats.
         """
         ordered = gradient if self._order is None else gradient[:, self._order]
-        g = ordered.reshape(self.latent.shape).float() * self._scale.sign()
+        g = ordered.reshape(self.latent.shape).float()
+        if self._sign is not None:
+            g = g * self._sign
         codes = self._less_zero(self._codes.float())
+        spacing = _spacing(codes, self.start.scheme.weight)
         if self._scaling is not None:
-            self._scaling.move(self.factor, (codes * g).sum(2, keepdim=True), scale_rate)
-        self._rounding.move(self.latent, g, rounding_rate, _spacing(codes, self.start.scheme.weight))
+            self._scaling.move(self.factor, codes.mul_(g).sum(2, keepdim=True), scale_rate)
+        self._rounding.move(self.latent, g, rounding_rate, spacing)
 
     def result(self) -> QuantizedWeight:
         """Codes and scales as they are now."""
@@ -150,7 +159,8 @@ class _Adam:
         """Move values against a gradient, in place, by about `rate` units."""
         self._count += 1
         self._mean.lerp_(gradient, 1 - MEAN_DECAY)
-        self._square.lerp_(gradient.square(), 1 - SQUARE_DECAY)
-        size = self._square.div(1 - SQUARE_DECAY**self._count).sqrt_().add_(torch.finfo(torch.float32).tiny)
+        self._square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
+        size = self._square.sqrt().add_(torch.finfo(torch.float32).tiny)
         mean = self._mean if unit is None else self._mean * unit
-        values.addcdiv_(mean, size, value=-rate / (1 - MEAN_DECAY**self._count))
+        unbiased = (1 - SQUARE_DECAY**self._count) ** 0.5 / (1 - MEAN_DECAY**self._count)
+        values.addcdiv_(mean, size, value=-rate * unbiased)
