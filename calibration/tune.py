@@ -65,7 +65,7 @@ class BlockWeights:
         self.learned = learned
         self._layers = layers
         self.dtype = dtype
-        self._device = device
+        self.device = device
         self._shapes = {m: tensors[f"{m}.weight"].shape for modules in layers.values() for m in modules}
         self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in self._shapes.keys() - learned.keys()}
 
@@ -74,7 +74,7 @@ class BlockWeights:
         found = {}
         for name, modules in self._layers.items():
             num_rows = self._num_rows(name)
-            weight = torch.empty(sum(num_rows), self._shapes[modules[0]][1], dtype=self.dtype, device=self._device)
+            weight = torch.empty(sum(num_rows), self._shapes[modules[0]][1], dtype=self.dtype, device=self.device)
             for module, part in zip(modules, torch.split(weight, num_rows), strict=True):
                 if module in self.learned:
                     self.learned[module].write(part)
@@ -122,7 +122,7 @@ def tune(
     count = hidden.shape.num_samples
     if count < 2:
         raise QuantizeError("algorithm tune holds samples back, so it needs 2 at least: --num-calibration-samples 2")
-    device = next(iter(own.learned.values())).latent.device
+    device = own.device
     held = list(range(0, count, HELD_BACK * max(1, count // ENOUGH)))
     order = _batches([i for i in range(count) if i not in held], max(1, STEP_TOKENS // hidden.shape.seq_len), seed)
     factor = _counted(target, held, reader).to(device)

@@ -55,11 +55,12 @@ class LearnedRounding:
         offset = None if start.zero_point is None else start.zero_point.float().view(*shape[:2], 1)
         self._zero = None if w.minima else offset
         self._minima = offset if w.minima else None
-        self._codes = codes.reshape(shape)  # that `weight` gave last; they are numbers again only where they are needed
+        self._codes = codes.reshape(shape)  # that `write` wrote last; they are numbers again only where they are needed
         begin = self._less_zero(codes.float().reshape(shape))
         exact = weight.float().reshape(shape)
-        exact = exact / self._scale if self._minima is None else (exact + self._minima) / self._scale
-        self.latent = _begin(exact, begin, w)
+        if self._minima is not None:
+            exact = exact + self._minima
+        self.latent = _begin(exact / self._scale, begin, w)
         self.factor = torch.ones_like(self._scale)
         self._rounding = _Adam(self.latent)
         self._scaling = None if self._has_fixed_scales else _Adam(self.factor)

@@ -227,7 +227,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of whole sequences: q and k [B, H, T, D], v [B, H, T, E] -> [B, H, T, E].
 
     On a CPU torch computes what no query sees, too, so that the first half of the queries goes without the other half
-    of the keys: with gradients that takes 0.85 of the time.
+    of the keys: with gradients that takes 0.7 of the time (512 tokens, 2 threads of a Zen 4).
     """
     half = q.shape[2] // 2
     if q.device.type != "cpu" or half < HALVED:

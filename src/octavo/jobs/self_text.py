@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
 
 REPORT_STEPS = 16
-LEAST_CACHE_BYTES = 9 << 26  # for keys and values
+LEAST_CACHE_BYTES = 9 << 26  # for keys and values, 576 MiB
 CACHE_SHARE = 4  # of the weights' bytes a quarter, if that is more: a large model's tokens take more
 """Only the model says how large the cache is, since how many texts are sampled together moves their last bits."""
 DRAWS = 1000  # of a first token, until one is a word
