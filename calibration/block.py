@@ -28,7 +28,7 @@ from octavo.calibration.kv import KVCollector
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
-from octavo.calibration.tune import BlockWeights, Differentiable, tune
+from octavo.calibration.tune import BlockWeights, Differentiable, Example, tune
 from octavo.kernels.native.cpu_features import multiplies_bfloat16
 from octavo.quant.block_map import Fold, InputGroup, StoredCache
 from octavo.quant.input_rounding import Round, input_rounding
@@ -62,6 +62,7 @@ class Runner(Protocol):
     dtype: torch.dtype
     hidden_size: int
     num_blocks: int
+    is_causal: bool  # what is computed of a token doesn't depend on those behind it, nor on how many they are
     expert_counts: Tensor | None  # of the block that was built last
 
     @property
@@ -97,15 +98,21 @@ class Block:
     step: Step
     expert_counts: Tensor | None = None  # [num_experts]: tokens that chose each expert, once inputs were measured
 
-    def quantize(self, hidden: Hidden, target: Hidden | None = None, reader: Tensor | None = None) -> Iterator[Solved]:
+    def quantize(
+        self,
+        hidden: Hidden,
+        target: Hidden | None = None,
+        starts: Example | None = None,
+        reader: Tensor | None = None,
+    ) -> Iterator[Solved]:
         """Each linear layer that has a scheme, solved; `tensors` holds what it computes with from then on.
 
-        target: the output of the original's block, for algorithms that tune towards it. reader [H]: what the norm that
-        reads this output multiplies it by, if one does.
+        target: the output of the original's block, for algorithms that tune towards it, and starts: sequences of one
+        token. reader [H]: what the norm that reads this output multiplies it by, if one does.
         """
         if target is None:
             return self._solve_layers(hidden)
-        return self._tune(list(self._solve_layers(hidden)), hidden, target, reader)
+        return self._tune(list(self._solve_layers(hidden)), Example(hidden, target), starts, reader)
 
     def _solve_layers(self, hidden: Hidden) -> Iterator[Solved]:
         layer = self.runner.build(self.index, self.tensors)
@@ -205,7 +212,9 @@ class Block:
                     self.tensors[f"{module}.weight"] = rounded.to(weight.dtype)
                     yield Solved(module, quantized, weight, output)
 
-    def _tune(self, solved: list[Solved], hidden: Hidden, target: Hidden, reader: Tensor | None) -> Iterator[Solved]:
+    def _tune(
+        self, solved: list[Solved], text: Example, starts: Example | None, reader: Tensor | None
+    ) -> Iterator[Solved]:
         """The layers with what tuning made of them; an expert that hardly any token goes to stays as it is."""
         layers = self.runner.modules(self.index)
         rare = set() if self.expert_counts is None else set(rarely_chosen(self.expert_counts.tolist()))
@@ -223,7 +232,7 @@ class Block:
         own = BlockWeights(layers, self.tensors, learned, _product_dtype(self.runner), device)
         rounds = _input_rounding(layers, {s.module: s.quantized for s in solved}, device)
         block = self.runner.differentiable(self.runner.build(self.index, self.tensors), rounds)
-        tuned = tune(block, own, hidden, target, reader, seed=self.index)
+        tuned = tune(block, own, text, starts, reader, seed=self.index)
         for layer in solved:
             quantized = tuned.weights.get(layer.module)
             if quantized is not None:

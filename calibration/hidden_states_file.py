@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 BATCH_TOKENS = 2048  # tokens that go through a block at a time
+BATCH_SAMPLES = 64  # at most, each of which has a block of the KV cache or a state
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Shape:
     @property
     def batch(self) -> int:
         """Samples that go through a block at a time."""
-        return max(1, BATCH_TOKENS // self.seq_len)
+        return min(BATCH_SAMPLES, max(1, BATCH_TOKENS // self.seq_len))
 
 
 class Hidden:

@@ -40,9 +40,9 @@ class Estimate:
 
 
 def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Estimate:
-    """tokens of calibration text in all, 0 for none; hidden_bytes: their hidden states at one depth."""
+    """tokens of calibration text in all, 0 for none; hidden_bytes: all hidden states between two blocks."""
     largest = max(item.spec.nbytes for unit in plan.units for item in unit.items)
-    disk = plan.bytes_after + 2 * len(recipe.hidden_paths) * hidden_bytes
+    disk = plan.bytes_after + 2 * hidden_bytes
     if not tokens:
         seconds = plan.bytes_before / RTN_BYTES_PER_SECOND
         return Estimate(PROCESS_BYTES + 4 * largest, disk, seconds)

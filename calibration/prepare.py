@@ -30,6 +30,7 @@ from octavo.quant.dequantized import open_dequantized
 from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.version import VERSION
 
+MAX_STARTS = 1024  # tokens that tuning sees as the first of a text
 SMALL_FILES = 64_000_000  # bytes of what is copied beside the weights, at most
 
 
@@ -49,11 +50,35 @@ class Calibration:
         """int64 [num_samples, seq_len]."""
         return torch.stack(self.data.samples)
 
-    @property
-    def hidden_shape(self) -> Shape:
-        """Shape of all samples' hidden states between two blocks."""
-        num_samples, seq_len = self.token_ids.shape
+    @cached_property
+    def starts(self) -> Tensor | None:
+        """int64 [N, 1]: the text's most frequent tokens, as sequences of one; None where every text begins alike."""
+        first = self.token_ids[:, 0]
+        if not self.runner.is_causal or bool((first == first[0]).all()):
+            return None
+        counts = torch.bincount(self.token_ids.flatten())
+        used = counts.argsort(descending=True, stable=True)[: int(counts.count_nonzero())]
+        return used[:MAX_STARTS].unsqueeze(1)
+
+    def sequences(self, recipe: Recipe) -> dict[str, Tensor]:
+        """The token ids whose hidden states go from block to block, by the name of the states: through the model as
+        quantized so far, and where an algorithm tunes also through the original.
+        """
+        found = {"hidden": self.token_ids}
+        if recipe.tunes:
+            found["original"] = self.token_ids
+            if self.starts is not None:
+                found |= {"starts": self.starts, "original-starts": self.starts}
+        return found
+
+    def shape(self, sequences: Tensor) -> Shape:
+        """Shape of the hidden states of some token ids between two blocks."""
+        num_samples, seq_len = sequences.shape
         return Shape(num_samples, seq_len, self.runner.hidden_size, self.runner.dtype)
+
+    def hidden_nbytes(self, recipe: Recipe) -> int:
+        """The hidden states between two blocks."""
+        return sum(self.shape(sequences).nbytes for sequences in self.sequences(recipe).values())
 
 
 @dataclass(frozen=True)
@@ -78,9 +103,8 @@ class Prepared:
         """The memory, disk and time that it will take."""
         if self.calibration is None:
             return estimate(self.plan, self.recipe, 0, 0)
-        return estimate(
-            self.plan, self.recipe, self.calibration.token_ids.numel(), self.calibration.hidden_shape.nbytes
-        )
+        hidden_nbytes = self.calibration.hidden_nbytes(self.recipe)
+        return estimate(self.plan, self.recipe, self.calibration.token_ids.numel(), hidden_nbytes)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -162,7 +186,6 @@ def _plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> Plan:
 
 def _check_disk(prepared: Prepared) -> None:
     """Refuse what doesn't fit on the disk: the result, and the hidden states before and behind a block."""
-    paths = len(prepared.recipe.hidden_paths)
     parent = prepared.out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     needs = {parent: int(prepared.plan.bytes_after * 1.01) + SMALL_FILES}
@@ -170,5 +193,5 @@ def _check_disk(prepared: Prepared) -> None:
         offload_dir = prepared.calibration.offload_dir or parent
         if not offload_dir.is_dir():
             raise QuantizeError(f"--offload-dir {offload_dir} is not a directory that is there; make it first")
-        needs[offload_dir] = needs.get(offload_dir, 0) + 2 * paths * prepared.calibration.hidden_shape.nbytes
+        needs[offload_dir] = needs.get(offload_dir, 0) + 2 * prepared.calibration.hidden_nbytes(prepared.recipe)
     check_space(needs)

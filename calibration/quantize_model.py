@@ -37,6 +37,7 @@ from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
+from octavo.calibration.tune import Example
 from octavo.calibration.workspace import ResumeError, Workspace, finished, partial_of, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint
 from octavo.quant.formats.reading import FLOATS
@@ -62,7 +63,7 @@ class Quantized:
 
 @dataclass
 class _Run:
-    """State that is carried from unit to unit. states: the next block's inputs over all samples, by `hidden_paths`."""
+    """State that is carried from unit to unit. states: the next block's inputs, by `Calibration.sequences`."""
 
     prepared: Prepared
     work: Workspace
@@ -203,11 +204,14 @@ def _block(
     block = Block(index, tensors, schemes, run.recipe, calibration.runner, steps.next)
     rows = []
     with _closed_on_errors() as following:
-        if "original" in run.states:
-            following["original"] = _hidden(calibration, run.work, index + 1, "original")
-            block.run(run.states["original"], following["original"])
+        for path in ("original", "original-starts"):
+            if path in run.states:
+                following[path] = _hidden(run, calibration, index + 1, path)
+                block.run(run.states[path], following[path])
+        starts = run.states.get("starts")
+        examples = None if starts is None else Example(starts, following["original-starts"])
         reader = _norm_behind(run, calibration, index)
-        for solved in block.quantize(run.states["hidden"], following.get("original"), reader):
+        for solved in block.quantize(run.states["hidden"], following.get("original"), examples, reader):
             item = items[f"{solved.module}.weight"]
             assert item.linear is not None
             rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))
@@ -216,8 +220,11 @@ def _block(
             if item.linear is None:
                 run.work.write(item.name, tensors[item.name])
         last = index == calibration.runner.num_blocks - 1
-        following["hidden"] = _hidden(calibration, run.work, index + 1)
+        following["hidden"] = _hidden(run, calibration, index + 1, "hidden")
         kv = None if last and run.recipe.kv is None else block.advance(run.states["hidden"], following["hidden"])
+        if starts is not None and not last:
+            following["starts"] = _hidden(run, calibration, index + 1, "starts")
+            block.run(starts, following["starts"])
     run.states = following
     run.done += unit.nbytes
     experts = None if block.expert_counts is None else block.expert_counts.tolist()
@@ -292,17 +299,16 @@ class _Steps:
         self._run.progress(done, self._run.plan.bytes_before, f"{self._unit.name} {what}")
 
 
-def _hidden(
-    calibration: Calibration, work: Workspace, index: int, path: str = "hidden", *, again: bool = False
-) -> Hidden:
+def _hidden(run: _Run, calibration: Calibration, index: int, path: str, *, again: bool = False) -> Hidden:
     """The file of block `index`'s input; path: one of `_Run.states`."""
-    directory = work.directory
+    directory = run.work.directory
     prefix = "hidden"
     if calibration.offload_dir is not None:
         directory = calibration.offload_dir
-        prefix = _offloaded(work.directory)
+        prefix = _offloaded(run.work.directory)
     name = f"{prefix}-{index}.bin" if path == "hidden" else f"{prefix}-{path}-{index}.bin"
-    return Hidden(directory / name, calibration.hidden_shape, again=again)
+    shape = calibration.shape(calibration.sequences(run.recipe)[path])
+    return Hidden(directory / name, shape, again=again)
 
 
 def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
@@ -312,12 +318,10 @@ def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
         runner.embedding_name
     )  # a view: only the rows of the text's tokens are read
     with _closed_on_errors() as states:
-        for path in run.recipe.hidden_paths:
-            states[path] = _hidden(calibration, run.work, 0, path)
-        for batch in torch.split(calibration.token_ids, calibration.hidden_shape.batch):
-            embedded = runner.embed(batch, embedding)
-            for hidden in states.values():
-                hidden.append(embedded)
+        for path, sequences in calibration.sequences(run.recipe).items():
+            states[path] = _hidden(run, calibration, 0, path)
+            for batch in torch.split(sequences, states[path].shape.batch):
+                states[path].append(runner.embed(batch, embedding))
     return states
 
 
@@ -341,7 +345,8 @@ def _states_again(run: _Run, unit: Unit) -> dict[str, Hidden]:
     if calibration is None or not following or following[0].name in run.work.units:
         return {}
     index = 0 if unit.index is None else unit.index + 1
-    return {path: _hidden_again(run, calibration, unit, index, path, entry) for path in run.recipe.hidden_paths}
+    paths = calibration.sequences(run.recipe)
+    return {path: _hidden_again(run, calibration, unit, index, path, entry) for path in paths}
 
 
 def _hidden_again(
@@ -349,7 +354,7 @@ def _hidden_again(
 ) -> Hidden:
     """A file of block `index`'s input, which must be what the manifest's entry says."""
     try:
-        hidden = _hidden(calibration, run.work, index, path, again=True)
+        hidden = _hidden(run, calibration, index, path, again=True)
     except FileNotFoundError as e:
         raise ResumeError(
             f"can't resume: the hidden states after {unit.name} are not in {e.filename}; --offload-dir must be the one "

@@ -207,11 +207,6 @@ class Recipe(msgspec.Struct, frozen=True):
         return self.algorithm == "tune"
 
     @property
-    def hidden_paths(self) -> tuple[str, ...]:
-        """Which hidden states are carried: of the model as quantized so far, and of the original, where wanted."""
-        return ("hidden", "original") if self.tunes else ("hidden",)
-
-    @property
     def schemes(self) -> list[QuantScheme]:
         return [self.default, *(parse_scheme(s) for s in self.layers.values() if s != KEEP)]
 

@@ -3,6 +3,10 @@
 GPTQ and AWQ see one linear layer at a time. Here the block's output over the calibration text is compared with that of
 the original model, whatever the blocks before have lost, and each weight that this moves may be rounded the other way
 (`algorithms/learned_rounding.py`). Some samples are held back: what doesn't get better on them stays as it was.
+
+A text's first token is special: most models make something very large of whichever it is, which all later tokens
+attend to. Samples of calibration text have too few of them, so that tokens alone, each the first of a sequence, go
+along where a text may begin with any.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from octavo.quant.qparams import QuantizedWeight
 
 STEPS = 100
 STEP_TOKENS = 1024  # whose gradients make a step
+STEP_STARTS = 128  # first tokens beside them
+START_SHARE = 0.125  # of first tokens' error, beside the text's
 ROUNDING_RATE = 0.012  # of the first step, in codes; it falls to 0 linearly
 SCALE_RATE = 0.006  # of the first step, as a part of the scale
 FLOAT_SHARE = 0.5  # of both rates, for floats, whose large numbers lie far apart: benchmarks/quality/results/README.md
@@ -34,6 +40,14 @@ class Differentiable(Protocol):
     """`runtime/model/differentiable.py`: a block's forward with weights by their linear layer's name in the block."""
 
     def forward(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """A block's input over some sequences, and what the original's block gave for them."""
+
+    hidden: Hidden
+    target: Hidden
 
 
 @dataclass(frozen=True)
@@ -111,32 +125,43 @@ class BlockWeights:
 
 
 def tune(
-    block: Differentiable, own: BlockWeights, hidden: Hidden, target: Hidden, reader: Tensor | None, *, seed: int
+    block: Differentiable,
+    own: BlockWeights,
+    text: Example,
+    starts: Example | None,
+    reader: Tensor | None,
+    *,
+    seed: int,
 ) -> Tuned:
-    """Tune a block whose input over all samples is `hidden`, towards `target`, the original's output.
+    """Tune a block towards the original's output for calibration text, and for `starts`, sequences of one token.
 
     The error is that of each token's output, relative to its size: the first token's, whose norm may be a thousand
     times the others', counts as one of them. reader [H]: the weight of the norm that reads this output, which channels
     may count by (`_counted`). Raises QuantizeError for a single sample.
     """
-    count = hidden.shape.num_samples
+    count = text.hidden.shape.num_samples
     if count < 2:
         raise QuantizeError("algorithm tune holds samples back, so it needs 2 at least: --num-calibration-samples 2")
     device = own.device
-    held = list(range(0, count, HELD_BACK * max(1, count // ENOUGH)))
-    order = _batches([i for i in range(count) if i not in held], max(1, STEP_TOKENS // hidden.shape.seq_len), seed)
-    factor = _counted(target, held, reader).to(device)
+    every = HELD_BACK * max(1, count // ENOUGH)
+    parts = [_Part(text, 1.0, every, max(1, STEP_TOKENS // text.hidden.shape.seq_len), seed)]
+    if starts is not None:
+        parts.append(_Part(starts, START_SHARE, HELD_BACK, STEP_STARTS, seed))
+    factor = _counted(text.target, parts[0].held, reader).to(device)
     dtype = torch.float32 if device.type == "cpu" else own.dtype  # between products, which alone take long on a CPU
 
-    def errors(samples: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
-        output = block.forward(hidden.samples(samples).to(device, dtype), weights).float()
-        wanted = target.samples(samples).to(device).float()
-        return (((output - wanted) * factor).square().sum(-1) / _size(wanted)).mean()
+    def errors(example: Example, samples: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+        output = block.forward(example.hidden.samples(samples).to(device, dtype), weights).float()
+        wanted = example.target.samples(samples).to(device).float()
+        return (((output - wanted) * factor).square().sum(-1) / _size(wanted)).mean(-1)
 
     @torch.no_grad()
     def look() -> float:
         weights = own.weights()
-        return sum(float(errors([sample], weights)) for sample in held) / len(held)
+        return sum(
+            part.share * sum(float(errors(part.example, some, weights).sum()) for some in part.looks) / len(part.held)
+            for part in parts
+        )
 
     before = look()
     best = Tuned(own.results(), before, before)
@@ -144,7 +169,8 @@ def tune(
         with torch.enable_grad():
             weights = own.weights()
             own.move_in_backward(weights, 1 - step / STEPS)
-            torch.autograd.backward(errors(next(order), weights))
+            losses = [part.share * errors(part.example, next(part.order), weights).mean() for part in parts]
+            torch.autograd.backward(losses)
         del weights
         left = STEPS - 1 - step
         if left < STEPS // 2 and left % LOOK_STEPS == 0:
@@ -152,6 +178,20 @@ def tune(
             if error < best.error:
                 best = Tuned(own.results(), before, error)
     return best
+
+
+class _Part:
+    """An example whose error counts by `share`: in each step `size` of its sequences, but every `every`-th is held
+    back.
+    """
+
+    def __init__(self, example: Example, share: float, every: int, size: int, seed: int) -> None:
+        count = example.hidden.shape.num_samples
+        self.example = example
+        self.share = share
+        self.held = list(range(0, count, every))
+        self.order = _batches([i for i in range(count) if i % every], size, seed)
+        self.looks = [self.held[i : i + size] for i in range(0, len(self.held), size)]
 
 
 def _counted(target: Hidden, samples: Sequence[int], reader: Tensor | None) -> Tensor:

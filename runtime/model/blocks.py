@@ -59,13 +59,15 @@ def why_uncalibrated(spec: DecoderSpec) -> str | None:
 
 
 class BlockRunner:
-    """Runs sequences of equal length through single blocks of the model that a config describes.
+    """Runs sequences of equal lengths through single blocks of the model that a config describes.
 
     expert_counts  [num_experts] int64: how many tokens the router of the block that was built last has sent to each
                    expert, in the forwards that recorded; None for a block without experts
 
     Raises UnsupportedModelError for a config that the decoder doesn't have.
     """
+
+    is_causal = True
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class BlockRunner:
         *,
         transforms: Transforms = NO_TRANSFORMS,
     ) -> None:
-        """prefix stands before layer names: 'model.'; seq_len is the length of every sequence.
+        """prefix stands before layer names: 'model.'; seq_len is the length of the longest sequence.
 
         device None: the GPU, if there is one. transforms: of inputs, as of the checkpoint that is to be written.
         """
@@ -96,7 +98,6 @@ class BlockRunner:
         self.hidden_size = self.spec.hidden_size
         self.num_blocks = len(self.spec.layers)
         self._prefix = prefix
-        self._seq_len = seq_len
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
         self._source = HeldTensors(prefix, transforms)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
@@ -248,7 +249,7 @@ class BlockRunner:
             layer = self._recorded(layer, record)
         batch, length, width = hidden.shape
         residual = hidden.reshape(batch * length, width)
-        cache = self._cache(batch, layer, stored)
+        cache = self._cache(batch, length, layer, stored)
         _, residual = layer.forward(layer.enter.norm(residual), residual, _step(batch, length, self.device), cache)
         keys = cache.keys if isinstance(cache, BothCaches) else cache
         if record_kv is not None and isinstance(keys, LayerCache):
@@ -271,7 +272,7 @@ class BlockRunner:
 
         return layer.map_linears(change)
 
-    def _cache(self, batch: int, layer: AnyLayer, stored: StoredCache | None) -> MixerCache:
+    def _cache(self, batch: int, length: int, layer: AnyLayer, stored: StoredCache | None) -> MixerCache:
         """One block of the cache for each sequence, or one row of states, or both."""
         attention = layer.attention
         if attention is None:
@@ -280,15 +281,15 @@ class BlockRunner:
             return self._state_cache(batch, attention)
         if isinstance(attention, SideBySide):
             return BothCaches(
-                self._block_cache(batch, attention.shape, stored), self._state_cache(batch, attention.mixer)
+                self._block_cache(batch, length, attention.shape, stored), self._state_cache(batch, attention.mixer)
             )
-        return self._block_cache(batch, attention.shape, stored)
+        return self._block_cache(batch, length, attention.shape, stored)
 
     def _state_cache(self, batch: int, mixer: StateMixing) -> StateCache:
         return StateCache(tuple(torch.zeros(batch, *part, device=self.device) for part in mixer.state.parts))
 
-    def _block_cache(self, batch: int, shape: AttentionShape, stored: StoredCache | None) -> LayerCache:
-        size = (batch, shape.num_kv_heads, self._seq_len, shape.head_dim)
+    def _block_cache(self, batch: int, length: int, shape: AttentionShape, stored: StoredCache | None) -> LayerCache:
+        size = (batch, shape.num_kv_heads, length, shape.head_dim)
         one = torch.ones(shape.num_kv_heads, device=self.device)
         if stored is None:
             key = torch.zeros(size, dtype=self.dtype, device=self.device)

@@ -63,6 +63,7 @@ class EncDecBlockRunner:
     """
 
     expert_counts: Tensor | None = None
+    is_causal = False
 
     def __init__(self, checkpoint: Checkpoint, seq_len: int) -> None:
         """checkpoint: dense; what stands in no block is read from it. seq_len: tokens of each half of a sample."""

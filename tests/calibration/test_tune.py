@@ -16,6 +16,7 @@ from hf_oracle import CASES, make_hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from octavo.calibration import prepare as prepare_module
 from octavo.calibration import tune
 from octavo.calibration.algorithms.learned_rounding import LearnedRounding
 from octavo.calibration.layers import QuantizeError
@@ -188,6 +189,25 @@ def test_a_block_s_output_is_nearer_on_text_that_was_not_shown(
     assert errors[1] < 0.98 * errors[0], errors
 
 
+def test_any_token_may_be_the_first(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens that weren't shown as the first, the output is nearer than where all text begins with one."""
+    monkeypatch.setattr(prepare_module, "MAX_STARTS", 96)
+    model = fixtures / "tiny-qwen2"
+    token_ids = held_out_tokens(model, 95)
+    shown = calibration(model, token_ids).starts
+    assert shown is not None
+    assert shown.shape == (96, 1)
+    others = set(range(Checkpoint.open(model).config["vocab_size"])) - set(shown.flatten().tolist())
+    unseen = torch.tensor(sorted(others)).unsqueeze(1)
+    errors = []
+    for name, begin in (("any", token_ids[:, :1]), ("one", token_ids[:1, :1].expand(95, 1))):
+        ready = calibration(model, torch.cat((begin, token_ids[:, 1:]), dim=1))
+        recipe = Recipe("W2A16@32", algorithm="tune")
+        quantize_model(prepare(model, tmp_path / name, recipe, calibration=ready))
+        errors.append(block_error(model, Checkpoint.open(tmp_path / name), unseen))
+    assert errors[0] < 0.95 * errors[1], errors
+
+
 def with_large_channels(model: Path, out: Path, weight: float) -> Path:
     """A model whose first block makes three channels 300 times the others; the weight of the next norm there."""
     shutil.copytree(model, out)
@@ -237,7 +257,7 @@ def test_it_is_the_same_twice_and_after_a_kill(fixtures: Path, tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         quantize_model(prepare(fixtures / "tiny", tmp_path / "out", recipe, calibration=ready), stop)
     left = [path.name for path in (tmp_path / ".out.partial").glob("*.bin")]
-    assert {"hidden-1.bin", "hidden-original-1.bin"} <= set(left)
+    assert {f"hidden-{path}1.bin" for path in ("", "original-", "starts-", "original-starts-")} <= set(left)
     quantized(fixtures / "tiny", tmp_path / "out", recipe, resume=True)
     for name in ("model.safetensors", "config.json", "recipe.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -24,12 +24,13 @@ def in_int8(x: torch.Tensor) -> torch.Tensor:
     return (x / step).round() * step
 
 
+@pytest.mark.parametrize("length", [1, LENGTH])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in READS_MORE])
-def test_its_output_is_the_serving_block_s(name: str, tmp_path: Path) -> None:
+def test_its_output_is_the_serving_block_s(name: str, length: int, tmp_path: Path) -> None:
     """Every block of every family, in float32: both round some hundred sums, each by a part of EPS."""
     checkpoint = Checkpoint.open(save(make_hf(*CASES[name]), tmp_path), LAYOUTS)
     runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, CheckpointSource(checkpoint).prefix, LENGTH)
-    token_ids = torch.randint(3, 90, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    token_ids = torch.randint(3, 90, (3, length), generator=torch.Generator().manual_seed(1))
     hidden = runner.embed(token_ids, checkpoint.tensor(runner.embedding_name))
     for index in range(runner.num_blocks):
         tensors = {n: checkpoint.tensor(n) for n in checkpoint.names if f".layers.{index}." in n}
@@ -44,7 +45,8 @@ def test_its_output_is_the_serving_block_s(name: str, tmp_path: Path) -> None:
         worst = (found.detach() - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert float(worst.max()) < 200 * EPS
         used = [weight.grad for linear, weight in weights.items() if not linear.startswith("experts.")]
-        assert all(gradient is not None and bool((gradient != 0).any()) for gradient in used)
+        assert all(gradient is not None for gradient in used)
+        assert length == 1 or all(bool((gradient != 0).any()) for gradient in used)  # one key is all that a query sees
         hidden = expected
 
 
