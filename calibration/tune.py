@@ -23,14 +23,14 @@ from octavo.calibration.algorithms.learned_rounding import LearnedRounding
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.layers import QuantizeError
 from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import WeightScheme
 
-STEPS = 100
+STEPS = 96
 STEP_TOKENS = 1024  # whose gradients make a step
-STEP_STARTS = 128  # first tokens beside them
+STEP_STARTS = 32  # first tokens beside them
 START_SHARE = 0.125  # of first tokens' error, beside the text's
-ROUNDING_RATE = 0.012  # of the first step, in codes; it falls to 0 linearly
-SCALE_RATE = 0.006  # of the first step, as a part of the scale
-FLOAT_SHARE = 0.5  # of both rates, for floats, whose large numbers lie far apart: benchmarks/quality/results/README.md
+ROUNDING_RATE = 0.012  # of the first step at 2 bits, in codes; it falls to 0 linearly
+SCALE_RATE = 0.006  # of the first step at 2 bits, as a part of the scale
 HELD_BACK = 8  # every how many-th sample is held back
 ENOUGH = 64  # samples; of twice, three times as many it is every 16th, 24th, since 8 held back tell as much
 LOOK_STEPS = 12  # between looks at held-back samples, from the last step back to the middle: what is best comes late
@@ -113,7 +113,7 @@ class BlockWeights:
         for module, part in zip(self._layers[name], torch.split(gradient, self._num_rows(name)), strict=True):
             if module in self.learned:
                 learned = self.learned[module]
-                rate = share * (FLOAT_SHARE if learned.start.scheme.weight.is_float else 1)
+                rate = share * _rate(learned.start.scheme.weight)
                 learned.step(part, rate * ROUNDING_RATE, rate * SCALE_RATE)
 
     def _num_rows(self, name: str) -> list[int]:
@@ -122,6 +122,15 @@ class BlockWeights:
 
     def results(self) -> dict[str, QuantizedWeight]:
         return {module: learned.result() for module, learned in self.learned.items()}
+
+
+def _rate(weight: WeightScheme) -> float:
+    """The share of the rates that a weight moves by: half of them at 3 bits and for floats, a quarter at 4 and more.
+
+    The finer its grid, the less a weight gains on its way; what it learns of these samples alone doesn't get less
+    (benchmarks/quality/results/README.md).
+    """
+    return 0.5 if weight.is_float else 2.0 ** (2 - min(weight.bits, 4))
 
 
 def tune(
@@ -146,7 +155,7 @@ def tune(
     every = HELD_BACK * max(1, count // ENOUGH)
     parts = [_Part(text, 1.0, every, max(1, STEP_TOKENS // text.hidden.shape.seq_len), seed)]
     if starts is not None:
-        parts.append(_Part(starts, START_SHARE, HELD_BACK, STEP_STARTS, seed))
+        parts.append(_Part(starts, START_SHARE, 2 * HELD_BACK, STEP_STARTS, seed))
     factor = _counted(text.target, parts[0].held, reader).to(device)
     dtype = torch.float32 if device.type == "cpu" else own.dtype  # between products, which alone take long on a CPU
 

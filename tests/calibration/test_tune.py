@@ -16,7 +16,6 @@ from hf_oracle import CASES, make_hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from octavo.calibration import prepare as prepare_module
 from octavo.calibration import tune
 from octavo.calibration.algorithms.learned_rounding import LearnedRounding
 from octavo.calibration.layers import QuantizeError
@@ -49,8 +48,10 @@ GRIDS = [
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A half, with which the tiny models gain in a second."""
-    monkeypatch.setattr(tune, "STEPS", 50)
+    """A half, each as far as two, with which the tiny models gain in a second."""
+    monkeypatch.setattr(tune, "STEPS", tune.STEPS // 2)
+    monkeypatch.setattr(tune, "ROUNDING_RATE", 2 * tune.ROUNDING_RATE)
+    monkeypatch.setattr(tune, "SCALE_RATE", 2 * tune.SCALE_RATE)
 
 
 def weight_of(n: int = 48, k: int = 128) -> Tensor:
@@ -189,23 +190,25 @@ def test_a_block_s_output_is_nearer_on_text_that_was_not_shown(
     assert errors[1] < 0.98 * errors[0], errors
 
 
-def test_any_token_may_be_the_first(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of tokens that weren't shown as the first, the output is nearer than where all text begins with one."""
-    monkeypatch.setattr(prepare_module, "MAX_STARTS", 96)
+def test_the_text_s_tokens_are_learned_as_first_ones(
+    fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output for each alone is nearer than where all text begins with one token; with first tokens counting eight
+    times as much as the text, as those of this model are hardly other than the rest of it.
+    """
+    monkeypatch.setattr(tune, "START_SHARE", 8)
     model = fixtures / "tiny-qwen2"
     token_ids = held_out_tokens(model, 95)
-    shown = calibration(model, token_ids).starts
-    assert shown is not None
-    assert shown.shape == (96, 1)
-    others = set(range(Checkpoint.open(model).config["vocab_size"])) - set(shown.flatten().tolist())
-    unseen = torch.tensor(sorted(others)).unsqueeze(1)
+    starts = calibration(model, token_ids).starts
+    assert starts is not None
+    assert starts.flatten().sort().values.equal(token_ids.unique())
     errors = []
     for name, begin in (("any", token_ids[:, :1]), ("one", token_ids[:1, :1].expand(95, 1))):
         ready = calibration(model, torch.cat((begin, token_ids[:, 1:]), dim=1))
         recipe = Recipe("W2A16@32", algorithm="tune")
         quantize_model(prepare(model, tmp_path / name, recipe, calibration=ready))
-        errors.append(block_error(model, Checkpoint.open(tmp_path / name), unseen))
-    assert errors[0] < 0.95 * errors[1], errors
+        errors.append(block_error(model, Checkpoint.open(tmp_path / name), starts))
+    assert errors[0] < 0.9 * errors[1], errors
 
 
 def with_large_channels(model: Path, out: Path, weight: float) -> Path:
