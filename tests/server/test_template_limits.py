@@ -24,7 +24,7 @@ from octavo.text.template_process import Job
 pytestmark = pytest.mark.long
 
 SPIN = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-GROW = "{% set ns = namespace(x='12345678') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+GROW = "{% set x = messages[0].content * 9999999999 %}"  # refused at once: filling 1 GiB can take 5 s
 WRITE = "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}"
 BOMBS = {"spin": (SPIN, "5 s"), "grow": (GROW, "1024 MiB"), "write": (WRITE, "4194304 characters")}
 TEMPLATE = (
