@@ -209,9 +209,9 @@ def _block(
                 following[path] = _hidden(run, calibration, index + 1, path)
                 block.run(run.states[path], following[path])
         starts = run.states.get("starts")
-        examples = None if starts is None else Example(starts, following["original-starts"])
+        start_example = None if starts is None else Example(starts, following["original-starts"])
         reader = _norm_behind(run, calibration, index)
-        for solved in block.quantize(run.states["hidden"], following.get("original"), examples, reader):
+        for solved in block.quantize(run.states["hidden"], following.get("original"), start_example, reader):
             item = items[f"{solved.module}.weight"]
             assert item.linear is not None
             rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))

@@ -32,6 +32,7 @@ START_SHARE = 0.125  # of first tokens' error, beside the text's
 ROUNDING_RATE = 0.012  # of the first step at 2 bits, in codes; it falls to 0 linearly
 SCALE_RATE = 0.006  # of the first step at 2 bits, as a part of the scale
 HELD_BACK = 8  # every how many-th sample is held back
+HELD_STARTS = 16  # every how many-th first token
 ENOUGH = 64  # samples; of twice, three times as many it is every 16th, 24th, since 8 held back tell as much
 LOOK_STEPS = 12  # between looks at held-back samples, from the last step back to the middle: what is best comes late
 
@@ -155,7 +156,7 @@ def tune(
     every = HELD_BACK * max(1, count // ENOUGH)
     parts = [_Part(text, 1.0, every, max(1, STEP_TOKENS // text.hidden.shape.seq_len), seed)]
     if starts is not None:
-        parts.append(_Part(starts, START_SHARE, 2 * HELD_BACK, STEP_STARTS, seed))
+        parts.append(_Part(starts, START_SHARE, HELD_STARTS, STEP_STARTS, seed))
     factor = _counted(text.target, parts[0].held, reader).to(device)
     dtype = torch.float32 if device.type == "cpu" else own.dtype  # between products, which alone take long on a CPU
 
