@@ -206,7 +206,7 @@ class Judge:
         }
         for hook in hooks:
             hook.remove()
-        for name, weight in kept.items():
+        for name, weight in reversed(kept.items()):  # of tensors that are one the first kept is the original's
             self._parameters[name].copy_(weight)
         size = sum(checkpoint.spec(name).nbytes for name in checkpoint.names)
         if (directory / "model.gguf").exists():
