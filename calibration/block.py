@@ -40,6 +40,10 @@ MAX_ROWS = 1 << 15  # of layers that are solved together, or one layer
 # Qwen2 0.5B in W8A8 with scales behind norms alone has a KL of 0.0114 with it, and 0.0081 with 0.8.
 NORM_SMOOTHING = 0.8
 INPUT_ROWS = 512  # tokens whose inputs are kept to see what rounding them costs
+# Tokens for each of the widest layer's inputs that inputs are measured on where tuning goes on from there. With 4
+# Qwen2.5's first block, of 4,864 inputs, ends with 1.12 times the KL that it has with 13; SmolLM2's, of 1,536, need no
+# more than 11.
+TUNED_FROM = 16
 Tensors = dict[str, Tensor]
 RecordKV = Callable[[Tensor, Tensor], None]  # keys and values
 Step = Callable[[str], None]  # told what is done next, for the progress bar
@@ -112,24 +116,39 @@ class Block:
         """
         if target is None:
             return self._solve_layers(hidden)
-        return self._tune(list(self._solve_layers(hidden)), Example(hidden, target), starts, reader)
+        return self._tune(list(self._solve_layers(hidden, is_tuned=True)), Example(hidden, target), starts, reader)
 
-    def _solve_layers(self, hidden: Hidden) -> Iterator[Solved]:
+    def _enough(self, hidden: Hidden) -> int | None:
+        """How many samples inputs are measured on before a block is tuned; None: all, which experts share, and which
+        stored scales cover.
+        """
+        stored = any(s.activation is not None and s.activation.has_stored_scale for s in self.schemes.values())
+        if stored or any(expert_of(name) is not None for name in self.runner.modules(self.index)):
+            return None
+        widest = max((self.tensors[f"{module}.weight"].shape[1] for module in self.schemes), default=0)
+        return -(-TUNED_FROM * widest // hidden.shape.seq_len)
+
+    def _solve_layers(self, hidden: Hidden, *, is_tuned: bool = False) -> Iterator[Solved]:
         layer = self.runner.build(self.index, self.tensors)
         groups = self.runner.groups(self.index, layer)
-        stats = self._capture(layer, hidden, groups) if self.recipe.needs_statistics else {}
+        num_samples = self._enough(hidden) if is_tuned else None
+        stats = self._capture(layer, hidden, groups, num_samples) if self.recipe.needs_statistics else {}
         del layer  # it takes as much as the tensors
         if self.recipe.scaling is not None:  # all folds first: none may reach into a layer that is solved already
             self._scale(groups, stats)
         stages = _stages(groups) if self.recipe.true_sequential else [groups]
         for number, stage in enumerate(stages):
             if number > 0:
-                stats = self._capture(self.runner.build(self.index, self.tensors), hidden, stage)
+                stats = self._capture(self.runner.build(self.index, self.tensors), hidden, stage, num_samples)
             for group in stage:
                 yield from self._group(group, stats.get(group.name))
 
-    def _capture(self, layer: Any, hidden: Hidden, wanted: list[InputGroup]) -> dict[str, InputStats]:
-        """Run all samples through the block as it is; the statistics of the inputs of layers that have a scheme."""
+    def _capture(
+        self, layer: Any, hidden: Hidden, wanted: list[InputGroup], num_samples: int | None
+    ) -> dict[str, InputStats]:
+        """Run samples through the block as it is, the first ones or all; the inputs' statistics of layers that have a
+        scheme.
+        """
         self.step("inputs")
         moments = self.recipe.algorithm != "rtn"  # static scales need the largest magnitudes alone
         num_rows = 0 if self.recipe.scaling is None else INPUT_ROWS
@@ -147,7 +166,7 @@ class Block:
                     )
                 collector.add(x)
 
-        for batch in hidden.batches():
+        for batch in hidden.batches(num_samples):
             self.runner.forward(layer, batch.to(self.runner.device), record)
         self.expert_counts = self.runner.expert_counts
         found = {name: collectors[name].result() for name in names}

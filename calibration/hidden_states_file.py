@@ -56,10 +56,11 @@ class Hidden:
         except OSError as e:
             raise OSError(e.errno, e.strerror, str(self.path)) from None
 
-    def batches(self) -> Iterator[Tensor]:
-        """All samples, [B, seq_len, hidden_size] at a time."""
-        for begin in range(0, self.shape.num_samples, self.shape.batch):
-            yield self._read(begin, min(self.shape.batch, self.shape.num_samples - begin))
+    def batches(self, num_samples: int | None = None) -> Iterator[Tensor]:
+        """The first samples, or all, [B, seq_len, hidden_size] at a time."""
+        end = self.shape.num_samples if num_samples is None else min(num_samples, self.shape.num_samples)
+        for begin in range(0, end, self.shape.batch):
+            yield self._read(begin, min(self.shape.batch, end - begin))
 
     def samples(self, indices: Sequence[int]) -> Tensor:
         """Some samples, [len(indices), seq_len, hidden_size]."""

@@ -134,6 +134,29 @@ def test_what_is_written_is_what_compressed_tensors_reads(fixtures: Path, tmp_pa
     assert float((steps.amax(2) - steps.amin(2)).max()) < 2**bits
 
 
+@pytest.mark.parametrize(
+    ("scheme", "kind", "measures_all"), [("W3A16@32", "weight_packed", False), ("NVFP4", "input_global_scale", True)]
+)
+def test_what_tuning_begins_with_is_measured_on_some_samples(
+    fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, kind: str, measures_all: bool
+) -> None:
+    """So many for each of the widest layer's inputs; all where scales of inputs are stored, which shall cover all."""
+    monkeypatch.setattr(tune, "STEPS", 0)
+    monkeypatch.setattr("octavo.calibration.block.TUNED_FROM", 4)
+    model = fixtures / "tiny"
+    token_ids = held_out_tokens(model, 80)
+    widest = json.loads((model / "config.json").read_text())["intermediate_size"]
+    enough = -(-4 * widest // token_ids.shape[1])
+    assert enough < len(token_ids)
+    begun = quantized(model, tmp_path / "tune", Recipe(scheme, algorithm="tune"), len(token_ids))
+    few = quantized(model, tmp_path / "few", Recipe(scheme, algorithm="awq+gptq"), enough)
+    every = quantized(model, tmp_path / "all", Recipe(scheme, algorithm="awq+gptq"), len(token_ids))
+    first = [name for name in begun if ".layers.0." in name and name.endswith(kind)]
+    assert first
+    for other, is_same in ((few, not measures_all), (every, measures_all)):
+        assert all(torch.equal(begun[name], other[name]) for name in first) == is_same
+
+
 def block_error(model: Path, found: Checkpoint, token_ids: Tensor, factor: Tensor | None = None) -> float:
     """Of the first block's output in float64, its inputs rounded as `found` says, relative for each token, to the
     original's; channels count by `factor` [H].
