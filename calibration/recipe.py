@@ -90,7 +90,7 @@ class Recipe(msgspec.Struct, frozen=True):
                 "group": HOW,
                 "flag": "--observer",
                 "spellings": {"minmax": "absmax"},
-                "default": "mse for fewer than 8 bits, else absmax",
+                "default": "mse for fewer than 8 bits and for GGUF, else absmax",
             },
         ),
     ] = None
@@ -268,7 +268,7 @@ class Recipe(msgspec.Struct, frozen=True):
         return found
 
     def search_of(self, scheme: QuantScheme) -> Search:
-        return self.search or ("mse" if scheme.weight.bits < 8 else "absmax")
+        return self.search or ("mse" if scheme.weight.bits < 8 or self.format == "gguf" else "absmax")
 
 
 def _usual(scheme: QuantScheme) -> Algorithm:

@@ -17,7 +17,7 @@ SUPER = 256  # columns of a super-block
 MOST_SCALE = 63  # of 6 bits
 MOST_SIGNED = 127
 SHRINK = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, the whole first so that it wins a tie
-TINY = torch.finfo(torch.float16).tiny
+TINY = 2.0**-24  # the least float16 above 0: a unit of small weights is subnormal
 CHUNK = 1 << 20  # elements worked on at a time
 
 
@@ -29,8 +29,8 @@ def has_own_grid(w: WeightScheme) -> bool:
 def search_grid(weight: Tensor, w: WeightScheme, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scales [N, G] and minima [N, G] or None, float32 as they will be stored, never a scale of 0, of a weight [N, K].
 
-    Of ranges in SHRINK, each fitted again to its codes by least squares, the one with the least sum of importance [K]
-    times squared error; then the scales of a super-block are rounded to its integers. Raises ValueError for columns
+    Of some ranges, each fitted again to its codes by least squares, the one with the least sum of importance [K] times
+    squared error; then the scales of a super-block are rounded to its integers. Raises ValueError for columns
     that are no whole groups.
     """
     size = w.granularity.tile(*weight.shape)[1]
@@ -102,11 +102,15 @@ def _fit_over_minima(
 
 
 def _around_zero(tiles: Tensor, weights: Tensor, int_range: tuple[int, int]) -> Tensor:
-    """Scales [R, G], any numbers: negative where the largest value is positive, so that it is the lowest code."""
-    peak = tiles.gather(2, tiles.abs().argmax(2, keepdim=True))[..., 0]
+    """Scales [R, G], any numbers: negative where the largest value is positive, which is a whole number of them.
 
-    def fitted(shrink: float) -> tuple[Tensor, Tensor]:
-        scale = peak * (shrink / int_range[0])
+    It is the lowest code, or up to a quarter less: of weights that were on such a grid before, that is the very one.
+    """
+    peak = tiles.gather(2, tiles.abs().argmax(2, keepdim=True))[..., 0]
+    lowest = int_range[0]
+
+    def fitted(code: int) -> tuple[Tensor, Tensor]:
+        scale = peak / code
         scale = torch.where(scale.abs() < 1e-20, torch.full_like(scale, 1e-20), scale)
         codes = (tiles / scale[..., None]).round_().clamp_(*int_range)
         weighted = codes * weights
@@ -114,7 +118,7 @@ def _around_zero(tiles: Tensor, weights: Tensor, int_range: tuple[int, int]) -> 
         scale = torch.where(own.isfinite() & (own.abs() > 1e-20), own, scale)
         return scale, _error(tiles, weights, scale, None, int_range)
 
-    return _best(map(fitted, SHRINK))
+    return _best(map(fitted, range(lowest, lowest * 3 // 4 + 1)))
 
 
 def _error(tiles: Tensor, weights: Tensor, scale: Tensor, minimum: Tensor | None, int_range: tuple[int, int]) -> Tensor:
@@ -133,11 +137,21 @@ def _in_super_blocks(values: Tensor, size: int, least: int = 1) -> Tensor:
 
 
 def _in_signed_super_blocks(values: Tensor, size: int) -> Tensor:
-    """Values [R, G] as integers -127..127, but 0, times a float16 for each super-block."""
+    """Values [R, G] as integers -128..127, but 0, times a float16 for each super-block.
+
+    The value furthest from 0 is 127 or, as llama.cpp has it, -128: whichever is nearer to all of them.
+    """
     blocks = values.reshape(len(values), -1, SUPER // size)
-    unit = (blocks.abs().amax(2, keepdim=True) / MOST_SIGNED).half().float().clamp(min=TINY)
-    whole = (blocks / unit).round_().clamp_(-MOST_SIGNED, MOST_SIGNED)
-    return (torch.where(whole == 0, 1.0, whole) * unit).reshape(values.shape)
+    peak = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+
+    def rounded(unit: Tensor) -> tuple[Tensor, Tensor]:
+        unit = unit.half().float()
+        unit = torch.where(unit.abs() < TINY, TINY, unit)
+        whole = (blocks / unit).round_().clamp_(-MOST_SIGNED - 1, MOST_SIGNED)
+        found = torch.where(whole == 0, 1.0, whole) * unit
+        return found, (found - blocks).square_().sum(2, keepdim=True)
+
+    return _best(map(rounded, (peak.abs() / MOST_SIGNED, peak / (-MOST_SIGNED - 1)))).reshape(values.shape)
 
 
 def factored(values: Tensor, most: int, lowest: int = 0, likely: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:

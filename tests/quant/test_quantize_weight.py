@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from octavo.quant.qparams import WeightError, quantize_weight
-from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, Granularity, QuantScheme, WeightDtype, WeightScheme, group
+from octavo.quant.scheme import (
+    CHANNEL,
+    GGUF,
+    PRESETS,
+    TENSOR,
+    Granularity,
+    QuantScheme,
+    WeightDtype,
+    WeightScheme,
+    group,
+)
 
 GRANULARITIES = [TENSOR, CHANNEL, group(32), group(128), Granularity("block", block=(128, 128))]
 SCHEMES = [
@@ -106,6 +116,35 @@ def test_a_search_turns_the_grid_to_the_larger_side(dtype: WeightDtype) -> None:
     assert found.codes[0, 5] == least
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int6", "int5", "int4", "int3", "int2"])
+@pytest.mark.parametrize("peak", ["lowest", "highest", "lowest, negative scale"])
+def test_weights_on_a_grid_stay_where_they_are(dtype: WeightDtype, peak: str) -> None:
+    """As a checkpoint's that another tool has rounded and dequantized, or that was trained for a grid."""
+    scheme = QuantScheme(WeightScheme(dtype, group(32)))
+    least, most = scheme.weight.int_range
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(least + 1, most + 1, (64, 256), generator=generator).float()
+    codes[:, ::32] = least if peak.startswith("lowest") else most
+    scale = torch.rand(64, 8, generator=generator).half().float() * (-1 if "negative" in peak else 1)
+    weight = codes * scale.repeat_interleave(32, dim=1)
+    assert torch.equal(quantize_weight(weight, scheme, "mse", torch.float16).dequantize(), weight)
+
+
+@pytest.mark.parametrize("most", [0.5, 0.05], ids=["large", "units that are subnormal"])
+def test_weights_on_super_blocks_of_signed_scales_stay_where_they_are(most: float) -> None:
+    """As llama.cpp writes Q6_K: the scale furthest from 0 is -128 units, and the weight furthest from it any code."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(-25, 26, (64, 32, 16), generator=generator).float()
+    codes[..., 0] = torch.randint(-32, -27, (64, 32), generator=generator).float()
+    whole = torch.randint(-127, 128, (64, 2, 16), generator=generator).float()
+    whole[whole == 0] = 1
+    whole[..., 3] = -128
+    unit = (torch.rand(64, 2, 1, generator=generator) * most / 4096).clamp(min=2**-22).half().float()
+    weight = (codes * (whole * unit).view(64, 32, 1)).view(64, 512)
+    found = quantize_weight(weight, QuantScheme(GGUF["Q6_K"])).dequantize()
+    torch.testing.assert_close(found, weight, rtol=2**-20, atol=0)  # a scale's fit in float32, of which 16 make a sum
+
+
 @pytest.mark.parametrize("search", ["absmax", "mse"])
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -116,7 +155,7 @@ def test_zero_groups_and_tiny_weights_stay_finite(name: str, search: str, dtype:
     scheme = PRESETS[name]
     result = quantize_weight(weight, scheme, "mse" if search == "mse" else "absmax")
     assert result.scale.dtype == (dtype if scheme.weight.scales == "float" else torch.float32)  # 2^-127 is in no other
-    lopsided = search == "mse" and scheme.weight.symmetric and scheme.weight.bits <= 4 and not scheme.weight.is_float
+    lopsided = search == "mse" and scheme.weight.symmetric and not scheme.weight.is_float
     assert (result.scale != 0 if lopsided else result.scale > 0).all()
     decoded = result.dequantize()
     assert decoded.isfinite().all()
