@@ -43,7 +43,7 @@ INPUT_ROWS = 512  # tokens whose inputs are kept to see what rounding them costs
 # Tokens for each of the widest layer's inputs that inputs are measured on where tuning goes on from there. With 4
 # Qwen2.5's first block, of 4,864 inputs, ends with 1.12 times the KL that it has with 13; SmolLM2's, of 1,536, need no
 # more than 11.
-TUNED_FROM = 16
+TUNED_TOKENS_PER_INPUT = 16
 Tensors = dict[str, Tensor]
 RecordKV = Callable[[Tensor, Tensor], None]  # keys and values
 Step = Callable[[str], None]  # told what is done next, for the progress bar
@@ -119,14 +119,14 @@ class Block:
         return self._tune(list(self._solve_layers(hidden, is_tuned=True)), Example(hidden, target), starts, reader)
 
     def _enough(self, hidden: Hidden) -> int | None:
-        """How many samples inputs are measured on before a block is tuned; None: all, which experts share, and which
+        """How many samples inputs are measured on before a block, built, is tuned; None: all, which experts share and
         stored scales cover.
         """
         stored = any(s.activation is not None and s.activation.has_stored_scale for s in self.schemes.values())
-        if stored or any(expert_of(name) is not None for name in self.runner.modules(self.index)):
+        if stored or self.runner.expert_counts is not None:
             return None
         widest = max((self.tensors[f"{module}.weight"].shape[1] for module in self.schemes), default=0)
-        return -(-TUNED_FROM * widest // hidden.shape.seq_len)
+        return -(-TUNED_TOKENS_PER_INPUT * widest // hidden.shape.seq_len)
 
     def _solve_layers(self, hidden: Hidden, *, is_tuned: bool = False) -> Iterator[Solved]:
         layer = self.runner.build(self.index, self.tensors)

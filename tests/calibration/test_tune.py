@@ -142,7 +142,7 @@ def test_what_tuning_begins_with_is_measured_on_some_samples(
 ) -> None:
     """So many for each of the widest layer's inputs; all where scales of inputs are stored, which shall cover all."""
     monkeypatch.setattr(tune, "STEPS", 0)
-    monkeypatch.setattr("octavo.calibration.block.TUNED_FROM", 4)
+    monkeypatch.setattr("octavo.calibration.block.TUNED_TOKENS_PER_INPUT", 4)
     model = fixtures / "tiny"
     token_ids = held_out_tokens(model, 80)
     widest = json.loads((model / "config.json").read_text())["intermediate_size"]
