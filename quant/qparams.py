@@ -295,11 +295,11 @@ class _Tiles:
             return fp4.e8m0_to_float(exponents), zero
         if w.is_float:
             most = fp4.E2M1_MAX if w.dtype == "fp4_e2m1" else FP8_MAX
-            return _storable(torch.maximum(-self.low, self.high) * (shrink / most), dtype), zero
+            return storable(torch.maximum(-self.low, self.high) * (shrink / most), dtype), zero
         steps = (1 << w.bits) - 1
         if w.symmetric:
-            return _storable(torch.maximum(-self.low, self.high) * (2 * shrink / steps), dtype), zero
-        scale = _storable((self.high - self.low) * (shrink / steps), dtype)
+            return storable(torch.maximum(-self.low, self.high) * (2 * shrink / steps), dtype), zero
+        scale = storable((self.high - self.low) * (shrink / steps), dtype)
         least, most = w.int_range
         return scale, (least - self.low * shrink / scale).round().clamp(least, most)
 
@@ -342,19 +342,17 @@ class _Tiles:
         return decoded.mul_(scale).sub_(self.values).square_().sum(3, keepdim=True).sum(1, keepdim=True)
 
 
-def store_e4m3(scale: Tensor) -> Tensor:
-    """Scales rounded to e4m3, in float32, never 0; it saturates, and has its subnormals."""
-    return scale.clamp(2.0**-9, FP8_MAX).to(torch.float8_e4m3fn).float()
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales rounded to the type that they will be stored in, as float32, never 0 (a tile of zeros) nor near it.
 
-
-def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales rounded to the type that they will be stored in, never 0 (a tile of zeros) nor near it.
+    e4m3 saturates, and has its subnormals; scales of other types may be below zero. Raises WeightError for one beyond
+    its type.
 
     float16 is subnormal below 6e-5, where scales of 8-bit weights lie, so there subnormals are allowed down to where
     rounding moves a scale by 1 in 128.
     """
     if dtype == torch.float8_e4m3fn:
-        return store_e4m3(scale)
+        return scale.clamp(2.0**-9, FP8_MAX).to(dtype).float()
     least = 2.0**-18 if dtype == torch.float16 else torch.finfo(dtype).tiny
     stored = scale.to(dtype).float()
     stored = torch.where(stored < 0, stored.clamp(max=-least), stored.clamp(min=least))

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from octavo.calibration.algorithms.group_scales import grid_of, rounding_body, search_scales, storable
+from octavo.calibration.algorithms.group_scales import grid_of, rounding_body, search_scales
 from octavo.calibration.algorithms.input_statistics import InputStats
 from octavo.kernels.gptq import reference
 from octavo.quant.qparams import (
@@ -25,6 +25,7 @@ from octavo.quant.qparams import (
     over_global_scale,
     quantize_weight,
     scale_type,
+    storable,
 )
 from octavo.quant.scheme import QuantScheme, Search
 from octavo.quant.super_blocks import has_own_grid

@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.kernels.fp4 import reference as fp4
 from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
-from octavo.quant.qparams import FP8_MAX, WeightError, fractions_of, store_e4m3
+from octavo.quant.qparams import FP8_MAX, WeightError, fractions_of, storable
 from octavo.quant.scheme import LARGEST, ActivationScheme, Search, WeightScheme
 from octavo.quant.super_blocks import has_own_grid, search_grid
 
@@ -83,18 +83,6 @@ def _candidates(
     scales = storable((high - low) * (fractions / (2 * steps)), dtype)
     least, most = w.int_range
     return scales, (least - low * fractions / scales).round_().clamp_(least, most)
-
-
-def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal but e4m3.
-
-    Any but those of e4m3 may be below zero.
-    """
-    if dtype == torch.float8_e4m3fn:
-        return store_e4m3(scale)
-    stored = scale.to(dtype).float()
-    least = torch.finfo(dtype).tiny
-    return torch.where(stored < 0, stored.clamp(max=-least), stored.clamp(min=least))
 
 
 def round_to_groups(

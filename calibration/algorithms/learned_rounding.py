@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.calibration.algorithms.group_scales import grid_of, storable
+from octavo.calibration.algorithms.group_scales import grid_of
 from octavo.kernels.gptq.reference import to_grid
-from octavo.quant.qparams import QuantizedWeight, code_type, scale_type
+from octavo.quant.qparams import QuantizedWeight, code_type, scale_type, storable
 from octavo.quant.scheme import WeightScheme
 from octavo.quant.super_blocks import has_own_grid
 

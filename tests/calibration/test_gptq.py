@@ -224,6 +224,24 @@ def test_what_no_dampening_helps_is_refused() -> None:
         gptq_weight(weight_of(), broken, INTEGERS[0])
 
 
+def test_small_weights_keep_their_range_in_float16() -> None:
+    """Scales of 8 bits around 1e-5, which float16 holds as subnormals: nearly as near as float32 ones."""
+    weight = weight_of(dtype=torch.float32) * 0.01
+
+    def error(scale_dtype: torch.dtype) -> float:
+        found = gptq_weight(weight, stats, QuantScheme(WeightScheme("int8", group(32))), scale_dtype=scale_dtype)
+        return gptq_loss(weight, found.weight.dequantize(), stats) ** 0.5
+
+    stats = collect(inputs())
+    assert error(torch.float16) <= (1 + 2.0**-7) * error(torch.float32)  # by as much a step may be wider
+
+
+def test_a_scale_beyond_its_type_is_refused() -> None:
+    weight = weight_of(dtype=torch.float32) * 2.0**26
+    with pytest.raises(WeightError, match="is needed, which float16 can't hold"):
+        gptq_weight(weight, collect(inputs()), PRESETS["W4A16"], scale_dtype=torch.float16)
+
+
 def test_bad_numbers_are_refused() -> None:
     stats = collect(inputs())
     weight = weight_of()
