@@ -238,19 +238,19 @@ class Block:
         layers = self.runner.modules(self.index)
         rare = set() if self.expert_counts is None else set(rarely_chosen(self.expert_counts.tolist()))
         untuned = {m for name, modules in layers.items() if expert_of(name) in rare for m in modules}
-        device = self.runner.device
-        learned = {
-            s.module: LearnedRounding(s.weight.to(device), s.quantized.to(device))
-            for s in solved
-            if s.module not in untuned
-        }
-        if not learned:
+        moving = [s for s in solved if s.module not in untuned]
+        if not moving:
             yield from solved
             return
         self.step("tuning")
-        own = BlockWeights(layers, self.tensors, learned, _product_dtype(self.runner), device)
+        device = self.runner.device
         rounds = _input_rounding(layers, {s.module: s.quantized for s in solved}, device)
         block = self.runner.differentiable(self.runner.build(self.index, self.tensors), rounds)
+        learned = {}
+        for s in moving:
+            learned[s.module] = LearnedRounding(s.weight.to(device), s.quantized.to(device))
+            del self.tensors[f"{s.module}.weight"]  # there is room for it once it is tuned
+        own = BlockWeights(layers, self.tensors, learned, _product_dtype(self.runner), device)
         tuned = tune(block, own, text, starts, reader, seed=self.index)
         for layer in solved:
             quantized = tuned.weights.get(layer.module)

@@ -21,7 +21,7 @@ from octavo.calibration.tune import STEP_TOKENS, STEPS
 PROCESS_BYTES = 450_000_000  # torch and the kernels, before anything is loaded
 SIDE = 1024  # of the GEMMs whose speed is measured
 AWQ_TRIALS = 50  # roundings of each weight in the search for scales and clipping
-TUNING_BYTES = 32  # for each weight: what it was and is, its rounding and averages in float32, and its gradient
+TUNING_BYTES = 20  # for each weight: its rounding and averages in float32, codes, what it is and the gradient of that
 RTN_BYTES_PER_SECOND = 40e6  # weights read, searched and rounded by one core; a floor for what an estimate says
 
 
@@ -74,7 +74,7 @@ def _block_memory(unit: Unit, recipe: Recipe) -> int:
     tuning = TUNING_BYTES * sum(k * n for k, n in inputs) if recipe.tunes else 0
     activations = 4 * BATCH_TOKENS * max(k + n for k, n in inputs)
     running = unit.nbytes + statistics + 4 * activations  # the tensors again, as the runner packs them
-    return unit.nbytes + max(running, statistics + 4 * widest, unit.nbytes + tuning + 4 * activations)
+    return unit.nbytes + max(running, statistics + 4 * widest, tuning + 4 * activations)
 
 
 def _inputs(unit: Unit) -> list[tuple[int, int]]:

@@ -64,7 +64,7 @@ class BlockWeights:
     """A block's weights by its linear layers' names; some of their modules are on their way, the others as they are.
 
     layers   a linear layer's name in the block -> its modules, in the order of their rows
-    tensors  what the block computes with, `MODULE.weight`
+    tensors  what the block computes with, `MODULE.weight`, of those that aren't on their way
     learned  module -> its rounding
     dtype    of what linear layers multiply
     """
@@ -81,8 +81,9 @@ class BlockWeights:
         self._layers = layers
         self.dtype = dtype
         self.device = device
-        self._shapes = {m: tensors[f"{m}.weight"].shape for modules in layers.values() for m in modules}
-        self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in self._shapes.keys() - learned.keys()}
+        modules = {module for parts in layers.values() for module in parts}
+        self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in modules - learned.keys()}
+        self._shapes = {m: learned[m].start.shape if m in learned else self._fixed[m].shape for m in modules}
 
     def weights(self) -> dict[str, Tensor]:
         """Each layer's [N, K], which records its gradient if it is learned in part."""
@@ -173,15 +174,17 @@ def tune(
             for part in parts
         )
 
+    @torch.enable_grad()
+    def move(share: float) -> None:
+        weights = own.weights()
+        own.move_in_backward(weights, share)
+        losses = [part.share * errors(part.example, next(part.order), weights).mean() for part in parts]
+        torch.autograd.backward(losses)
+
     before = look()
     best = Tuned(own.results(), before, before)
     for step in range(STEPS):
-        with torch.enable_grad():
-            weights = own.weights()
-            own.move_in_backward(weights, 1 - step / STEPS)
-            losses = [part.share * errors(part.example, next(part.order), weights).mean() for part in parts]
-            torch.autograd.backward(losses)
-        del weights
+        move(1 - step / STEPS)
         left = STEPS - 1 - step
         if left < STEPS // 2 and left % LOOK_STEPS == 0:
             error = look()

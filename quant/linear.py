@@ -91,6 +91,12 @@ class Linear:
             return self.forward(x, step)
         return self._split_k(x, self._weight, self.out_dtype)
 
+    def without_weights(self) -> Linear:
+        """What stays of it where its input multiplies other weights: its bias."""
+        bare = Linear(self.scheme, (), None, self.out_dtype)
+        bare.whole_bias = self.whole_bias
+        return bare
+
     def describe(self) -> tuple[str, str]:
         """(scheme, kernel), for the table that is printed at start."""
         return self.scheme, " + ".join(dict.fromkeys(part.choice.kernel.name for part in self.parts))

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from octavo.calibration.algorithms.group_scales import grid_of
 from octavo.kernels.gptq.reference import to_grid
-from octavo.quant.qparams import QuantizedWeight, code_type, scale_type, storable
+from octavo.quant.qparams import QuantizedWeight, scale_type, storable
 from octavo.quant.scheme import WeightScheme
 from octavo.quant.super_blocks import has_own_grid
 
 WITHIN = 0.499  # of a step: how far from its code a weight begins at most
+PIECE = 1 << 19  # weights that are moved at once, so that what is between stays in a core's cache
+EXPONENT = 0x7F800000  # its bits in a float32
 HALVINGS = 8  # of a weight's way from its code, until it rounds to that
 MEAN_DECAY = 0.9  # of Adam's moving averages
 SQUARE_DECAY = 0.95
@@ -55,8 +57,10 @@ class LearnedRounding:
         offset = None if start.zero_point is None else start.zero_point.float().view(*shape[:2], 1)
         self._zero = None if w.minima else offset
         self._minima = offset if w.minima else None
-        self._codes = codes.reshape(shape)  # that `write` wrote last; they are numbers again only where they are needed
-        begin = self._less_zero(codes.float().reshape(shape))
+        size = max(1, PIECE * shape[0] // weight.numel())
+        self._pieces = [slice(i, i + size) for i in range(0, shape[0], size)]
+        self._steps = 0
+        begin = self._less_zero(codes.float().reshape(shape), slice(None))
         exact = weight.float().reshape(shape)
         if self._minima is not None:
             exact = exact + self._minima
@@ -67,31 +71,40 @@ class LearnedRounding:
 
     def write(self, weight: Tensor) -> None:
         """Write the weight that is now meant to `weight` [N, K]."""
-        codes = self._rounded()
-        self._codes = codes.to(code_type(self.start.scheme.weight))
-        values = self._less_zero(codes).mul_(self._stored_scale())
-        if self._minima is not None:
-            values -= self._minima
-        weight.copy_(self._unsorted(values))
+        rows = weight.view(len(self.latent), -1)
+        scale = self._stored_scale()
+        for piece in self._pieces:
+            values = self._less_zero(self._rounded(piece), piece).mul_(scale[piece])
+            if self._minima is not None:
+                values -= self._minima[piece]
+            rows[piece] = self._unsorted(values)
 
     def step(self, gradient: Tensor, rounding_rate: float, scale_rate: float) -> None:
-        """Move against the gradient [N, K] of the weight that `write` wrote last, by at most about the rates.
+        """Move against the gradient [N, K] of the weight that `write` writes, by at most about the rates.
 
         Of latents the rate is in steps of the grid, which are wider for large numbers if these are floats.
         """
-        ordered = gradient if self._order is None else gradient[:, self._order]
-        g = ordered.reshape(self.latent.shape).float()
-        if self._sign is not None:
-            g = g * self._sign
-        codes = self._less_zero(self._codes.float())
-        spacing = _spacing(codes, self.start.scheme.weight)
-        if self._scaling is not None:
-            self._scaling.move(self.factor, codes.mul_(g).sum(2, keepdim=True), scale_rate)
-        self._rounding.move(self.latent, g, rounding_rate, spacing)
+        self._steps += 1
+        unbiased = (1 - SQUARE_DECAY**self._steps) ** 0.5 / (1 - MEAN_DECAY**self._steps)
+        rows = gradient.reshape(len(self.latent), -1)
+        for piece in self._pieces:
+            ordered = rows[piece] if self._order is None else rows[piece][:, self._order]
+            g = ordered.float().view(self.latent[piece].shape)
+            if self._sign is not None:
+                g = g * self._sign[piece]
+            codes = self._less_zero(self._rounded(piece), piece)
+            spacing = _spacing(codes, self.start.scheme.weight)
+            if self._scaling is not None:
+                of_scale = codes.mul_(g).sum(2, keepdim=True)
+                self._scaling.move(self.factor[piece], piece, of_scale, unbiased * scale_rate)
+            self._rounding.move(self.latent[piece], piece, g, unbiased * rounding_rate, spacing)
 
     def result(self) -> QuantizedWeight:
         """Codes and scales as they are now."""
-        codes = self._unsorted(self._rounded().to(code_type(self.start.scheme.weight)))
+        codes = torch.empty_like(self.start.codes)
+        rows = codes.view(len(self.latent), -1)
+        for piece in self._pieces:
+            rows[piece] = self._unsorted(self._rounded(piece).to(codes.dtype))
         scale = self._stored_scale().view(self.start.scale.shape).to(self.start.scale.dtype)
         return replace(self.start, codes=codes, scale=scale)
 
@@ -100,12 +113,13 @@ class LearnedRounding:
         w = self.start.scheme.weight
         return w.scales == "e8m0" or has_own_grid(w)
 
-    def _rounded(self) -> Tensor:
-        """Codes as they will be stored, in float32."""
-        return to_grid(self.latent, torch.ones_like(self._scale), self._zero, self._grid)
+    def _rounded(self, piece: slice) -> Tensor:
+        """Codes of some runs as they will be stored, in float32."""
+        zero = None if self._zero is None else self._zero[piece]
+        return to_grid(self.latent[piece], torch.ones_like(self._scale[piece]), zero, self._grid)
 
-    def _less_zero(self, codes: Tensor) -> Tensor:
-        return codes if self._zero is None else codes - self._zero
+    def _less_zero(self, codes: Tensor, piece: slice) -> Tensor:
+        return codes if self._zero is None else codes - self._zero[piece]
 
     def _stored_scale(self) -> Tensor:
         """The scales as they will be stored, in float32."""
@@ -118,10 +132,10 @@ class LearnedRounding:
             return storable(self._scale * self.factor, dtype)
         return storable(self._scale * self.factor * whole, dtype) / whole
 
-    def _unsorted(self, values: Tensor) -> Tensor:
-        """Numbers in the order of the weight's columns, [N, K]."""
-        ordered = values.view(self.start.shape)
-        return ordered if self._order is None else ordered[:, self._order.argsort()]
+    def _unsorted(self, runs: Tensor) -> Tensor:
+        """Rows of runs, with their numbers in the order of the weight's columns."""
+        rows = runs.flatten(1)
+        return rows if self._order is None else rows[:, self._order.argsort()]
 
 
 def _begin(exact: Tensor, codes: Tensor, w: WeightScheme) -> Tensor:
@@ -144,8 +158,10 @@ def _spacing(codes: Tensor, w: WeightScheme) -> Tensor | None:
     if not w.is_float:
         return None
     mantissa, least = (1, 0) if w.dtype == "fp4_e2m1" else (3, -6)  # bits of it, and the least normal number's exponent
-    exponent = torch.frexp(codes).exponent - 1
-    return torch.ldexp(torch.ones_like(codes), exponent.clamp_(min=least) - mantissa)
+    power = (codes.view(torch.int32) & EXPONENT).view(
+        torch.float32
+    )  # of two, below the number: the bits of its exponent
+    return power.clamp_(min=2.0**least).mul_(2.0**-mantissa)
 
 
 class _Adam:
@@ -154,14 +170,10 @@ class _Adam:
     def __init__(self, values: Tensor) -> None:
         self._mean = torch.zeros_like(values)
         self._square = torch.zeros_like(values)
-        self._count = 0
 
-    def move(self, values: Tensor, gradient: Tensor, rate: float, unit: Tensor | None = None) -> None:
-        """Move values against a gradient, in place, by about `rate` units."""
-        self._count += 1
-        self._mean.lerp_(gradient, 1 - MEAN_DECAY)
-        self._square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
-        size = self._square.sqrt().add_(torch.finfo(torch.float32).tiny)
-        mean = self._mean if unit is None else self._mean * unit
-        unbiased = (1 - SQUARE_DECAY**self._count) ** 0.5 / (1 - MEAN_DECAY**self._count)
-        values.addcdiv_(mean, size, value=-rate * unbiased)
+    def move(self, values: Tensor, piece: slice, gradient: Tensor, rate: float, unit: Tensor | None = None) -> None:
+        """Move a piece's values against their gradient, in place, by about `rate` units once the averages are old."""
+        mean = self._mean[piece].lerp_(gradient, 1 - MEAN_DECAY)
+        square = self._square[piece].mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
+        size = square.sqrt().add_(torch.finfo(torch.float32).tiny)
+        values.addcdiv_(mean if unit is None else mean * unit, size, value=-rate)

@@ -49,8 +49,8 @@ class DifferentiableBlock:
     """
 
     def __init__(self, layer: AnyLayer, spec: DecoderSpec, rounds: Mapping[str, Round]) -> None:
-        self._layer = layer
-        self._linears = layer.linears()
+        self._layer = layer.map_linears(lambda _, linear: linear.without_weights())
+        self._linears = self._layer.linears()
         self._spec = spec
         self._rounds = rounds
 

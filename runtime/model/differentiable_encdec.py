@@ -26,8 +26,8 @@ class DifferentiableEncDec:
     def __init__(
         self, layer: EncoderLayer | DecoderLayer, rounds: Mapping[str, Round], end: Norm | None, biases: Tensor | None
     ) -> None:
-        self._layer = layer
-        self._linears = layer.linears()
+        self._layer = layer.map_linears(lambda _, linear: linear.without_weights())
+        self._linears = self._layer.linears()
         self._rounds = rounds
         self._end = end
         self._biases = biases
