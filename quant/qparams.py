@@ -343,10 +343,17 @@ class _Tiles:
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they will be stored. Raises WeightError for one beyond its type."""
+    stored = as_stored(scale, dtype)
+    if not bool(stored.isfinite().all()):
+        raise WeightError(f"a scale of {float(scale.abs().max()):.3g} is needed, which {str(dtype)[6:]} can't hold")
+    return stored
+
+
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales rounded to the type that they will be stored in, as float32, never 0 (a tile of zeros) nor near it.
 
-    e4m3 saturates, and has its subnormals; scales of other types may be below zero. Raises WeightError for one beyond
-    its type.
+    e4m3 saturates, and has its subnormals; scales of other types may be below zero, and are infinite beyond their type.
 
     float16 is subnormal below 6e-5, where scales of 8-bit weights lie, so there subnormals are allowed down to where
     rounding moves a scale by 1 in 128.
@@ -355,7 +362,4 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
         return scale.clamp(2.0**-9, FP8_MAX).to(dtype).float()
     least = 2.0**-18 if dtype == torch.float16 else torch.finfo(dtype).tiny
     stored = scale.to(dtype).float()
-    stored = torch.where(stored < 0, stored.clamp(max=-least), stored.clamp(min=least))
-    if not bool(stored.isfinite().all()):
-        raise WeightError(f"a scale of {float(scale.abs().max()):.3g} is needed, which {str(dtype)[6:]} can't hold")
-    return stored
+    return torch.where(stored < 0, stored.clamp(max=-least), stored.clamp(min=least))

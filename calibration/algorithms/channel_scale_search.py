@@ -75,6 +75,8 @@ class ScaleTrials:
     def loss(self, scales: Tensor, *, joint: bool = False) -> float:
         """trace(D H D^T) / trace(W H W^T) with D = Q(W s) / s - W, over all layers; and what rounding x / s adds.
 
+        Infinite where W s needs scales that their type can't hold.
+
         The latter is measured on the tokens that the statistics hold (an estimate from moments and absmax missed by a
         factor where few tokens have huge inputs).
 
@@ -84,7 +86,11 @@ class ScaleTrials:
         noise = 0.0
         for values, scheme, each in self._layers:
             scaled = (values * column).to(self._dtype).float()
-            change = (self._round(scaled, scheme, scales, joint) / column).sub_(values)
+            try:
+                rounded = self._round(scaled, scheme, scales, joint)
+            except WeightError:  # there are others, or the layer is refused when it is solved
+                return torch.inf
+            change = (rounded / column).sub_(values)
             noise += each * _energy(change, self.stats.moments)
             if scheme.activation is not None:
                 moved = self._input_errors(scheme.activation, scales) @ scaled

@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.kernels.fp4 import reference as fp4
 from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
-from octavo.quant.qparams import FP8_MAX, WeightError, fractions_of, storable
+from octavo.quant.qparams import FP8_MAX, WeightError, as_stored, fractions_of
 from octavo.quant.scheme import LARGEST, ActivationScheme, Search, WeightScheme
 from octavo.quant.super_blocks import has_own_grid, search_grid
 
@@ -47,7 +47,8 @@ def search_scales(
 
     absmax: they cover each group's whole range. mse: of the scales that cover a fraction of it, the one with the
     least sum of importance [K] times squared error. G = ceil(K / group_size); the last group may be short.
-    Of integers over minima these are in the zero points' place, and the scales those of `search_grid`.
+    Of integers over minima these are in the zero points' place, and the scales those of `search_grid`. Raises
+    WeightError for a group that no scale of the type covers.
     """
     if has_own_grid(w):
         scale, minima = search_grid(values.t(), w, importance)
@@ -56,10 +57,10 @@ def search_scales(
     fractions = fractions_of(w, FRACTIONS) if search == "mse" else FRACTIONS[:1]
     scales, zeros = _candidates(low, high, w, dtype, torch.tensor(fractions, device=values.device))
     if len(fractions) == 1:
-        return scales[0], None if zeros is None else zeros[0]
-    best = rounding_body(values.device).best_candidate(values, importance, group_size, scales, zeros, grid_of(w))
-    pick = best.long()[None]
-    return scales.gather(0, pick)[0], None if zeros is None else zeros.gather(0, pick)[0]
+        best = torch.zeros_like(scales[0], dtype=torch.int32)
+    else:
+        best = rounding_body(values.device).best_candidate(values, importance, group_size, scales, zeros, grid_of(w))
+    return _chosen(scales, zeros, best.long(), dtype)
 
 
 def _ranges(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -73,16 +74,28 @@ def _ranges(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def _candidates(
     low: Tensor, high: Tensor, w: WeightScheme, dtype: torch.dtype, shrinks: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales, and zero points when asymmetric, that cover each fraction of the range: [C, G, N]."""
+    """Scales, and zero points when asymmetric, that cover each fraction of the range: [C, G, N].
+
+    One beyond its type is infinite, and rounds to no number, so that others have less error.
+    """
     fractions = shrinks.view(-1, 1, 1)
     if w.scales == "e8m0":
         return fp4.e8m0_to_float(fp4.mx_exponents(torch.maximum(-low, high) * fractions, w.dtype)), None
     steps = grid_of(w).most if w.is_float else ((1 << w.bits) - 1) / 2
     if w.symmetric:
-        return storable(torch.maximum(-low, high) * (fractions / steps), dtype), None
-    scales = storable((high - low) * (fractions / (2 * steps)), dtype)
+        return as_stored(torch.maximum(-low, high) * (fractions / steps), dtype), None
+    scales = as_stored((high - low) * (fractions / (2 * steps)), dtype)
     least, most = w.int_range
     return scales, (least - low * fractions / scales).round_().clamp_(least, most)
+
+
+def _chosen(scales: Tensor, zeros: Tensor | None, best: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Of candidates [C, G, N] the ones of these indices [G, N]. Raises WeightError where none can be stored."""
+    pick = best[None]
+    scale = scales.gather(0, pick)[0]
+    if not bool(scale.isfinite().all()):
+        raise WeightError(f"a scale above {torch.finfo(dtype).max:g} is needed, which {str(dtype)[6:]} can't hold")
+    return scale, None if zeros is None else zeros.gather(0, pick)[0]
 
 
 def round_to_groups(
@@ -127,8 +140,7 @@ def search_scales_jointly(
         error = torch.bmm(blocks, change).mul_(change).sum(1)
         best[error < least] = c
         least = torch.minimum(least, error)
-    pick = best[None]
-    return scales.gather(0, pick)[0], None if zeros is None else zeros.gather(0, pick)[0]
+    return _chosen(scales, zeros, best, dtype)
 
 
 def static_input_scale(absmax: Tensor, activation: ActivationScheme) -> Tensor:

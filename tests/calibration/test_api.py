@@ -126,6 +126,23 @@ def test_smoothquant_takes_outliers_out_of_inputs(fixtures: Path, tmp_path: Path
     assert max(kl["smoothquant"], kl["smoothquant+gptq"]) < kl["rtn"] / 10, kl
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "format", "scheme"), [("tune", "gptq", "W4A16@32"), ("awq", "awq", "W4A16_ASYM@32")]
+)
+def test_a_scale_beyond_float16_names_the_tensor_and_leaves_nothing(
+    fixtures: Path, tmp_path: Path, text: Path, algorithm: str, format: str, scheme: str
+) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    model = Path(shutil.copytree(fixtures / "tiny", tmp_path / "model"))
+    tensors = {n: t.bfloat16() for n, t in load_file(model / "model.safetensors").items()}
+    tensors[name][3, 5] = 2.0**24
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    options = {"data": str(text), "num_calibration_samples": 4, "max_seq_length": 64, "evaluate": False}
+    with pytest.raises(QuantizeError, match=rf"{name} can't be quantized: a scale above 65504 .* float16 can't hold"):
+        octavo.quantize(model, tmp_path / "out", scheme=scheme, algorithm=algorithm, format=format, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", text.name}
+
+
 def test_true_sequential_and_orders_differ_and_work(fixtures: Path, tmp_path: Path, text: Path) -> None:
     plain = quantized(fixtures, "tiny", tmp_path / "a", text, scheme="W4A16@32", algorithm="gptq")
     rounded = quantized(fixtures, "tiny", tmp_path / "b", text, scheme="W4A16@32", algorithm="rtn")

@@ -236,6 +236,18 @@ def test_small_weights_keep_their_range_in_float16() -> None:
     assert error(torch.float16) <= (1 + 2.0**-7) * error(torch.float32)  # by as much a step may be wider
 
 
+def test_a_search_passes_over_scales_beyond_their_type() -> None:
+    """Of scales from half the range to 1.15 of it, with the whole at 60,000, float16 holds those up to 1.09."""
+    weight = weight_of(dtype=torch.float32)
+    weight *= 7.5 * 60_000 / weight.abs().max()
+    stats = collect(inputs())
+    found = gptq_weight(weight, stats, PRESETS["W4A16"], scale_dtype=torch.float16).weight
+    assert bool(found.scale.isfinite().all())
+    assert gptq_loss(weight, found.dequantize(), stats) < gptq_loss(
+        weight, quantize_weight(weight, PRESETS["W4A16"]).dequantize(), stats
+    )
+
+
 def test_a_scale_beyond_its_type_is_refused() -> None:
     weight = weight_of(dtype=torch.float32) * 2.0**26
     with pytest.raises(WeightError, match="is needed, which float16 can't hold"):
