@@ -17,16 +17,16 @@ from torch import Tensor
 
 from octavo.calibration.algorithms.group_scales import grid_of
 from octavo.kernels.gptq.reference import to_grid
-from octavo.quant.qparams import QuantizedWeight, scale_type, storable
+from octavo.quant.qparams import QuantizedWeight, as_stored, scale_type
 from octavo.quant.scheme import WeightScheme
 from octavo.quant.super_blocks import has_own_grid
 
 WITHIN = 0.499  # of a step: how far from its code a weight begins at most
-PIECE = 1 << 19  # weights that are moved at once, so that what is between stays in a core's cache
-EXPONENT = 0x7F800000  # its bits in a float32
+PIECE = 1 << 19  # weights that are moved at once, so that what is between stays in the cache
 HALVINGS = 8  # of a weight's way from its code, until it rounds to that
 MEAN_DECAY = 0.9  # of Adam's moving averages
 SQUARE_DECAY = 0.95
+EXPONENT_BITS = 0x7F800000  # of a float32
 
 
 class LearnedRounding:
@@ -46,10 +46,11 @@ class LearnedRounding:
         shape = (n // rows, k // columns, rows * columns)
         self.start = start
         self._grid = grid_of(w)
-        self._order = None
+        self._order = self._back = None
         codes = start.codes
         if start.g_idx is not None:
             ordered, self._order = start.sorted_by_group()
+            self._back = self._order.argsort()
             codes = ordered.codes
             weight = weight[:, self._order]
         self._scale = start.scale.float().view(*shape[:2], 1)
@@ -96,8 +97,8 @@ class LearnedRounding:
             spacing = _spacing(codes, self.start.scheme.weight)
             if self._scaling is not None:
                 of_scale = codes.mul_(g).sum(2, keepdim=True)
-                self._scaling.move(self.factor[piece], piece, of_scale, unbiased * scale_rate)
-            self._rounding.move(self.latent[piece], piece, g, unbiased * rounding_rate, spacing)
+                self._scaling.move(self.factor, piece, of_scale, unbiased * scale_rate)
+            self._rounding.move(self.latent, piece, g, unbiased * rounding_rate, spacing)
 
     def result(self) -> QuantizedWeight:
         """Codes and scales as they are now."""
@@ -128,14 +129,15 @@ class LearnedRounding:
             return self._scale
         dtype = scale_type(w, self.start.scale.dtype)
         whole = self.start.global_scale
+        scale = self._scale * self.factor
         if whole is None:
-            return storable(self._scale * self.factor, dtype)
-        return storable(self._scale * self.factor * whole, dtype) / whole
+            return as_stored(scale.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max), dtype)
+        return as_stored(scale * whole, dtype) / whole
 
     def _unsorted(self, runs: Tensor) -> Tensor:
         """Rows of runs, with their numbers in the order of the weight's columns."""
         rows = runs.flatten(1)
-        return rows if self._order is None else rows[:, self._order.argsort()]
+        return rows if self._back is None else rows[:, self._back]
 
 
 def _begin(exact: Tensor, codes: Tensor, w: WeightScheme) -> Tensor:
@@ -158,10 +160,8 @@ def _spacing(codes: Tensor, w: WeightScheme) -> Tensor | None:
     if not w.is_float:
         return None
     mantissa, least = (1, 0) if w.dtype == "fp4_e2m1" else (3, -6)  # bits of it, and the least normal number's exponent
-    power = (codes.view(torch.int32) & EXPONENT).view(
-        torch.float32
-    )  # of two, below the number: the bits of its exponent
-    return power.clamp_(min=2.0**least).mul_(2.0**-mantissa)
+    power_of_two = (codes.view(torch.int32) & EXPONENT_BITS).view(torch.float32)  # the next one towards 0
+    return power_of_two.clamp_(min=2.0**least).mul_(2.0**-mantissa)
 
 
 class _Adam:
@@ -172,8 +172,8 @@ class _Adam:
         self._square = torch.zeros_like(values)
 
     def move(self, values: Tensor, piece: slice, gradient: Tensor, rate: float, unit: Tensor | None = None) -> None:
-        """Move a piece's values against their gradient, in place, by about `rate` units once the averages are old."""
+        """Move a piece of the values against its gradient, in place, by about `rate` units."""
         mean = self._mean[piece].lerp_(gradient, 1 - MEAN_DECAY)
         square = self._square[piece].mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
         size = square.sqrt().add_(torch.finfo(torch.float32).tiny)
-        values.addcdiv_(mean if unit is None else mean * unit, size, value=-rate)
+        values[piece].addcdiv_(mean if unit is None else mean * unit, size, value=-rate)
