@@ -16,7 +16,7 @@ from octavo.calibration.hidden_states_file import BATCH_TOKENS
 from octavo.calibration.layers import LinearLayer
 from octavo.calibration.plan import Plan, Unit
 from octavo.calibration.recipe import Recipe
-from octavo.calibration.tune import STEP_TOKENS, STEPS
+from octavo.calibration.tune import STEP_TOKENS, num_steps
 
 PROCESS_BYTES = 450_000_000  # torch and the kernels, before anything is loaded
 SIDE = 1024  # of the GEMMs whose speed is measured
@@ -60,7 +60,9 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
     if recipe.scaling is not None:
         exact += sum(AWQ_TRIALS * 2 * n * k * k for unit in layers for k, n in unit)
     if recipe.tunes:  # a step is a forward, and twice that back
-        exact += sum(3 * 2 * n * k * STEPS * STEP_TOKENS for unit in layers for k, n in unit)
+        for unit in layers:
+            moves = num_steps(max((k for k, _ in unit), default=0)) * STEP_TOKENS
+            exact += sum(3 * 2 * n * k * moves for k, n in unit)
     return Estimate(memory, disk, forward / fast + exact / slow + plan.bytes_before / RTN_BYTES_PER_SECOND)
 
 

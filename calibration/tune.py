@@ -26,6 +26,7 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import WeightScheme
 
 STEPS = 96
+WIDE = 2048  # inputs of a layer, beyond which a block has twice the steps, each half as far
 STEP_TOKENS = 1024  # whose gradients make a step
 STEP_STARTS = 32  # first tokens beside them
 START_SHARE = 0.125  # of first tokens' error, beside the text's
@@ -34,7 +35,7 @@ SCALE_RATE = 0.006  # of the first step at 2 bits, as a part of the scale
 HELD_BACK = 8  # every how many-th sample is held back
 HELD_STARTS = 16  # every how many-th first token
 ENOUGH = 64  # samples; of twice, three times as many it is every 16th, 24th, since 8 held back tell as much
-LOOK_STEPS = 12  # between looks at held-back samples, from the last step back to the middle: what is best comes late
+LOOKS = 8  # at held-back samples if all were looked after; only those from the middle on are, as the best comes late
 
 
 class Differentiable(Protocol):
@@ -85,6 +86,11 @@ class BlockWeights:
         self._fixed = {m: tensors[f"{m}.weight"].to(device, dtype) for m in modules - learned.keys()}
         self._shapes = {m: learned[m].start.shape if m in learned else self._fixed[m].shape for m in modules}
 
+    @property
+    def widest(self) -> int:
+        """The most inputs that one of the layers has."""
+        return max(shape[1] for shape in self._shapes.values())
+
     def weights(self) -> dict[str, Tensor]:
         """Each layer's [N, K], which records its gradient if it is learned in part."""
         found = {}
@@ -124,6 +130,11 @@ class BlockWeights:
 
     def results(self) -> dict[str, QuantizedWeight]:
         return {module: learned.result() for module, learned in self.learned.items()}
+
+
+def num_steps(widest: int) -> int:
+    """By how many inputs the block's widest layer has: the more weights an output depends on, the later it settles."""
+    return STEPS if widest <= WIDE else 2 * STEPS
 
 
 def _rate(weight: WeightScheme) -> float:
@@ -183,10 +194,11 @@ def tune(
 
     before = look()
     best = Tuned(own.results(), before, before)
-    for step in range(STEPS):
-        move(1 - step / STEPS)
-        left = STEPS - 1 - step
-        if left < STEPS // 2 and left % LOOK_STEPS == 0:
+    steps = num_steps(own.widest)
+    for step in range(steps):
+        move((1 - step / steps) * STEPS / steps)
+        left = steps - 1 - step
+        if left < steps // 2 and left % (steps // LOOKS) == 0:
             error = look()
             if error < best.error:
                 best = Tuned(own.results(), before, error)

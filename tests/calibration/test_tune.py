@@ -213,6 +213,21 @@ def test_a_block_s_output_is_nearer_on_text_that_was_not_shown(
     assert errors[1] < 0.98 * errors[0], errors
 
 
+def test_wide_blocks_gain_by_their_further_steps(
+    fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On text that was not shown, in a model whose blocks are the one or the other by where the limit is."""
+    model = fixtures / "tiny"
+    widest = json.loads((model / "config.json").read_text())["intermediate_size"]
+    unseen = load_file(model / "expected.safetensors")["input_ids"]
+    errors = []
+    for limit in (widest, widest - 1):
+        monkeypatch.setattr(tune, "WIDE", limit)
+        quantized(model, tmp_path / f"{limit}", Recipe("W3A16@32", algorithm="tune"), 48)
+        errors.append(block_error(model, Checkpoint.open(tmp_path / f"{limit}"), unseen))
+    assert errors[1] < errors[0], errors
+
+
 def test_the_text_s_tokens_are_learned_as_first_ones(
     fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
