@@ -2,6 +2,10 @@
 
 numba's own cache looks at the one file in which a function stands. What the function calls stands in others, and code
 compiled from an older one of them would run unnoticed, so here the cache's directory is named by a hash of them all.
+
+numba numbers the files of functions that have one name and other closures. Two processes that compile two of them at
+the same time give both the same number, and each later process calls the one for the other; so here files have names
+that no other process gives.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numba
 from numba import types
+from numba.core.ccallback import CFunc
 
 
 def c_function(body: Callable[[Any], None]) -> Any:
@@ -22,8 +28,12 @@ def c_function(body: Callable[[Any], None]) -> Any:
     given = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_directory())
     try:
-        decorate = numba.cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")
-        return decorate(body)
+        compiled: Any = CFunc(body, ((types.voidptr,), types.void), {}, {"nopython": True, "error_model": "numpy"})
+        compiled.enable_caching()
+        file = compiled._cache._cache_file
+        file._data_name_pattern = f"{uuid4().hex}-{file._data_name_pattern}"
+        compiled.compile()
+        return compiled
     finally:
         numba.config.CACHE_DIR = given
 

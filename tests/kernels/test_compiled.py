@@ -32,3 +32,48 @@ def test_kernels_are_cached_under_that_hash(tmp_path: Path) -> None:
     (room,) = (tmp_path / "octavo").iterdir()
     assert room.name == f"kernels-{sources_hash(ROOM)}"
     assert list(room.rglob("*.nbc"))
+
+
+RACE = """
+import ctypes, sys
+from pathlib import Path
+import numba
+import numpy as np
+from numba.core.caching import IndexDataCacheFile
+from octavo.kernels.native.compile_cache import c_function
+
+def writes(value):
+    def body(address):
+        numba.carray(address, 1, np.int64)[0] = value
+    return body
+
+def written(compiled):
+    out = ctypes.c_int64()
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)(ctypes.addressof(out))
+    return out.value
+
+save = IndexDataCacheFile._save_data
+
+def interrupted(file, name, data):
+    IndexDataCacheFile._save_data = save
+    (index,) = Path(sys.argv[1]).rglob("*.nbi")
+    index.unlink()  # the other process has looked before it was there
+    c_function(writes(2))
+    save(file, name, data)
+
+if len(sys.argv) > 2:
+    IndexDataCacheFile._save_data = interrupted
+    assert written(c_function(writes(1))) == 1
+print(written(c_function(writes(1))), written(c_function(writes(2))))
+"""
+
+
+def test_processes_that_compile_at_once_don_t_take_each_other_s_code(tmp_path: Path) -> None:
+    """Two functions of one name, of which another process compiles the second while the first is being written."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOM.parent / "src")}
+    file = tmp_path / "race.py"
+    file.write_text(RACE)
+    for more in (["first"], []):
+        command = [sys.executable, str(file), str(tmp_path), *more]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert done.stdout.split() == ["1", "2"]
