@@ -124,11 +124,14 @@ def _spare_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What is interpreted is compared with torch's operators on small tensors, whose threads would wait for each other.
+    """What is interpreted is compared with torch's operators on small tensors, whose threads would wait for each other;
+    and calibration's models are as small.
 
-    Beside another busy process that takes half as long again. octavo's own kernels on the CPU keep all threads.
+    Beside another busy process the former takes half as long again, the latter a third. octavo's own kernels on the CPU
+    keep all threads.
     """
-    if HAS_GPU or "gpu" not in request.path.stem or "torch" not in sys.modules:
+    is_small = "gpu" in request.path.stem or "calibration" in request.path.parts
+    if HAS_GPU or not is_small or "torch" not in sys.modules:
         yield
         return
     import torch
