@@ -71,6 +71,7 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
         code: int = command.run(args)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
+        exec("")  # `python -m` ends with -2 for 130 where the interrupt came in an exec(); a new one forgets that
         return 130
     except BrokenPipeError:  # `octavo inspect M | head`
         sys.stderr.close()
