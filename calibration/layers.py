@@ -109,7 +109,7 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     return Selection(linears, ignore + [o for o in others if o != "lm_head"] + heads)
 
 
-def select_towers(checkpoint: Checkpoint, patterns: list[str]) -> dict[str, LinearLayer]:
+def select_towers(checkpoint: Checkpoint, patterns: Sequence[str]) -> dict[str, LinearLayer]:
     """The linear layers in the blocks of a vision tower but those that a pattern names, by module.
 
     Raises QuantizeError where there are none.

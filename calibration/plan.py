@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from octavo.calibration.gguf_output import fitted, layout_of
+from octavo.calibration.head import select_head
 from octavo.calibration.layers import (
     BLOCK,
     LinearLayer,
@@ -97,6 +98,13 @@ class Plan:
         return sum(spec.nbytes for specs in self.shards.values() for spec in specs.values())
 
     @property
+    def in_blocks(self) -> list[Item]:
+        """The decoder's quantized layers, whose schemes a target may choose; towers and the head have their own."""
+        linears = self.selection.linears
+        items = (item for unit in self.units for item in unit.items)
+        return [item for item in items if item.linear is not None and item.linear.module in linears]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the weights that are quantized."""
         return next(item.spec.dtype for unit in self.units for item in unit.items if item.linear is not None)
@@ -107,16 +115,24 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> P
     selection, schemes = _schemes(select_linears(checkpoint, list(recipe.ignore)), recipe)
     for scheme in dict.fromkeys(schemes.values()):
         check_group_size(scheme, {m: x for m, x in selection.linears.items() if schemes[m] == scheme})
-    towers: Mapping[str, LinearLayer] = {}
-    if recipe.of_towers is not None:
-        towers = select_towers(checkpoint, list(recipe.ignore))
-        check_group_size(recipe.of_towers, towers)
-        schemes |= dict.fromkeys(towers, recipe.of_towers)
-        selection = Selection(selection.linears, [name for name in selection.ignore if name not in towers])
+    outside = _outside(checkpoint, recipe, schemes)
+    selection = Selection(selection.linears, [name for name in selection.ignore if name not in outside])
     layout = layout_of(checkpoint, recipe, selection.linears, schemes) if recipe.format == "gguf" else None
-    units = _units(checkpoint, recipe, selection, towers, schemes, {} if layout is None else layout.specs)
+    units = _units(checkpoint, recipe, selection, outside, schemes, {} if layout is None else layout.specs)
     shards = _shards(units, max_shard_bytes) if layout is None else {GGUF: layout.specs}
     return Plan(units, shards, selection, schemes, layout)
+
+
+def _outside(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[str, QuantScheme]) -> dict[str, LinearLayer]:
+    """Layers in no block of the decoder that are quantized, too: of towers, and the head. Their schemes are added."""
+    outside: dict[str, LinearLayer] = {}
+    for scheme, select in ((recipe.of_towers, select_towers), (recipe.of_head, select_head)):
+        if scheme is not None:
+            found = select(checkpoint, list(recipe.ignore))
+            check_group_size(scheme, found)
+            schemes |= dict.fromkeys(found, scheme)
+            outside |= found
+    return outside
 
 
 def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str, QuantScheme]]:
@@ -141,14 +157,14 @@ def _units(
     checkpoint: Checkpoint,
     recipe: Recipe,
     selection: Selection,
-    towers: Mapping[str, LinearLayer],
+    outside: Mapping[str, LinearLayer],
     schemes: Mapping[str, QuantScheme],
     changed: Mapping[str, TensorSpec],
 ) -> tuple[Unit, ...]:
-    """All tensors in the source's order, by block; changed: what tensors that aren't quantized become. Layers of towers
-    are outside.
+    """All tensors in the source's order, by block; changed: what tensors that aren't quantized become. outside: layers
+    of towers, and the head.
     """
-    linears = {**selection.linears, **towers}
+    linears = {**selection.linears, **outside}
     stacks = _stacks(checkpoint, selection)
     members: dict[tuple[int, int] | None, list[Item]] = {None: []}
     for file in checkpoint.files.values():
@@ -159,7 +175,7 @@ def _units(
             place = (stack, int(match["index"])) if match is not None and stack is not None and is_own else None
             linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             members.setdefault(place, []).append(_item(name, file, changed.get(name, spec), recipe, linear, schemes))
-    outside = Unit(OUTSIDE, None, tuple(members.pop(None)), {})
+    rest = Unit(OUTSIDE, None, tuple(members.pop(None)), {})
     prefixes = {stack: prefix for prefix, stack in reversed(stacks.items())}
     places = sorted(place for place in members if place is not None)
     num_first = sum(stack == 0 for stack, _ in places)
@@ -168,7 +184,7 @@ def _units(
         name = f"{prefixes[stack]}.{number}"
         scales = _scale_specs(recipe, f"{name}.self_attn", checkpoint)
         units.append(Unit(name, number if stack == 0 else num_first + number, tuple(members[stack, number]), scales))
-    return outside, *units
+    return rest, *units
 
 
 def _stacks(checkpoint: Checkpoint, selection: Selection) -> dict[str, int]:

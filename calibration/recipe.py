@@ -163,6 +163,13 @@ class Recipe(msgspec.Struct, frozen=True):
             extra={"group": WHAT, "metavar": "SCHEME", "default": "leave towers as they are"},
         ),
     ] = None
+    lm_head: Annotated[
+        str | None,
+        Meta(
+            description="round the head to nearest, too; a tied one gets a weight of its own: W8A16, W4A16@32, W8A8",
+            extra={"group": WHAT, "metavar": "SCHEME", "default": "leave the head as it is"},
+        ),
+    ] = None
     kv_cache: Annotated[
         str | None,
         Meta(
@@ -176,7 +183,7 @@ class Recipe(msgspec.Struct, frozen=True):
         _check_values(self)
         _check_tuning(self)
         _check_format(self)
-        _check_towers(self)
+        _check_outside(self)
 
     @property
     def default(self) -> QuantScheme:
@@ -189,6 +196,10 @@ class Recipe(msgspec.Struct, frozen=True):
     @property
     def of_towers(self) -> QuantScheme | None:
         return None if self.towers is None else parse_scheme(self.towers)
+
+    @property
+    def of_head(self) -> QuantScheme | None:
+        return None if self.lm_head is None else parse_scheme(self.lm_head)
 
     @property
     def solver(self) -> Literal["rtn", "gptq"]:
@@ -238,7 +249,7 @@ class Recipe(msgspec.Struct, frozen=True):
     def with_rtn(self) -> Recipe:
         """The same schemes for the same layers, rounded to nearest."""
         how = (self.format, self.layers, self.ignore, self.search)
-        return Recipe(self.scheme, "rtn", *how, towers=self.towers, kv_cache=self.kv_cache)
+        return Recipe(self.scheme, "rtn", *how, towers=self.towers, lm_head=self.lm_head, kv_cache=self.kv_cache)
 
     def schemes_of(self, kinds: Mapping[str, str]) -> dict[str, QuantScheme | None]:
         """Linear layers' schemes, by their full names, of their names in the block; None: left as it is.
@@ -259,8 +270,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def options(self) -> dict[str, str | float | bool | None]:
         """The algorithm's settings, for the report."""
-        names = ["search"]
-        names += ["act_order", "dampening", "true_sequential"] if self.solver == "gptq" else []
+        names = ["search", *(("act_order", "dampening", "true_sequential") if self.solver == "gptq" else ())]
         names += ["smoothing"] if self.scaling == "smoothquant" else []
         found: dict[str, str | float | bool | None] = {name: getattr(self, name) for name in names}
         if self.rotations:
@@ -351,15 +361,15 @@ def _check_tuning(recipe: Recipe) -> None:
             )
 
 
-def _check_towers(recipe: Recipe) -> None:
-    """Refuse a scheme that would need images, or that the output format can't say of them."""
-    scheme = recipe.of_towers
-    if scheme is None:
-        return
-    if scheme.activation is not None and scheme.activation.has_stored_scale:
-        raise RecipeError(f"towers: {scheme} has scales of inputs, for which images would be needed; FP8_DYNAMIC works")
-    if recipe.format != "compressed-tensors":
-        raise RecipeError(f"towers: format {recipe.format} has no towers; --format compressed-tensors has")
+def _check_outside(recipe: Recipe) -> None:
+    """Refuse schemes of towers and the head that would need statistics, or that the output format can't say."""
+    for name, scheme, what in (("towers", recipe.of_towers, "images"), ("lm_head", recipe.of_head, "measured inputs")):
+        if scheme is not None and scheme.activation is not None and scheme.activation.has_stored_scale:
+            raise RecipeError(
+                f"{name}: {scheme} has scales of inputs, for which {what} would be needed; FP8_DYNAMIC works"
+            )
+        if scheme is not None and recipe.format != "compressed-tensors":
+            raise RecipeError(f"{name}: in format {recipe.format} it stays as it is; --format compressed-tensors works")
 
 
 def _check_format(recipe: Recipe) -> None:

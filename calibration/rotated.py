@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.calibration.algorithms.rotation import Rotation, make_rotation
+from octavo.calibration.head import untied
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.recipe import Recipe
 from octavo.kernels.hadamard.reference import hadamard, is_block, largest_block
@@ -50,7 +50,7 @@ def rotated(checkpoint: Checkpoint, wiring: RotationMap, recipe: Recipe) -> Chec
     is_untied = bool(wiring.readers) and wiring.tied
     if is_untied:
         derived[head] = folds.head(embedding)
-        config = _untied(config)
+        config = untied(config)
     files: dict[str, TensorFile] = {}
     for shard, file in checkpoint.files.items():
         own = {name: derived[name] for name in file.specs if name in derived}
@@ -78,13 +78,6 @@ def rotated(checkpoint: Checkpoint, wiring: RotationMap, recipe: Recipe) -> Chec
         if span == 1
     ]
     return turned
-
-
-def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    found = config | {"tie_word_embeddings": False}
-    if isinstance(text := found.get("text_config"), dict):
-        found["text_config"] = text | {"tie_word_embeddings": False}
-    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from octavo.calibration.cache_choice import NO_CACHE, CacheRoom
 from octavo.calibration.candidates import candidates
 from octavo.calibration.layers import EXPERT
-from octavo.calibration.plan import Item, Plan
+from octavo.calibration.plan import Plan
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.sensitivity import UNCOUNTED, layer_bits
 from octavo.calibration.target import Target, in_gb
@@ -25,7 +25,7 @@ def bits_budget(target: Target, plan: Plan, recipe: Recipe, cache: CacheRoom = N
 
     Raises RecipeError for one that the smallest schemes don't hold, with the nearest that they do.
     """
-    items = _linears(plan)
+    items = plan.in_blocks
     is_bits = target.kind == "bits" and cache.streams is None
     schemes = candidates(recipe, target.value if is_bits else 0, target.flag)
     weights = sum(item.spec.numel for item in items)
@@ -56,18 +56,15 @@ def _scale_bytes(plan: Plan) -> int:
     return sum(2 * (4 * 256 + HEADER_BYTES + len(unit.name) + 20) for unit in plan.units if unit.index is not None)
 
 
-def _linears(plan: Plan) -> list[Item]:
-    return [item for unit in plan.units for item in unit.items if item.linear is not None]
-
-
 def _bytes_around(plan: Plan, schemes: Sequence[str]) -> int:
     """Bytes of the weight files beside the counted bits of quantized layers: what stays as it is, and headers."""
     every = [item for unit in plan.units for item in unit.items]
+    chosen = {item.name for item in plan.in_blocks}
     scales = [spec for unit in plan.units for spec in unit.scales.values()]
-    rest = sum(item.nbytes for item in every if item.linear is None) + sum(spec.nbytes for spec in scales)
+    rest = sum(item.nbytes for item in every if item.name not in chosen) + sum(spec.nbytes for spec in scales)
     for item in every:
         uncounted = [spec.nbytes for name, spec in item.outputs.items() if name.endswith(UNCOUNTED)]
-        rest += sum(uncounted) if item.linear is not None else 0
+        rest += sum(uncounted) if item.name in chosen else 0
         rest += sum(len(name) + HEADER_BYTES for name in item.outputs)
     return rest + HEADER_BYTES * len(scales) + 64 * len(schemes)
 
@@ -83,4 +80,5 @@ def _bytes_read(plan: Plan) -> tuple[int, int]:
     has_head = any(name.endswith("lm_head.weight") for name in names)
     unread = ("embed_tokens.weight", "embeddings.weight") if has_head else ()
     read = [item for unit in plan.units for item in unit.items if not (unread and item.name.endswith(unread))]
-    return sum(item.spec.nbytes for item in read), sum(item.spec.nbytes for item in read if item.linear is None)
+    chosen = {item.name for item in plan.in_blocks}
+    return sum(item.spec.nbytes for item in read), sum(item.nbytes for item in read if item.name not in chosen)

@@ -20,6 +20,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.linear_attention.states import BothCaches, MixerCache, StateCache
 from octavo.quant.block_map import Fold, InputGroup, StoredCache
 from octavo.quant.formats.transforms import NO_TRANSFORMS, Transforms
+from octavo.quant.head_name import head_name
 from octavo.quant.input_rounding import Round
 from octavo.quant.linear import Linear
 from octavo.runtime.config import EngineConfig
@@ -32,7 +33,6 @@ from octavo.runtime.model.names import (
     NORMS,
     LinearParts,
     embedding_name,
-    head_name,
     layer_linears,
     routers,
     state_gates,

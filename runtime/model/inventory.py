@@ -6,6 +6,7 @@ For those who are about to spend hours on a checkpoint, or have written one, and
 from __future__ import annotations
 
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.head_name import head_name
 from octavo.runtime.model.names import (
     PER_LAYER_NORM,
     PER_LAYER_PROJECTION,
@@ -13,7 +14,6 @@ from octavo.runtime.model.names import (
     attention_norms,
     embedding_name,
     expansion,
-    head_name,
     layer_linears,
     layer_norms,
     required_modules,

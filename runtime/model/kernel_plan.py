@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.fusion import scheme_per_channel
+from octavo.quant.head_name import head_name
 from octavo.quant.kernel import LayerShape, Order, order_of
 from octavo.quant.kernel_table import KernelChoice, choose_kernel
 from octavo.quant.scheme import QuantScheme
 from octavo.quant.target import Target
-from octavo.runtime.model.names import LinearParts, embedding_name, head_name, layer_linears
+from octavo.runtime.model.names import LinearParts, embedding_name, layer_linears
 from octavo.runtime.model.sources import CheckpointSource, LoadError
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 
+from octavo.quant.head_name import head_name
 from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
@@ -321,8 +322,3 @@ def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
 def embedding_name(spec: DecoderSpec, prefix: str) -> str:
     """The module of tokens' embeddings."""
     return stored_name(spec, f"{prefix}{EMBEDDING}")
-
-
-def head_name(prefix: str) -> str:
-    """The language-model head's module."""
-    return "language_model.lm_head" if prefix == "language_model.model." else "lm_head"

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.quantized_activation import Hidden
+from octavo.quant.head_name import head_name
 from octavo.quant.model_files import read_object_if_any
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import PairTemplate
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.families.encoding import HeadStep
 from octavo.runtime.model.families.registry import ENCODERS
-from octavo.runtime.model.names import embedding_name, head_name
+from octavo.runtime.model.names import embedding_name
 from octavo.runtime.model.pooler_choice import PoolerParts, class_of, make_pooler, purpose_of
 from octavo.runtime.model.pooling import Pooler, Projection
 from octavo.runtime.model.sentence_files import read_modules

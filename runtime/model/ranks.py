@@ -20,6 +20,7 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.kernels.sampling.best import Best, best_of, best_of_parts
+from octavo.quant.head_name import head_name
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.quant.scheme import AT_LOAD, CHANNEL, HEAD_INT8, QuantScheme, SchemeError, scheme_at_load
@@ -27,7 +28,7 @@ from octavo.quant.shard import pad, unit_of
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.layers import Head
-from octavo.runtime.model.names import head_name, layer_linears
+from octavo.runtime.model.names import layer_linears
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError
 from octavo.runtime.model.spec import DecoderSpec

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.formats.format import FormatError
+from octavo.quant.head_name import head_name
 from octavo.runtime.model.layers import GatedMlp
-from octavo.runtime.model.names import LinearParts, head_name, layer_linears
+from octavo.runtime.model.names import LinearParts, layer_linears
 from octavo.runtime.model.operators import GatedActivation, HadamardBody, Ops
 from octavo.runtime.model.sources import LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterator
 
 from octavo.quant.block_map import RotationMap, ValueHeads
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.head_name import head_name
 from octavo.runtime.model.names import (
     NORMS,
     LinearParts,
     attention_norms,
     embedding_name,
     expansion,
-    head_name,
     layer_linears,
     layer_norms,
     routers,

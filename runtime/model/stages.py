@@ -12,8 +12,9 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
+from octavo.quant.head_name import head_name
 from octavo.quant.shard import Range
-from octavo.runtime.model.names import embedding_name, head_name, stored_name
+from octavo.runtime.model.names import embedding_name, stored_name
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.parallel.group import ALONE, Group
 

@@ -19,6 +19,7 @@ from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.dequantized import open_dequantized
+from octavo.quant.head_name import head_name
 from octavo.quant.kernel_table import KernelChoice, note_departures
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
@@ -49,7 +50,6 @@ from octavo.runtime.model.names import (
     NORMS,
     LinearParts,
     embedding_name,
-    head_name,
     layer_linears,
     layer_norms,
     required_modules,

@@ -66,8 +66,18 @@ def test_a_speed_is_that_of_the_bytes_that_a_token_needs(fixtures: Path, tmp_pat
 
 def read_bytes(path: Path) -> int:
     tensors = load_file(path)
-    unread = {"model.embed_tokens.weight"} if "lm_head.weight" in tensors else set()
+    unread = {"model.embed_tokens.weight"} if any(name.startswith("lm_head.") for name in tensors) else set()
     return sum(t.nbytes for name, t in tensors.items() if name not in unread and not name.endswith("weight_shape"))
+
+
+def test_a_quantized_head_counts(fixtures: Path, tmp_path: Path, text: Path) -> None:
+    """As the bytes that it takes, and as those of the embedding that it was tied to before."""
+    model = fixtures / "tiny-qwen2"
+    path = quantized(model, tmp_path / "size", text, target_size=750_000, lm_head="W8A16@32")
+    assert 730_000 < path.stat().st_size <= 750_000
+    before = read_bytes(model / "model.safetensors")
+    after = read_bytes(quantized(model, tmp_path / "speed", text, target_speed=2.2, lm_head="W8A16@32"))
+    assert 2.2 <= before / after < 2.4
 
 
 def test_a_kl_is_held_with_fewer_bits_than_any_single_scheme(fixtures: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def mixed_recipe(
     target = mixing.target
     cache = cache_room(planned, mixing.streams)
     budget = 0.0 if target.kind == "kl" else bits_budget(target, planned.plan, recipe, cache)
-    weights = sum(item.spec.numel for unit in planned.plan.units for item in unit.items if item.linear is not None)
+    weights = sum(item.spec.numel for item in planned.plan.in_blocks)
     of_weights = budget - cache.most(budget * weights) / weights
     schemes = candidates(recipe, of_weights, target.flag)
     units = measure(planned, calibration, schemes, progress, each_expert=mixing.each_expert)

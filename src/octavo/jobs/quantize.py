@@ -47,6 +47,7 @@ def quantize(
     act_order: ActOrder = "static",
     kv_cache: str | None = None,
     rotations: tuple[RotationName, ...] | list[RotationName] = (),
+    lm_head: str | None = None,
     **options: Any,
 ) -> Report:
     """Write a quantized copy of a checkpoint, measure what it cost, and return the report.
@@ -61,6 +62,7 @@ def quantize(
     recipe      a recipe, or its file, instead of all of the above but data
     kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
     rotations   'R1', 'R2', 'R4': what is rotated first; a `Recipe` says how
+    lm_head     the head's scheme; None: it stays as it is
     options     further fields of `Job`: resume, overwrite, evaluate, max_kl, bits_budget, offload_dir, listener, ...
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
@@ -76,6 +78,7 @@ def quantize(
             act_order=act_order,
             kv_cache=kv_cache,
             rotations=tuple(rotations),
+            lm_head=lm_head,
         )
     text = DataOptions(
         data, num_calibration_samples, max_seq_length, seed, self_generated_samples=self_generated_samples
@@ -148,6 +151,8 @@ def prepare(job: Job) -> Prepared:
     job = _with_layers_kept(job, source, notes, seconds) if checkpoint.layout.is_encoder else job
     checkpoint = rotated_source(checkpoint, job.recipe, notes)
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
+    if planned.checkpoint is not checkpoint:
+        notes += planned.checkpoint.notes
     if job.target is not None:
         check_target(job.target, planned, job.streams)
     recipe = job.recipe

@@ -50,6 +50,8 @@ def check_options(recipe: Recipe, layout: ModelLayout, *, measures: bool) -> Non
         raise QuantizeError(f"kv_cache: {kind}'s keys and values aren't measured; leave it out")
     if recipe.rotations:
         raise QuantizeError(f"rotations: {kind} isn't rotated; leave them out")
+    if recipe.lm_head is not None:
+        raise QuantizeError(f"lm_head: {kind}'s stays as it is, or it has none; leave it out")
 
 
 def check_source(checkpoint: Checkpoint, *, runs_blocks: bool, max_kl: float | None = None) -> Checked:
