@@ -29,6 +29,7 @@ from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
 from octavo.calibration.tune import BlockWeights, Differentiable, Example, tune
+from octavo.freed_memory import give_back_freed_memory
 from octavo.kernels.native.cpu_features import multiplies_bfloat16
 from octavo.quant.block_map import Fold, InputGroup, StoredCache
 from octavo.quant.input_rounding import Round, input_rounding
@@ -250,6 +251,7 @@ class Block:
         for s in moving:
             learned[s.module] = LearnedRounding(s.weight.to(device), s.quantized.to(device))
             del self.tensors[f"{s.module}.weight"]  # there is room for it once it is tuned
+        give_back_freed_memory()  # what GPTQ took, in whose gaps tuning's large pieces don't fit
         own = BlockWeights(layers, self.tensors, learned, _product_dtype(self.runner), device)
         tuned = tune(block, own, text, starts, reader, seed=self.index)
         for layer in solved:

@@ -67,6 +67,7 @@ class BlockWeights:
     layers   a linear layer's name in the block -> its modules, in the order of their rows
     tensors  what the block computes with, `MODULE.weight`, of those that aren't on their way
     learned  module -> its rounding
+    kept     module -> the best so far, whose codes lie where those were that it began with
     dtype    of what linear layers multiply
     """
 
@@ -79,6 +80,7 @@ class BlockWeights:
         device: torch.device,
     ) -> None:
         self.learned = learned
+        self.kept = {module: rounding.start for module, rounding in learned.items()}
         self._layers = layers
         self.dtype = dtype
         self.device = device
@@ -128,8 +130,9 @@ class BlockWeights:
         """Those of each of a layer's modules."""
         return [self._shapes[module][0] for module in self._layers[name]]
 
-    def results(self) -> dict[str, QuantizedWeight]:
-        return {module: learned.result() for module, learned in self.learned.items()}
+    def keep(self) -> None:
+        """What there is now, in place of what was kept."""
+        self.kept = {module: learned.result(self.kept[module].codes) for module, learned in self.learned.items()}
 
 
 def num_steps(widest: int) -> int:
@@ -192,17 +195,17 @@ def tune(
         losses = [part.share * errors(part.example, next(part.order), weights).mean() for part in parts]
         torch.autograd.backward(losses)
 
-    before = look()
-    best = Tuned(own.results(), before, before)
+    best = before = look()
     steps = num_steps(own.widest)
     for step in range(steps):
         move((1 - step / steps) * STEPS / steps)
         left = steps - 1 - step
         if left < steps // 2 and left % (steps // LOOKS) == 0:
             error = look()
-            if error < best.error:
-                best = Tuned(own.results(), before, error)
-    return best
+            if error < best:
+                best = error
+                own.keep()
+    return Tuned(own.kept, before, best)
 
 
 class _Part:

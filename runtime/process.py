@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from octavo.collector import uncollected
+from octavo.freed_memory import keep_freed_memory
 from octavo.runtime.arrivals import Arrivals
 from octavo.runtime.kv_event_publisher import KVEventPublisher
 from octavo.runtime.launch import EngineStart, heartbeat_address, progress_path, remove_socket
@@ -49,7 +50,6 @@ from octavo.runtime.parallel.lifeline import (
 )
 from octavo.runtime.progress import Progress
 from octavo.runtime.shared_link import SharedLink
-from octavo.runtime.worker.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine

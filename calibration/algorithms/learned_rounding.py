@@ -100,9 +100,9 @@ class LearnedRounding:
                 self._scaling.move(self.factor, piece, of_scale, unbiased * scale_rate)
             self._rounding.move(self.latent, piece, g, unbiased * rounding_rate, spacing)
 
-    def result(self) -> QuantizedWeight:
-        """Codes and scales as they are now."""
-        codes = torch.empty_like(self.start.codes)
+    def result(self, out: Tensor | None = None) -> QuantizedWeight:
+        """Codes and scales as they are now. out: memory for the codes, which may be the start's own."""
+        codes = torch.empty_like(self.start.codes) if out is None else out
         rows = codes.view(len(self.latent), -1)
         for piece in self._pieces:
             rows[piece] = self._unsorted(self._rounded(piece).to(codes.dtype))

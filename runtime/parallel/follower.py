@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from octavo.freed_memory import keep_freed_memory
 from octavo.runtime.launch import progress_path
 from octavo.runtime.parallel.adapter_orders import MOST_NUMBERS, FollowerAdapters, is_step
 from octavo.runtime.parallel.address import key_for
@@ -34,7 +35,6 @@ from octavo.runtime.parallel.meeting import Bye
 from octavo.runtime.parallel.order import Int32s, StepOrder, largest_order
 from octavo.runtime.parallel.remote_ranks import RemoteRank, join_group
 from octavo.runtime.progress import Progress
-from octavo.runtime.worker.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from octavo.runtime.parallel.group import Gloo, Shared

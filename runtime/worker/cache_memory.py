@@ -14,8 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from octavo.freed_memory import give_back_freed_memory
 from octavo.kernels.linear_attention.states import Cache, StateCache
-from octavo.runtime.worker.freed_memory import give_back_freed_memory
 
 
 def tensors_of(caches: Iterable[Cache]) -> list[Tensor]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.freed_memory import give_back_freed_memory, keep_freed_memory
 from octavo.runtime.worker.cache_memory import resident_bytes
-from octavo.runtime.worker.freed_memory import give_back_freed_memory, keep_freed_memory
 
 MEGABYTE = 1 << 20
 

@@ -33,6 +33,7 @@ GROUND = (  # import nothing of it: everybody may import them
     "octavo.version",
     "octavo.flags",
     "octavo.collector",
+    "octavo.freed_memory",
     "octavo.pooling_params",
     "octavo.sampling_params",
     "octavo.inputs",
