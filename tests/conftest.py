@@ -125,12 +125,13 @@ def _spare_interpreter() -> None:
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """What is interpreted is compared with torch's operators on small tensors, whose threads would wait for each other;
-    and calibration's models are as small.
+    and the models of calibration, formats and the runtime are as small.
 
-    Beside another busy process the former takes half as long again, the latter a third. octavo's own kernels on the CPU
-    keep all threads.
+    Beside another busy process the former takes half as long again, the latter a quarter to a third. Tests of octavo's
+    own kernels on the CPU keep all threads.
     """
-    is_small = "gpu" in request.path.stem or "calibration" in request.path.parts
+    small = {"calibration", "quant", "runtime"}
+    is_small = "gpu" in request.path.stem or not small.isdisjoint(request.path.parts)
     if HAS_GPU or not is_small or "torch" not in sys.modules:
         yield
         return
