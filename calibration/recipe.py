@@ -369,7 +369,7 @@ def _check_outside(recipe: Recipe) -> None:
                 f"{name}: {scheme} has scales of inputs, for which {what} would be needed; FP8_DYNAMIC works"
             )
         if scheme is not None and recipe.format != "compressed-tensors":
-            raise RecipeError(f"{name}: in format {recipe.format} it stays as it is; --format compressed-tensors works")
+            raise RecipeError(f"{name}: octavo writes none in format {recipe.format}; compressed-tensors works")
 
 
 def _check_format(recipe: Recipe) -> None:

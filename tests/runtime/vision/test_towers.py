@@ -396,7 +396,7 @@ def test_a_tower_is_quantized_on_demand(tiny: TinyVision, tmp_path: Path) -> Non
 def test_what_is_no_recipe_of_a_tower_is_refused(tiny: TinyVision, tmp_path: Path) -> None:
     for options, says in (
         ({"towers": "FP8"}, "towers: .* has scales of inputs, for which images would be needed"),
-        ({"towers": "W4A16", "format": "gptq"}, "towers: in format gptq it stays"),
+        ({"towers": "W4A16", "format": "gptq"}, "towers: octavo writes none in format gptq; compressed-tensors"),
         ({"towers": "W8A16@-1", "ignore": ("re:.*vision_tower.*",)}, "towers: the checkpoint has no vision tower"),
     ):
         with pytest.raises(ValueError, match=says):
