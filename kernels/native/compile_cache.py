@@ -3,14 +3,18 @@
 numba's own cache looks at the one file in which a function stands. What the function calls stands in others, and code
 compiled from an older one of them would run unnoticed, so here the cache's directory is named by a hash of them all.
 
-numba numbers the files of functions that have one name and other closures. Two processes that compile two of them at
-the same time give both the same number, and each later process calls the one for the other; so here files have names
-that no other process gives.
+numba counts where names must be of one process alone, and what two processes have compiled then has the same names:
+- Files of functions that have one name and other closures. Two processes that compile two of them at the same time
+  give both the same number, and each later process calls the one for the other.
+- Symbols of what a function calls. A process that loads two functions, each compiled in a process of its own, gives
+  both what the first one calls: int8's GEMM has computed with int4's tile.
+Here both are numbered from a place that no other process begins at.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from hashlib import sha256
@@ -20,6 +24,7 @@ from uuid import uuid4
 
 import numba
 from numba import types
+from numba.core.bytecode import FunctionIdentity
 from numba.core.ccallback import CFunc
 
 
@@ -32,6 +37,7 @@ def c_function(body: Callable[[Any], None]) -> Any:
         compiled.enable_caching()
         file = compiled._cache._cache_file
         file._data_name_pattern = f"{uuid4().hex}-{file._data_name_pattern}"
+        FunctionIdentity._unique_ids = itertools.count(uuid4().int)  # each time: a fork would count on with its parent
         compiled.compile()
         return compiled
     finally:

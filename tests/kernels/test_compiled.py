@@ -77,3 +77,51 @@ def test_processes_that_compile_at_once_don_t_take_each_other_s_code(tmp_path: P
         command = [sys.executable, str(file), str(tmp_path), *more]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         assert done.stdout.split() == ["1", "2"]
+
+
+SYMBOLS = """
+import ctypes, sys
+import numba
+import numpy as np
+from octavo.kernels.native.compile_cache import c_function
+
+def make(value):
+    steps = "\\n".join(f"    x ^= (x << 5) + (x >> {2 + i % 7}) + {i}" for i in range(400))  # too many to be inlined
+    scope = {}
+    exec(f"def steps(x):\\n{steps}\\n    return x + {value}", scope)
+    return numba.njit(scope["steps"])
+
+of_one, of_two = make(1), make(1000)
+
+def one(address):
+    number = numba.carray(address, 1, np.int64)
+    number[0] = of_one(number[0]) + of_one(number[0] + 1)
+
+def two(address):
+    number = numba.carray(address, 1, np.int64)
+    number[0] = of_two(number[0]) + of_two(number[0] + 1)
+
+def written(compiled):
+    out = ctypes.c_int64(8)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)(ctypes.addressof(out))
+    return out.value
+
+for name in sys.argv[1:]:
+    print(written(c_function(globals()[name])))
+"""
+
+
+def test_functions_compiled_by_several_processes_call_their_own(tmp_path: Path) -> None:
+    """Each calls what the same factory has made for it, under a symbol that must not be the other one's."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOM.parent / "src")}
+    file = tmp_path / "symbols.py"
+    file.write_text(SYMBOLS)
+
+    def written(*names: str) -> list[str]:
+        command = [sys.executable, str(file), *names]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+
+    (one,), (two,) = written("one"), written("two")
+    assert int(two) - int(one) == 2 * 999
+    assert written("one", "two") == [one, two]
+    assert written("two", "one") == [two, one]
