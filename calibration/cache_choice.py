@@ -14,8 +14,9 @@ import msgspec
 
 from octavo.calibration.plan import scaled_heads
 from octavo.calibration.prepare import Prepared
-from octavo.calibration.recipe import KEEP, Recipe, RecipeError, parse_kv
+from octavo.calibration.recipe import KEEP, Recipe, RecipeError
 from octavo.calibration.target import Streams
+from octavo.quant.scheme import parse_kv
 
 TYPES = ("fp8", "int8/head", "k=bf16,v=fp8")  # beside the type that the model computes in
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from octavo.calibration.recipe import means_layer
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.embedding_names import is_embedding
 from octavo.quant.formats.reading import FLOATS
 from octavo.quant.mtp_names import is_mtp, mtp_patterns
 from octavo.quant.scheme import GROUP_SIZES, TENSOR, QuantScheme
@@ -259,6 +260,17 @@ def mixed_experts(schemes: Mapping[str, QuantScheme]) -> list[str]:
     return [
         f"experts of {len(mixed)} layers have several schemes: octavo serves them, on a GPU one by one and without "
         "CUDA graphs; vLLM wants one for all experts of a layer, as --expert-schemes layer chooses"
+    ]
+
+
+def of_embeddings(schemes: Mapping[str, QuantScheme]) -> list[str]:
+    """Warn of what others do with a quantized embedding."""
+    return [
+        f"{module} is quantized: vLLM looks such embeddings up from 0.29 on, on GPUs, in those of its models that tell "
+        "them of quantization; transformers 5.24 loads the model with CompressedTensorsConfig(dequantize=True) alone, "
+        "and right only where all layers have one scheme; octavo decodes it at load"
+        for module in schemes
+        if is_embedding(module)
     ]
 
 

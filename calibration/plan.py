@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from octavo.calibration.choices import Outside
 from octavo.calibration.gguf_output import fitted, layout_of
-from octavo.calibration.head import select_head
+from octavo.calibration.head import other_embeddings, select_embedding, select_head
 from octavo.calibration.layers import (
     BLOCK,
     LinearLayer,
@@ -99,7 +100,7 @@ class Plan:
 
     @property
     def in_blocks(self) -> list[Item]:
-        """The decoder's quantized layers, whose schemes a target may choose; towers and the head have their own."""
+        """The decoder's quantized layers, whose schemes a target may choose; what is outside has its own."""
         linears = self.selection.linears
         items = (item for unit in self.units for item in unit.items)
         return [item for item in items if item.linear is not None and item.linear.module in linears]
@@ -116,7 +117,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> P
     for scheme in dict.fromkeys(schemes.values()):
         check_group_size(scheme, {m: x for m, x in selection.linears.items() if schemes[m] == scheme})
     outside = _outside(checkpoint, recipe, schemes)
-    selection = Selection(selection.linears, [name for name in selection.ignore if name not in outside])
+    kept = [name for name in selection.ignore if name not in outside]
+    kept += other_embeddings(checkpoint) if "embedding" in recipe.outside else []
+    selection = Selection(selection.linears, kept)
     layout = layout_of(checkpoint, recipe, selection.linears, schemes) if recipe.format == "gguf" else None
     units = _units(checkpoint, recipe, selection, outside, schemes, {} if layout is None else layout.specs)
     shards = _shards(units, max_shard_bytes) if layout is None else {GGUF: layout.specs}
@@ -124,15 +127,21 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> P
 
 
 def _outside(checkpoint: Checkpoint, recipe: Recipe, schemes: dict[str, QuantScheme]) -> dict[str, LinearLayer]:
-    """Layers in no block of the decoder that are quantized, too: of towers, and the head. Their schemes are added."""
+    """What is in no block of the decoder and quantized, too: of towers, head, embedding. Their schemes are added."""
     outside: dict[str, LinearLayer] = {}
-    for scheme, select in ((recipe.of_towers, select_towers), (recipe.of_head, select_head)):
-        if scheme is not None:
-            found = select(checkpoint, list(recipe.ignore))
-            check_group_size(scheme, found)
-            schemes |= dict.fromkeys(found, scheme)
-            outside |= found
+    for name, scheme in recipe.outside.items():
+        found = _SELECT[name](checkpoint, list(recipe.ignore))
+        check_group_size(scheme, found)
+        schemes |= dict.fromkeys(found, scheme)
+        outside |= found
     return outside
+
+
+_SELECT: dict[Outside, Callable[[Checkpoint, list[str]], dict[str, LinearLayer]]] = {
+    "towers": select_towers,
+    "lm_head": select_head,
+    "embedding": select_embedding,
+}
 
 
 def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str, QuantScheme]]:
@@ -161,8 +170,8 @@ def _units(
     schemes: Mapping[str, QuantScheme],
     changed: Mapping[str, TensorSpec],
 ) -> tuple[Unit, ...]:
-    """All tensors in the source's order, by block; changed: what tensors that aren't quantized become. outside: layers
-    of towers, and the head.
+    """All tensors in the source's order, by block; changed: what tensors that aren't quantized become. outside: as
+    of `_outside`.
     """
     linears = {**selection.linears, **outside}
     stacks = _stacks(checkpoint, selection)

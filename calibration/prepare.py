@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.calibration.auxiliary_files import other_files
 from octavo.calibration.block import Runner
-from octavo.calibration.head import with_own_head
+from octavo.calibration.head import is_tied, with_own_head
 from octavo.calibration.hidden_states_file import Shape
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import quantization_config
@@ -158,7 +158,7 @@ def plan_model(
     checkpoint: Checkpoint, out: Path, recipe: Recipe, *, max_shard_bytes: int, overwrite: bool, resume: bool
 ) -> Prepared:
     """Everything but what depends on calibration text."""
-    if recipe.lm_head is not None:
+    if recipe.lm_head is not None or (recipe.embedding is not None and is_tied(checkpoint)):
         checkpoint = with_own_head(checkpoint)
     plan = _plan(checkpoint, recipe, max_shard_bytes)
     files = other_files(checkpoint.directory)

@@ -29,6 +29,7 @@ from octavo.calibration.layers import (
     Selection,
     joined_with,
     mixed_experts,
+    of_embeddings,
     portability_warnings,
 )
 from octavo.calibration.output import make_format, quantization_config, scale_dtype
@@ -40,6 +41,7 @@ from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_
 from octavo.calibration.tune import Example
 from octavo.calibration.workspace import ResumeError, Workspace, finished, partial_of, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint
+from octavo.quant.decoded_embeddings import decoded
 from octavo.quant.formats.reading import FLOATS
 from octavo.quant.qparams import QuantizedWeight, WeightError, global_scale_of, quantize_weight
 from octavo.quant.scheme import QuantScheme
@@ -63,13 +65,18 @@ class Quantized:
 
 @dataclass
 class _Run:
-    """State that is carried from unit to unit. states: the next block's inputs, by `Calibration.sequences`."""
+    """State that is carried from unit to unit.
+
+    states     the next block's inputs, by `Calibration.sequences`
+    embedding  [vocab, H], as it was rounded, until the first block's inputs are made of it
+    """
 
     prepared: Prepared
     work: Workspace
     progress: Progress
     done: float = 0
     states: dict[str, Hidden] = field(default_factory=dict)
+    embedding: Tensor | None = None
 
     @property
     def plan(self) -> Plan:
@@ -177,6 +184,9 @@ def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
             except WeightError as e:
                 raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
             rows.append(_measured(item, item.linear, weight, quantized))
+            calibration = run.prepared.calibration
+            if calibration is not None and calibration.runner.embedding_name == item.name:
+                run.embedding = decoded(quantized, weight.dtype)
             del weight  # packing takes as much again
             _write(run, item, item.linear, quantized)
         run.done += item.spec.nbytes
@@ -314,14 +324,14 @@ def _hidden(run: _Run, calibration: Calibration, index: int, path: str, *, again
 def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
     """The first block's inputs."""
     runner = calibration.runner
-    embedding = run.prepared.checkpoint.tensor(
-        runner.embedding_name
-    )  # a view: only the rows of the text's tokens are read
+    table = run.prepared.checkpoint.tensor(runner.embedding_name)  # a view: only rows of the text's tokens are read
     with _closed_on_errors() as states:
         for path, sequences in calibration.sequences(run.recipe).items():
             states[path] = _hidden(run, calibration, 0, path)
+            rows = run.embedding if run.embedding is not None and path in ("hidden", "starts") else table
             for batch in torch.split(sequences, states[path].shape.batch):
-                states[path].append(runner.embed(batch, embedding))
+                states[path].append(runner.embed(batch, rows))
+    run.embedding = None
     return states
 
 
@@ -402,7 +412,7 @@ def _result(prepared: Prepared, units: Mapping[str, Mapping[str, Any]]) -> Quant
     rare = rare_experts(counts, tunes=recipe.tunes)
     where = plan.selection, recipe.format, str(prepared.checkpoint.config.get("model_type"))
     found = [w for scheme in dict.fromkeys(plan.schemes.values()) for w in portability_warnings(scheme, *where)]
-    found += mixed_experts(plan.schemes)
+    found += mixed_experts(plan.schemes) + of_embeddings(plan.schemes)
     if recipe.format == "gguf":
         found += replaced(recipe, plan.selection.linears, plan.schemes)
     warnings = list(dict.fromkeys([*([advice] if advice else []), *rare, *found]))

@@ -19,18 +19,27 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from octavo.calibration.choices import ActOrder, Algorithm, Effort, Format, RotationName, TransformType
+from octavo.calibration.choices import (
+    OUTSIDE,
+    ActOrder,
+    Algorithm,
+    Effort,
+    Format,
+    Outside,
+    RotationName,
+    TransformType,
+)
 from octavo.flags import check_bounds
 from octavo.quant.scheme import (
     GGUF,
     GGUF_MIXES,
-    KV_SHORT_NAMES,
     PRESETS,
     KVScheme,
     QuantScheme,
     SchemeError,
     Search,
     group,
+    parse_kv,
 )
 
 KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
@@ -77,7 +86,8 @@ class Recipe(msgspec.Struct, frozen=True):
         tuple[str, ...],
         Meta(
             description="linear layers to leave as they are: a name ('model.layers.0.mlp.down_proj', 'down_proj'), a "
-            "glob ('*.layers.0.*') or a regex ('re:.*o_proj'); lm_head, embeddings and routers always are",
+            "glob ('*.layers.0.*') or a regex ('re:.*o_proj'); routers always are, the head and "
+            "embeddings unless --lm-head and --embedding name a scheme",
             extra={"group": WHAT, "metavar": "PATTERN", "default": "none"},
         ),
     ] = ()
@@ -170,6 +180,14 @@ class Recipe(msgspec.Struct, frozen=True):
             extra={"group": WHAT, "metavar": "SCHEME", "default": "leave the head as it is"},
         ),
     ] = None
+    embedding: Annotated[
+        str | None,
+        Meta(
+            description="round the embedding to nearest, too; a head tied to it gets a weight of its own, which "
+            "--lm-head rounds: W8A16, W4A16@32",
+            extra={"group": WHAT, "metavar": "SCHEME", "default": "leave the embedding as it is"},
+        ),
+    ] = None
     kv_cache: Annotated[
         str | None,
         Meta(
@@ -191,15 +209,15 @@ class Recipe(msgspec.Struct, frozen=True):
 
     @property
     def kv(self) -> KVScheme | None:
-        return None if self.kv_cache is None else parse_kv(self.kv_cache)
+        try:
+            return None if self.kv_cache is None else parse_kv(self.kv_cache)
+        except SchemeError as e:
+            raise RecipeError(str(e)) from None
 
     @property
-    def of_towers(self) -> QuantScheme | None:
-        return None if self.towers is None else parse_scheme(self.towers)
-
-    @property
-    def of_head(self) -> QuantScheme | None:
-        return None if self.lm_head is None else parse_scheme(self.lm_head)
+    def outside(self) -> dict[Outside, QuantScheme]:
+        """The schemes of what stands in no block of the decoder, where it is to be quantized."""
+        return {name: parse_scheme(spelled) for name in OUTSIDE if (spelled := getattr(self, name)) is not None}
 
     @property
     def solver(self) -> Literal["rtn", "gptq"]:
@@ -248,8 +266,8 @@ class Recipe(msgspec.Struct, frozen=True):
 
     def with_rtn(self) -> Recipe:
         """The same schemes for the same layers, rounded to nearest."""
-        how = (self.format, self.layers, self.ignore, self.search)
-        return Recipe(self.scheme, "rtn", *how, towers=self.towers, lm_head=self.lm_head, kv_cache=self.kv_cache)
+        how = {name: getattr(self, name) for name in ("format", "layers", "ignore", "search", *OUTSIDE, "kv_cache")}
+        return Recipe(self.scheme, "rtn", **how)
 
     def schemes_of(self, kinds: Mapping[str, str]) -> dict[str, QuantScheme | None]:
         """Linear layers' schemes, by their full names, of their names in the block; None: left as it is.
@@ -362,14 +380,19 @@ def _check_tuning(recipe: Recipe) -> None:
 
 
 def _check_outside(recipe: Recipe) -> None:
-    """Refuse schemes of towers and the head that would need statistics, or that the output format can't say."""
-    for name, scheme, what in (("towers", recipe.of_towers, "images"), ("lm_head", recipe.of_head, "measured inputs")):
-        if scheme is not None and scheme.activation is not None and scheme.activation.has_stored_scale:
-            raise RecipeError(
-                f"{name}: {scheme} has scales of inputs, for which {what} would be needed; FP8_DYNAMIC works"
-            )
-        if scheme is not None and recipe.format != "compressed-tensors":
+    """Refuse schemes of what is in no block that would need statistics, or that the output format can't say."""
+    for name, scheme in recipe.outside.items():
+        if recipe.format != "compressed-tensors":
             raise RecipeError(f"{name}: octavo writes none in format {recipe.format}; compressed-tensors works")
+        if name == "embedding" and (scheme.activation or scheme.weight.is_float or not scheme.weight.symmetric):
+            raise RecipeError(
+                f"embedding: {scheme} is not of symmetric integers alone, which is what engines look up; W8A16 works"
+            )
+        if scheme.activation is not None and scheme.activation.has_stored_scale:
+            needed = "images" if name == "towers" else "measured inputs"
+            raise RecipeError(
+                f"{name}: {scheme} has scales of inputs, for which {needed} would be needed; FP8_DYNAMIC works"
+            )
 
 
 def _check_format(recipe: Recipe) -> None:
@@ -434,30 +457,6 @@ def parse_scheme(spelled: str) -> QuantScheme:
             f"{', '.join(grouped)}"
         )
     return replace(scheme, weight=replace(scheme.weight, granularity=group(int(size))))
-
-
-KV_NAMES: dict[str, Literal["bf16", "fp8_e4m3", "int8"]] = {
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp8_e4m3": "fp8_e4m3",
-    "int8": "int8",
-    **KV_SHORT_NAMES,
-}
-
-
-def parse_kv(spelled: str) -> KVScheme:
-    """'fp8', 'int8', 'k=bf16,v=fp8', each with '/head' for a scale per KV head. Raises RecipeError."""
-    types, slash, per = spelled.lower().partition("/")
-    sides = dict.fromkeys("kv", types)
-    if "=" in types:
-        sides = dict(part.partition("=")[::2] for part in types.split(","))
-    known = sides.keys() == {"k", "v"} and all(name in KV_NAMES for name in sides.values())
-    if not known or (slash and per not in ("head", "tensor")):
-        raise RecipeError(f"KV cache {spelled!r} is unknown; such as fp8, int8, fp8/head or k=bf16,v=fp8 are known")
-    try:
-        return KVScheme(KV_NAMES[sides["k"]], KV_NAMES[sides["v"]], per_head=per == "head")
-    except SchemeError as e:
-        raise RecipeError(str(e)) from None
 
 
 def means_layer(pattern: str, module: str, kind: str) -> bool:

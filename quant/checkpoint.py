@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.quant.decoded_embeddings import decode_embeddings
 from octavo.quant.decoded_layers import decode_layers
 from octavo.quant.formats.compressed_tensors_config import CompressedTensorsConfig
 from octavo.quant.formats.format import FormatError, QuantFormat, QuantizationConfig
@@ -141,11 +142,12 @@ class Checkpoint:
                 divide_experts(list(files.values()), layout.experts)
             files, decoded = decode_layers(files)
             quantization = _parse_quantization(config)
+            files, of_embeddings = (files, []) if quantization is None else decode_embeddings(files, quantization)
             transforms = _taken(transforms_of(quantization), takes_transforms)
             checkpoint = cls(directory, config, files, quantization, layout, source=decoded, transforms=transforms)
             if decoded:
                 checkpoint.notes.append(f"layers in {decoded}'s format are decoded while they are loaded")
-            checkpoint.notes += transforms.notes
+            checkpoint.notes += [*of_embeddings, *transforms.notes]
             checkpoint._check_formats()
             checkpoint._check_matrices()
         except SafetensorsError as e:

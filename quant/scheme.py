@@ -235,6 +235,27 @@ class KVScheme:
         return f"{name}/{'head' if self.per_head else 'tensor'}"
 
 
+_KV_NAMES: dict[str, Literal["bf16", "fp8_e4m3", "int8"]] = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp8_e4m3": "fp8_e4m3",
+    "int8": "int8",
+    **KV_SHORT_NAMES,
+}
+
+
+def parse_kv(spelled: str) -> KVScheme:
+    """'fp8', 'int8', 'k=bf16,v=fp8', each with '/head' for a scale per KV head. Raises SchemeError."""
+    types, slash, per = spelled.lower().partition("/")
+    sides = dict.fromkeys("kv", types)
+    if "=" in types:
+        sides = dict(part.partition("=")[::2] for part in types.split(","))
+    known = sides.keys() == {"k", "v"} and all(name in _KV_NAMES for name in sides.values())
+    if not known or (slash and per not in ("head", "tensor")):
+        raise SchemeError(f"KV cache {spelled!r} is unknown; such as fp8, int8, fp8/head or k=bf16,v=fp8 are known")
+    return KVScheme(_KV_NAMES[sides["k"]], _KV_NAMES[sides["v"]], per_head=per == "head")
+
+
 NVFP4 = WeightScheme("fp4_e2m1", group(16), scales="e4m3")
 MXFP4 = WeightScheme("fp4_e2m1", group(32), scales="e8m0")
 MXFP8 = WeightScheme("fp8_e4m3", group(32), scales="e8m0")

@@ -11,7 +11,7 @@ from octavo.calibration.report.report import Report, source_note
 from octavo.calibration.report.tables import quality_table
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-FEW_BITS = ("int2", "int3")  # which vLLM doesn't read from compressed-tensors
+FEW_BITS = ("int2", "int3")  # which vLLM reads from compressed-tensors from 0.32 on
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,10 @@ def _quality(report: Report) -> str:
 
 def _serving(report: Report, directory: str) -> str:
     few = any(scheme.startswith(FEW_BITS) for kind in report.kinds for scheme in kind.schemes)
-    unread = few and report.format == "compressed-tensors"
     path = shlex.quote(f"./{directory}")
-    vllm = "" if unread else f"vllm serve {path}\n"
-    note = "\n\nvLLM reads only 4 and 8 bits from compressed-tensors." if unread else ""
-    return f"## Serving\n\n```sh\noctavo serve {path}\n{vllm}```{note}{_listed(report.warnings)}"
+    new = few and report.format == "compressed-tensors"
+    note = "\n\nvLLM reads these few bits from 0.32 on, on GPUs with its Humming kernels." if new else ""
+    return f"## Serving\n\n```sh\noctavo serve {path}\nvllm serve {path}\n```{note}{_listed(report.warnings)}"
 
 
 def _making(report: Report) -> str:
@@ -133,7 +132,8 @@ def _making(report: Report) -> str:
         facts.append(f"calibration text: {made}, {data.samples} samples, {data.tokens:,} tokens, seed {data.seed}")
     kept = [name for name in report.ignore if name != "lm_head"]
     head = "lm_head, " if "lm_head" in report.ignore else ""
-    facts.append(f"not quantized: {head}embeddings, norms{_counted(kept)}")
+    table = "" if any(kind.kind == "embedding" for kind in report.kinds) else "embeddings, "
+    facts.append(f"not quantized: {head}{table}norms{_counted(kept)}")
     return f"## How it was made{_listed(facts)}"
 
 

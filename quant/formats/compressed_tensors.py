@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from octavo.quant.embedding_names import is_embedding
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.microscaling import MicroscalingFormat, kind_of
 from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, sides, take
@@ -263,7 +264,8 @@ def write_config(
 
     schemes: one for all linear layers but those in `ignore`, or each layer's by its full name; layers in neither must
     not be. Several schemes make several groups, whose targets are never the class Linear: vLLM looks for a class
-    before it looks for the parts of a fused layer.
+    before it looks for the parts of a fused layer. Embeddings, of one scheme, are their class: vLLM doesn't tell each
+    of its models their names.
     kv_cache with bf16 keys is not written, as the config has no word for it and others would store keys in fp8:
     values are then taken to be fp8 by the v_scale that stands without a k_scale, and nothing else can be said so.
     actorder 'group' (weights with g_idx) is read by vLLM; compressed-tensors 0.19 and 0.20 refuse such a config.
@@ -272,9 +274,12 @@ def write_config(
     if isinstance(schemes, QuantScheme):
         groups["group_0"] = _group(schemes, ["Linear"], observer, actorder)
     else:
-        targets = scheme_targets(schemes)
-        for i, (scheme, names) in enumerate(targets.items()):
-            groups[f"group_{i}"] = _group(scheme, ["Linear"] if len(targets) == 1 else names, observer, actorder)
+        targets = scheme_targets({m: scheme for m, scheme in schemes.items() if not is_embedding(m)})
+        for scheme, names in targets.items():
+            named = ["Linear"] if len(targets) == 1 else names
+            groups[f"group_{len(groups)}"] = _group(scheme, named, observer, actorder)
+        for scheme in {scheme for module, scheme in schemes.items() if is_embedding(module)}:
+            groups[f"group_{len(groups)}"] = _group(scheme, ["Embedding"], observer, None)
     formats = {group["format"] for group in groups.values()}
     return {
         "config_groups": groups,

@@ -115,7 +115,7 @@ class CompressedTensorsConfig:
         """Names before regexes before the class: compressed-tensors' own order (`match_targets`)."""
         by_name = (group_ for group_ in self.groups if module in group_.targets.names)
         by_regex = (group_ for group_ in self.groups if group_.targets.regexes.match(module))
-        by_class = (group_ for group_ in self.groups if group_.targets.has_class)
+        by_class = (group_ for group_ in self.groups if group_.targets.has_class_of(module))
         return next(chain(by_name, by_regex, by_class), None)
 
 

@@ -76,13 +76,22 @@ def test_without_a_hub_id_no_base_model_is_claimed() -> None:
     assert "tiny quantized to W4A16@64" in text
 
 
-def test_three_bits_are_not_for_vllm() -> None:
+def test_three_bits_are_for_a_new_vllm() -> None:
     three = report(kinds=tuple(_with_scheme(kind, "int3/g64") for kind in report().kinds))
     _, text = front_matter(model_card(three, "out", None))
-    assert "vllm serve" not in text
-    assert "vLLM reads only 4 and 8 bits" in text
+    assert "vllm serve ./out" in text
+    assert "vLLM reads these few bits from 0.32 on" in text
     _, text = front_matter(model_card(replace(three, format="gptq"), "out", None))
     assert "vllm serve ./out" in text
+    assert "0.32" not in text
+
+
+def test_what_stays_is_named() -> None:
+    _, text = front_matter(model_card(report(), "out", None))
+    assert "embeddings, norms" in text
+    quantized = report(kinds=(*report().kinds, replace(report().kinds[0], kind="embedding")))
+    _, text = front_matter(model_card(quantized, "out", None))
+    assert "embeddings" not in text
 
 
 def _with_scheme(kind: KindRow, scheme: str) -> KindRow:

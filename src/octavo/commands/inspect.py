@@ -116,6 +116,7 @@ def inspect(checkpoint: Checkpoint, device: str = "auto") -> dict[str, Any]:
         "tensors": len(checkpoint.names),
         "layers": layers,
         "kv_cache": {"dtype": checkpoint.kv_cache_dtype, "scales": len(checkpoint.kv_scale_names)},
+        "notes": checkpoint.notes,
         "to_serve": to_serve,
     }
 
@@ -338,6 +339,7 @@ def _print(facts: dict[str, Any], model: str) -> None:
         else ""
     )
     lines.append(f"weights: {needs['weight_bytes'] / 1e6:,.1f} MB as stored{fp8}")
+    lines += facts["notes"]
     if "problem" in needs:
         lines.append(f"not served by octavo's decoder: {needs['problem']}")
     elif "note" in needs:

@@ -48,6 +48,7 @@ def quantize(
     kv_cache: str | None = None,
     rotations: tuple[RotationName, ...] | list[RotationName] = (),
     lm_head: str | None = None,
+    embedding: str | None = None,
     **options: Any,
 ) -> Report:
     """Write a quantized copy of a checkpoint, measure what it cost, and return the report.
@@ -62,7 +63,7 @@ def quantize(
     recipe      a recipe, or its file, instead of all of the above but data
     kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
     rotations   'R1', 'R2', 'R4': what is rotated first; a `Recipe` says how
-    lm_head     the head's scheme; None: it stays as it is
+    lm_head     the head's scheme, and embedding: the embedding's; None: it stays as it is
     options     further fields of `Job`: resume, overwrite, evaluate, max_kl, bits_budget, offload_dir, listener, ...
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
@@ -79,6 +80,7 @@ def quantize(
             kv_cache=kv_cache,
             rotations=tuple(rotations),
             lm_head=lm_head,
+            embedding=embedding,
         )
     text = DataOptions(
         data, num_calibration_samples, max_seq_length, seed, self_generated_samples=self_generated_samples
