@@ -48,6 +48,7 @@ test-ray:
 	.ray/bin/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev,ray]'
 	RAY_worker_niceness=0 .ray/bin/python -m pytest -m ray tests/server/test_ray_engine.py
 	RAY_worker_niceness=0 .ray/bin/python -m pytest -m ray tests/server/test_ray_serve.py
+	RAY_worker_niceness=0 .ray/bin/python -m pytest -m ray tests/jobs/test_calibration_on_ray.py
 
 # aider pins versions of what the libraries need, so it has an environment of its own.
 clients: $(INSTALLED)

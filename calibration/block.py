@@ -28,6 +28,7 @@ from octavo.calibration.kv import KVCollector
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
+from octavo.calibration.team import ALONE, Team, own_rows, rows_of_all, total_of_counts
 from octavo.calibration.tune import BlockWeights, Differentiable, Example, tune
 from octavo.freed_memory import give_back_freed_memory
 from octavo.kernels.native.cpu_features import multiplies_bfloat16
@@ -93,7 +94,10 @@ class Runner(Protocol):
 
 @dataclass
 class Block:
-    """One block's tensors on their way. What `tensors` holds is always what the block computes with so far."""
+    """One block's tensors on their way. What `tensors` holds is always what the block computes with so far.
+
+    team: who share its samples, and the rows of its weights while they are rounded
+    """
 
     index: int
     tensors: Tensors
@@ -101,6 +105,7 @@ class Block:
     recipe: Recipe
     runner: Runner
     step: Step
+    team: Team = ALONE
     expert_counts: Tensor | None = None  # [num_experts]: tokens that chose each expert, once inputs were measured
 
     def quantize(
@@ -153,24 +158,24 @@ class Block:
         self.step("inputs")
         moments = self.recipe.algorithm != "rtn"  # static scales need the largest magnitudes alone
         num_rows = 0 if self.recipe.scaling is None else INPUT_ROWS
-        names = {group.name for group in wanted if any(m in self.schemes for m in group.modules)}
-        if not names:
+        modules = {group.name: next((m for m in group.modules if m in self.schemes), None) for group in wanted}
+        widths = {name: self.tensors[f"{m}.weight"].shape[1] for name, m in modules.items() if m is not None}
+        if not widths:
             return {}
-        collectors: dict[str, StatsCollector] = {}
+        collectors = {
+            name: StatsCollector(width, self.runner.device, moments=moments, num_rows=num_rows)
+            for name, width in widths.items()
+        }
 
         def record(name: str, x: Tensor) -> None:
-            if name in names:
-                collector = collectors.get(name)
-                if collector is None:
-                    collector = collectors[name] = StatsCollector(
-                        x.shape[1], x.device, moments=moments, num_rows=num_rows
-                    )
-                collector.add(x)
+            if name in collectors:
+                collectors[name].add(x)
 
-        for batch in hidden.batches(num_samples):
+        for _, batch in hidden.batches(num_samples):
             self.runner.forward(layer, batch.to(self.runner.device), record)
-        self.expert_counts = self.runner.expert_counts
-        found = {name: collectors[name].result() for name in names}
+        counts = self.runner.expert_counts
+        self.expert_counts = None if counts is None else total_of_counts(self.team, counts)
+        found = {name: collectors.pop(name).result(self.team) for name in widths}
         for group in wanted:
             if group.name in found and not bool(found[group.name].moments.isfinite().all()):
                 raise QuantizeError(
@@ -253,7 +258,7 @@ class Block:
             del self.tensors[f"{s.module}.weight"]  # there is room for it once it is tuned
         give_back_freed_memory()  # what GPTQ took, in whose gaps tuning's large pieces don't fit
         own = BlockWeights(layers, self.tensors, learned, _product_dtype(self.runner), device)
-        tuned = tune(block, own, text, starts, reader, seed=self.index)
+        tuned = tune(block, own, text, starts, reader, seed=self.index, team=self.team)
         for layer in solved:
             quantized = tuned.weights.get(layer.module)
             if quantized is not None:
@@ -296,10 +301,25 @@ class Block:
         elif scheme.weight.granularity.kind in ("tensor", "block"):  # scales that rows of another layer mustn't share
             solved = [self._gptq(part, stats, scheme, None) for part in parts]
         else:
-            joined = self._gptq(torch.cat(parts), stats, scheme, whole)
+            joined = self._gptq_rows(torch.cat(parts), stats, scheme, whole)
             begins = [sum(p.shape[0] for p in parts[:i]) for i in range(len(parts))]
             solved = [joined.rows(b, b + p.shape[0]) for b, p in zip(begins, parts, strict=True)]
         return [replace(q, input_scale=input_scale) for q in solved]
+
+    def _gptq_rows(
+        self, weight: Tensor, stats: InputStats, scheme: QuantScheme, whole: Tensor | None
+    ) -> QuantizedWeight:
+        """Each member's rows by itself, as none depends on another, and then those of all."""
+        if self.team.size == 1 or weight.shape[0] < self.team.size:
+            return self._gptq(weight, stats, scheme, whole)
+        begin, stop = own_rows(self.team, weight.shape[0])
+        mine = self._gptq(weight[begin:stop], stats, scheme, whole)
+        return replace(
+            mine,
+            codes=rows_of_all(self.team, mine.codes),
+            scale=rows_of_all(self.team, mine.scale),
+            zero_point=None if mine.zero_point is None else rows_of_all(self.team, mine.zero_point),
+        )
 
     def _gptq(self, weight: Tensor, stats: InputStats, scheme: QuantScheme, whole: Tensor | None) -> QuantizedWeight:
         recipe = self.recipe
@@ -324,14 +344,18 @@ class Block:
         """All samples through the block as it is now, to `target`."""
         self.step("outputs")
         layer = self.runner.build(self.index, self.tensors)
-        for batch in hidden.batches():
+        overflows = 0
+        for begin, batch in hidden.batches():
             output = self.runner.forward(layer, batch.to(self.runner.device), None, record_kv)
-            if not bool(output.isfinite().all()):
-                raise QuantizeError(
-                    f"layer {self.index} gives NaN or infinity for the calibration text: the model's activations "
-                    "overflow; rtn with a scheme whose activations are dynamic needs none"
-                )
-            target.append(output)
+            overflows |= not bool(output.isfinite().all())
+            if overflows:
+                break
+            target.put(begin, output)
+        if any(self.team.of_all(overflows)):  # once all have written, and may read
+            raise QuantizeError(
+                f"layer {self.index} gives NaN or infinity for the calibration text: the model's activations "
+                "overflow; rtn with a scheme whose activations are dynamic needs none"
+            )
 
 
 def _product_dtype(runner: Runner) -> torch.dtype:

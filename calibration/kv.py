@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from octavo.calibration.team import ALONE, Team, largest, rows_of_all
 from octavo.kernels.fp8.reference import round_to_e4m3
 from octavo.quant.scheme import LARGEST, KVScheme
 
@@ -152,13 +153,14 @@ class KVCollector:
         self._key.add(k)
         self._value.add(v)
 
-    def result(self) -> KVReport:
-        """Raises KVError when nothing was seen, or only zeros, or something that isn't finite."""
+    def result(self, team: Team = ALONE) -> KVReport:
+        """Of what all members have seen. Raises KVError when that is nothing, only zeros, or isn't finite."""
         per_head = self.scheme.per_head
+        sides = [side.of_all(team) for side in (self._key, self._value)]
         return KVReport(
             self.scheme,
-            self._key.result("keys", self.scheme.key, per_head, centered=True),
-            self._value.result("values", self.scheme.value, per_head, centered=False),
+            sides[0].result("keys", self.scheme.key, per_head, centered=True),
+            sides[1].result("values", self.scheme.value, per_head, centered=False),
         )
 
 
@@ -184,6 +186,17 @@ class _Seen:
         while sum(t.shape[0] for t in self._kept) > SAMPLES:  # keep every second of them, and take half as many
             self._kept = list(torch.split(torch.cat(self._kept)[::2].contiguous(), 256))
             self._every *= 2
+
+    def of_all(self, team: Team) -> _Seen:
+        """What all members have seen, each of whom has seen something."""
+        if team.size == 1 or self._amax is None:
+            return self
+        self._amax = largest(team, self._amax)
+        self._beyond, self._count, self._tokens = (
+            sum(team.of_all(count)) for count in (self._beyond, self._count, self._tokens)
+        )
+        self._kept = [rows_of_all(team, torch.cat(self._kept)[:: team.size])]
+        return self
 
     def result(self, name: str, kind: str, per_head: bool, *, centered: bool) -> KVSide:
         if self._amax is None or self._tokens == 0:

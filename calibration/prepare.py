@@ -40,11 +40,13 @@ class Calibration:
     """The inputs of algorithms that use data: text as token ids, and the model block by block.
 
     offload_dir  where hidden states are kept while the run lasts; None: beside the output
+    num_workers  processes that share the samples; as many others add sums up in another order
     """
 
     data: CalibrationData
     runner: Runner
     offload_dir: Path | None = None
+    num_workers: int = 1
 
     @cached_property
     def token_ids(self) -> Tensor:
@@ -117,6 +119,7 @@ class Prepared:
             "shards": {name: len(specs) for name, specs in self.plan.shards.items()},
             "data": data and {"fingerprint": data.fingerprint, "samples": len(data.samples), "tokens": data.num_tokens},
             "versions": {"octavo": VERSION, "torch": torch.__version__},
+            "workers": 1 if self.calibration is None else self.calibration.num_workers,
         }
 
 

@@ -8,8 +8,8 @@ are the inputs of the next one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ from octavo.calibration.prepare import Calibration, Prepared
 from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
+from octavo.calibration.team import ALONE, Team, check_alike, wait_for_all
 from octavo.calibration.tune import Example
-from octavo.calibration.workspace import ResumeError, Workspace, finished, partial_of, workspace
+from octavo.calibration.workspace import Onlooker, ResumeError, Workspace, finished, partial_of, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint
 from octavo.quant.decoded_embeddings import decoded
 from octavo.quant.formats.reading import FLOATS
@@ -68,12 +69,14 @@ class _Run:
     """State that is carried from unit to unit.
 
     states     the next block's inputs, by `Calibration.sequences`
+    team       who share the samples; only the first member's work writes anything
     embedding  [vocab, H], as it was rounded, until the first block's inputs are made of it
     """
 
     prepared: Prepared
-    work: Workspace
+    work: Workspace | Onlooker
     progress: Progress
+    team: Team = ALONE
     done: float = 0
     states: dict[str, Hidden] = field(default_factory=dict)
     embedding: Tensor | None = None
@@ -87,9 +90,18 @@ class _Run:
         return self.prepared.recipe
 
 
-def quantize_model(prepared: Prepared, progress: Progress = silent) -> Quantized:
+GatherTeam = Callable[[Workspace], AbstractContextManager[Team]]
+
+
+@contextmanager
+def _alone(work: Workspace) -> Iterator[Team]:  # noqa: ARG001
+    yield ALONE
+
+
+def quantize_model(prepared: Prepared, progress: Progress = silent, gather_team: GatherTeam = _alone) -> Quantized:
     """Write the quantized copy that was prepared.
 
+    gather_team: starts those who share the samples, and call `follow_model`, once it is known what is done already.
     Raises QuantizeError, CheckpointError or OSError. A run with calibration that is interrupted or killed, or that runs
     out of disk or memory, leaves its finished blocks, which a run with `resume` goes on with: the result is the same to
     the bit. After any other error nothing is left.
@@ -109,18 +121,30 @@ def quantize_model(prepared: Prepared, progress: Progress = silent) -> Quantized
         with workspace(out, prepared.plan.shards, identity, **how) as work:
             # first, since a broken one is found without waiting
             copy_files(prepared.other_files, work.directory)
-            run = _Run(prepared, work, progress)
-            try:
-                for unit in prepared.plan.units:
-                    _unit(run, unit)
-            finally:
-                for hidden in run.states.values():
-                    hidden.close(remove=False)
-            _finish(run)
+            with gather_team(work) as team:
+                _units(_Run(prepared, work, progress, team))
+            _finish(prepared, work)
             units = work.units
     finally:
         _remove_offloaded(out, prepared.calibration)
     return _result(prepared, units)
+
+
+def follow_model(prepared: Prepared, directory: Path, done: Collection[str], team: Team) -> None:
+    """Take a share of what another process's `quantize_model` does in a directory, whose units `done` are done there.
+
+    Raises what it raises where all members do, and TeamError.
+    """
+    _units(_Run(prepared, Onlooker(directory, {unit: {} for unit in done}), silent, team))
+
+
+def _units(run: _Run) -> None:
+    try:
+        for unit in run.plan.units:
+            _unit(run, unit)
+    finally:
+        for hidden in run.states.values():
+            hidden.close(remove=False)
 
 
 def _remove_offloaded(out: Path, calibration: Calibration | None) -> None:
@@ -151,7 +175,7 @@ def _unit(run: _Run, unit: Unit) -> None:
     if calibration is not None and unit.index is not None:
         rows, kv, experts = _block(run, calibration, unit, unit.index)
     else:
-        rows = _one_by_one(run, unit)
+        rows = _one_by_one(run, unit) if run.team.rank == 0 else []
         if calibration is not None:
             run.states = _embed(run, calibration)
     remember = {"layers": [asdict(row) for row in rows], "kv": kv, "experts": experts}
@@ -211,7 +235,7 @@ def _block(
     tensors = {item.name: _checked(item) for item in unit.items}
     steps = _Steps(run, unit)
     schemes = {item.linear.module: item.scheme for item in unit.items if item.linear and item.scheme}
-    block = Block(index, tensors, schemes, run.recipe, calibration.runner, steps.next)
+    block = Block(index, tensors, schemes, run.recipe, calibration.runner, steps.next, run.team)
     rows = []
     with _closed_on_errors() as following:
         for path in ("original", "original-starts"):
@@ -235,12 +259,14 @@ def _block(
         if starts is not None and not last:
             following["starts"] = _hidden(run, calibration, index + 1, "starts")
             block.run(starts, following["starts"])
+    if run.team.size > 1:
+        check_alike(run.team, unit.name, _digest(tensors))
     run.states = following
     run.done += unit.nbytes
     experts = None if block.expert_counts is None else block.expert_counts.tolist()
     if kv is None:
         return rows, None, experts
-    report = _kv_report(kv, unit)
+    report = _kv_report(kv, unit, run.team)
     found = report.scales()
     for name, spec in unit.scales.items():
         run.work.write(name, found[name.rpartition(".")[2]].view(spec.shape))
@@ -257,9 +283,17 @@ def _norm_behind(run: _Run, calibration: Calibration, index: int) -> Tensor | No
     return checkpoint.tensor(name).float() + offset
 
 
-def _kv_report(kv: KVCollector, unit: Unit) -> KVReport:
+def _digest(tensors: Mapping[str, Tensor]) -> int:
+    """64 bits of a hash of a block's tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest()[:8])
+
+
+def _kv_report(kv: KVCollector, unit: Unit, team: Team) -> KVReport:
     try:
-        return kv.result()
+        return kv.result(team)
     except KVError as e:
         raise QuantizeError(f"{unit.name}: {e}") from e
 
@@ -318,7 +352,7 @@ def _hidden(run: _Run, calibration: Calibration, index: int, path: str, *, again
         prefix = _offloaded(run.work.directory)
     name = f"{prefix}-{index}.bin" if path == "hidden" else f"{prefix}-{path}-{index}.bin"
     shape = calibration.shape(calibration.sequences(run.recipe)[path])
-    return Hidden(directory / name, shape, again=again)
+    return Hidden(directory / name, shape, run.team, again=again)
 
 
 def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
@@ -329,8 +363,11 @@ def _embed(run: _Run, calibration: Calibration) -> dict[str, Hidden]:
         for path, sequences in calibration.sequences(run.recipe).items():
             states[path] = _hidden(run, calibration, 0, path)
             rows = run.embedding if run.embedding is not None and path in ("hidden", "starts") else table
-            for batch in torch.split(sequences, states[path].shape.batch):
-                states[path].append(runner.embed(batch, rows))
+            if run.team.rank == 0:
+                size = states[path].shape.batch
+                for begin, batch in zip(range(0, len(sequences), size), torch.split(sequences, size), strict=True):
+                    states[path].put(begin, runner.embed(batch, rows))
+    wait_for_all(run.team)
     run.embedding = None
     return states
 
@@ -370,7 +407,7 @@ def _hidden_again(
             f"can't resume: the hidden states after {unit.name} are not in {e.filename}; --offload-dir must be the one "
             "that the run was started with, and --overwrite starts anew"
         ) from e
-    if not hidden.is_whole(entry.get(path, {}).get("sha256", "")):
+    if run.team.rank == 0 and not hidden.is_whole(entry.get(path, {}).get("sha256", "")):
         hidden.close(remove=False)
         raise ResumeError(
             f"can't resume: the hidden states after {unit.name} in {hidden.path} aren't what was written; --overwrite "
@@ -379,14 +416,14 @@ def _hidden_again(
     return hidden
 
 
-def _finish(run: _Run) -> None:
+def _finish(prepared: Prepared, work: Workspace) -> None:
     """Write the files that make the directory a checkpoint, config.json last."""
-    for left in run.work.directory.glob("hidden-*.bin"):
+    for left in work.directory.glob("hidden-*.bin"):
         left.unlink()
-    if len(run.plan.shards) > 1:
-        write_json(run.work.directory / INDEX, weight_map(run.plan))
-    write_json(run.work.directory / "recipe.json", to_json(run.recipe))
-    write_json(run.work.directory / "config.json", _config(run.prepared.checkpoint, run.plan, run.recipe))
+    if len(prepared.plan.shards) > 1:
+        write_json(work.directory / INDEX, weight_map(prepared.plan))
+    write_json(work.directory / "recipe.json", to_json(prepared.recipe))
+    write_json(work.directory / "config.json", _config(prepared.checkpoint, prepared.plan, prepared.recipe))
 
 
 def _config(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from octavo.calibration.algorithms.learned_rounding import LearnedRounding
 from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.layers import QuantizeError
+from octavo.calibration.team import ALONE, Team, share_of, total, total_of_numbers
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import WeightScheme
 
@@ -107,14 +108,32 @@ class BlockWeights:
             found[name] = weight.requires_grad_(any(m in self.learned for m in modules))
         return found
 
-    def move_in_backward(self, weights: Mapping[str, Tensor], share: float) -> None:
-        """Move against the gradients of weights that `weights` gave last, at a share of the rates, once they are known.
+    def move(self, team: Team, weights: Mapping[str, Tensor], losses: Sequence[Tensor], share: float) -> None:
+        """Move at a share of the rates against the gradients of all members' losses of what `weights` gave last."""
+        if team.size == 1:
+            self._move_in_backward(weights, share)
+        if losses:
+            torch.autograd.backward(losses)
+        if team.size > 1:
+            self._move_behind(team, weights, share)
 
-        A layer moves as soon as the backward pass has its gradient, which is freed then: never are all there at once.
-        """
+    def _move_in_backward(self, weights: Mapping[str, Tensor], share: float) -> None:
+        """Let a layer move as soon as the backward pass has its gradient, which is freed then: never are all there."""
         for name, weight in weights.items():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(partial(self._move, name, share))  # type: ignore[no-untyped-call]
+
+    def _move_behind(self, team: Team, weights: Mapping[str, Tensor], share: float) -> None:
+        """By the sums of all members' gradients: one that has none of a layer, whose tokens went to other experts, adds
+        nothing to it.
+        """
+        moving = [name for name, weight in weights.items() if weight.requires_grad]
+        seen = total(team, torch.tensor([float(weights[name].grad is not None) for name in moving]))
+        for name, count in zip(moving, seen.tolist(), strict=True):
+            weight = weights[name]
+            if count:
+                weight.grad = total(team, torch.zeros_like(weight) if weight.grad is None else weight.grad).to(weight)
+                self._move(name, share, weight)
 
     def _move(self, name: str, share: float, weight: Tensor) -> None:
         gradient = weight.grad
@@ -157,21 +176,23 @@ def tune(
     reader: Tensor | None,
     *,
     seed: int,
+    team: Team = ALONE,
 ) -> Tuned:
     """Tune a block towards the original's output for calibration text, and for `starts`, sequences of one token.
 
     The error is that of each token's output, relative to its size: the first token's, whose norm may be a thousand
     times the others', counts as one of them. reader [H]: the weight of the norm that reads this output, which channels
-    may count by (`_counted`). Raises QuantizeError for a single sample.
+    may count by (`_counted`). The members of a team divide each step's sequences among them. Raises QuantizeError for a
+    single sample.
     """
     count = text.hidden.shape.num_samples
     if count < 2:
         raise QuantizeError("algorithm tune holds samples back, so it needs 2 at least: --num-calibration-samples 2")
     device = own.device
     every = HELD_BACK * max(1, count // ENOUGH)
-    parts = [_Part(text, 1.0, every, max(1, STEP_TOKENS // text.hidden.shape.seq_len), seed)]
+    parts = [_Part(text, 1.0, every, max(1, STEP_TOKENS // text.hidden.shape.seq_len), seed, team)]
     if starts is not None:
-        parts.append(_Part(starts, START_SHARE, HELD_STARTS, STEP_STARTS, seed))
+        parts.append(_Part(starts, START_SHARE, HELD_STARTS, STEP_STARTS, seed, team))
     factor = _counted(text.target, parts[0].held, reader).to(device)
     dtype = torch.float32 if device.type == "cpu" else own.dtype  # between products, which alone take long on a CPU
 
@@ -183,17 +204,18 @@ def tune(
     @torch.no_grad()
     def look() -> float:
         weights = own.weights()
-        return sum(
-            part.share * sum(float(errors(part.example, some, weights).sum()) for some in part.looks) / len(part.held)
-            for part in parts
-        )
+        error = 0.0
+        for part in parts:
+            found = sum(float(errors(part.example, some, weights).sum()) for some in part.looks)
+            error += part.share * found / len(part.held)
+        return total_of_numbers(team, error)
 
     @torch.enable_grad()
     def move(share: float) -> None:
         weights = own.weights()
-        own.move_in_backward(weights, share)
-        losses = [part.share * errors(part.example, next(part.order), weights).mean() for part in parts]
-        torch.autograd.backward(losses)
+        batches = [(part.example, *part.next_batch()) for part in parts]
+        losses = [counts * errors(example, some, weights).mean() for example, some, counts in batches if some]
+        own.move(team, weights, losses, share)
 
     best = before = look()
     steps = num_steps(own.widest)
@@ -210,16 +232,24 @@ def tune(
 
 class _Part:
     """An example whose error counts by `share`: in each step `size` of its sequences, but every `every`-th is held
-    back.
+    back. Each member of a team has its own of either; held: those of all.
     """
 
-    def __init__(self, example: Example, share: float, every: int, size: int, seed: int) -> None:
+    def __init__(self, example: Example, share: float, every: int, size: int, seed: int, team: Team) -> None:
         count = example.hidden.shape.num_samples
         self.example = example
         self.share = share
         self.held = list(range(0, count, every))
-        self.order = _batches([i for i in range(count) if i % every], size, seed)
-        self.looks = [self.held[i : i + size] for i in range(0, len(self.held), size)]
+        self._order = _batches([i for i in range(count) if i % every], size, seed)
+        self._team = team
+        looks = [self.held[i : i + size] for i in range(0, len(self.held), size)]
+        self.looks = [looks[i] for i in share_of(team, len(looks))]
+
+    def next_batch(self) -> tuple[list[int], float]:
+        """Sequences, and what their mean error counts for in the step's."""
+        batch = next(self._order)
+        own = [batch[i] for i in share_of(self._team, len(batch))]
+        return own, self.share * len(own) / len(batch)
 
 
 def _counted(target: Hidden, samples: Sequence[int], reader: Tensor | None) -> Tensor:

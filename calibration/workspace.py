@@ -28,7 +28,8 @@ from octavo.calibration.layers import QuantizeError
 from octavo.quant.safetensors_file import PlacedWriter, SafetensorsWriter, TensorSpec
 
 MANIFEST = "quantization_manifest.json"
-SPOKEN = {"data": "calibration text", "shards": "shard layout"}  # keys of a job as a person calls them
+# Keys of a job as a person calls them.
+SPOKEN = {"data": "calibration text", "shards": "shard layout", "workers": "number of workers"}
 # What ends a run without a fault of its own, so that its finished units are worth keeping: Ctrl-C, SIGTERM, a disk that
 # is full or fails, no more memory.
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit, OSError, MemoryError, torch.OutOfMemoryError)
@@ -132,6 +133,23 @@ class Workspace:
         write_json(fresh, {"version": 1, "job": self.job, "units": self.units})
         fresh.rename(self.directory / MANIFEST)
         sync_directory(self.directory)
+
+
+class Onlooker:
+    """The directory for a process that only takes a share of the work: what it writes, another one writes."""
+
+    def __init__(self, directory: Path, units: dict[str, dict[str, Any]]) -> None:
+        self.directory = directory
+        self.units = units
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Nothing."""
+
+    def copy(self, name: str, chunks: Iterator[Tensor]) -> None:
+        """Nothing."""
+
+    def finish(self, unit: str, states: Mapping[str, Hidden], remember: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.calibration.team import ALONE, Team, largest, rows_of_all, total
+
 
 @dataclass(frozen=True)
 class InputStats:
@@ -83,14 +85,16 @@ class StatsCollector:
             self._rows = self._rows[1::2].clone()
             self._every *= 2
 
-    def result(self) -> InputStats:
-        """What was seen; nothing can be added any more. Raises ValueError when nothing was added."""
-        if self.num_tokens == 0:
+    def result(self, team: Team = ALONE) -> InputStats:
+        """What all members have seen; nothing can be added any more. Raises ValueError when nothing was added."""
+        num_tokens = sum(team.of_all(self.num_tokens))
+        if num_tokens == 0:
             raise ValueError("no token was seen")
-        mean = (self._abssum / self.num_tokens).float()
-        moments = self._sum.triu_().div_(self.num_tokens)
+        mean = (total(team, self._abssum) / num_tokens).float()
+        moments = total(team, self._sum).triu_().div_(num_tokens)
         for begin in range(0, moments.shape[0], self.STRIP):  # in place: of a wide layer they are half of all memory
             end = begin + self.STRIP
             moments[begin:end, begin:end] += moments[begin:end, begin:end].triu(1).t()
             moments[end:, begin:end] = moments[begin:end, end:].t()
-        return InputStats(moments, self._absmax, mean, self.num_tokens, self._rows)
+        rows = rows_of_all(team, self._rows[:: team.size])
+        return InputStats(moments, largest(team, self._absmax), mean, num_tokens, rows)

@@ -284,10 +284,10 @@ def test_what_appears_at_the_output_meanwhile_is_not_replaced(
     out = model.parent / "out"
     finish = module._finish
 
-    def somebody_else_writes(run: Any) -> None:
+    def somebody_else_writes(*run: Any) -> None:
         out.mkdir()
         (out / "thesis.txt").write_text("three years of work")
-        finish(run)
+        finish(*run)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_finish", somebody_else_writes)

@@ -9,6 +9,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,15 +99,18 @@ def run(job: Job) -> Report:
     """Do a job; see `quantize`."""
     from octavo.calibration.quantize_model import quantize_model
     from octavo.calibration.report.files import write_reports
+    from octavo.jobs.calibration_team import gather_team
 
     prepared = prepare(job)
     source = prepared.checkpoint.directory
     begin = time.perf_counter()
     job.listener.phase("quantizing")
-    result = quantize_model(prepared, job.listener.progress)
+    length = job.data.length_of(prepared.checkpoint.config)
+    gather = partial(gather_team, prepared, job.distributed_executor_backend, job.device, length)
+    result = quantize_model(prepared, job.listener.progress, gather)
     report = _report(job, prepared, result, time.perf_counter() - begin)
     recipe = prepared.recipe
-    del prepared  # the text and the block runner make room for the models that are measured
+    del prepared, gather  # the text and the block runner make room for the models that are measured
     write_reports(job.output, report, source=source)
     if job.evaluate:
         report = _with_quality(job, recipe, source, report)
@@ -175,7 +179,7 @@ def prepare(job: Job) -> Prepared:
             recipe = _mixed_recipe(job, planned, calibration, notes, seconds)
     prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
     job.listener.estimate(prepared.estimate)
-    _check_memory(prepared)
+    _check_memory(prepared, job.calibration_workers if job.distributed_executor_backend == "mp" else 1)
     return replace(prepared, text=calibration.data if calibration else None, notes=tuple(notes), seconds=seconds)
 
 
@@ -210,11 +214,13 @@ def _mixed_recipe(
     return recipe
 
 
-def _check_memory(prepared: Prepared) -> None:
+def _check_memory(prepared: Prepared, num_workers: int) -> None:
+    """num_workers: on this machine."""
     from octavo.jobs.memory import check_memory
 
     check_memory(
-        prepared.estimate.memory, "rtn works tensor by tensor and needs least, and a model with smaller blocks less"
+        num_workers * prepared.estimate.memory,
+        "rtn works tensor by tensor and needs least, and a model with smaller blocks less",
     )
 
 
@@ -239,6 +245,13 @@ def _check_options(job: Job) -> None:
     _ = job.streams  # are refused, or counted
     if job.expert_schemes != "layer" and job.target is None:
         raise RecipeError("--expert-schemes expert says what a budget chooses for: --bits-budget or a --target works")
+    if job.calibration_workers < 1:
+        raise RecipeError(f"calibration_workers {job.calibration_workers}: 1 or more are needed")
+    if job.calibration_workers > 1 and not _runs_blocks(job):
+        raise RecipeError(
+            f"--calibration-workers {job.calibration_workers}: algorithm {job.recipe.algorithm} has no samples to "
+            "share; gptq has"
+        )
     data = job.data
     if data.self_generated_samples is not None and data.dataset is None:
         raise RecipeError(
@@ -257,25 +270,23 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     from octavo.calibration.layers import QuantizeError
     from octavo.calibration.prepare import Calibration
     from octavo.jobs.calibration_data import make_data
-    from octavo.runtime.model.blocks import BlockRunner
-    from octavo.runtime.model.device import Device
-    from octavo.runtime.model.sources import CheckpointSource
+    from octavo.jobs.calibration_member import make_runner
+    from octavo.jobs.calibration_team import check_workers
 
+    if checkpoint.layout.reads_text and job.calibration_workers > 1:
+        raise QuantizeError("--calibration-workers: encoder-decoders are calibrated by one process; leave it out")
     if checkpoint.layout.reads_text:
         from octavo.jobs.encdec_calibration import encdec_calibration
 
         job.listener.phase("calibration text")
         return encdec_calibration(checkpoint, job.data, job.offload_dir, job.listener.progress)
-    length = job.data.length_of(checkpoint.config)
-    try:
-        device = Device.choose(job.device)
-        prefix = CheckpointSource(checkpoint).prefix
-        runner = BlockRunner(checkpoint.config, prefix, length, device, transforms=checkpoint.transforms)
-    except ValueError as e:  # more positions than there are, a device that isn't there
-        raise QuantizeError(str(e)) from e
+    runner = make_runner(checkpoint, job.data.length_of(checkpoint.config), job.device)
     job.listener.phase("calibration text")
     data = make_data(checkpoint.directory, job.data, job.device, job.listener.progress, tunes=job.recipe.tunes)
-    return Calibration(data, runner, job.offload_dir)
+    calibration = Calibration(data, runner, job.offload_dir, job.calibration_workers)
+    if calibration.num_workers > 1:
+        check_workers(calibration, job.distributed_executor_backend)
+    return calibration
 
 
 def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> Report:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 Device = Literal["auto", "cpu", "cuda"]
+Backend = Literal["mp", "ray"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,22 @@ class Job(msgspec.Struct, frozen=True):
         ),
     ] = None
     device: Annotated[Device, Meta(description="where blocks are run", extra={"group": "output"})] = "auto"
+    calibration_workers: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="processes that share the calibration samples, and each layer's rows, this one among them: "
+            "each with its part of the cores, or a GPU, and as much memory as one needs",
+            extra={"metavar": "N"},
+        ),
+    ] = 1
+    distributed_executor_backend: Annotated[
+        Backend,
+        Meta(
+            description="who starts them: this process, on its machine (mp), or a Ray cluster that it is part of "
+            "(ray), whose nodes have the directories of MODEL, OUT and --offload-dir in common"
+        ),
+    ] = "mp"
     listener: Listener = Listener()
 
     @property
