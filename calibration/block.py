@@ -344,10 +344,10 @@ class Block:
         """All samples through the block as it is now, to `target`."""
         self.step("outputs")
         layer = self.runner.build(self.index, self.tensors)
-        overflows = 0
+        overflows = False
         for begin, batch in hidden.batches():
             output = self.runner.forward(layer, batch.to(self.runner.device), None, record_kv)
-            overflows |= not bool(output.isfinite().all())
+            overflows = not bool(output.isfinite().all())
             if overflows:
                 break
             target.put(begin, output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,9 @@ class _Run:
 GatherTeam = Callable[[Workspace], AbstractContextManager[Team]]
 
 
-@contextmanager
-def _alone(work: Workspace) -> Iterator[Team]:  # noqa: ARG001
-    yield ALONE
-
-
-def quantize_model(prepared: Prepared, progress: Progress = silent, gather_team: GatherTeam = _alone) -> Quantized:
+def quantize_model(
+    prepared: Prepared, progress: Progress = silent, gather_team: GatherTeam = lambda _: nullcontext(ALONE)
+) -> Quantized:
     """Write the quantized copy that was prepared.
 
     gather_team: starts those who share the samples, and call `follow_model`, once it is known what is done already.

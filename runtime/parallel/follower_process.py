@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import msgspec
 
@@ -38,18 +39,27 @@ class FollowerStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat: str = ""
 
 
-class FollowerProcess:
-    """A running follower. It ends when its stdin closes, and so with this process."""
+class ChildProcess:
+    """A running Python module, whose start is a line on its stdin. It ends when that closes, and so with this process.
 
-    def __init__(self, start: FollowerStart, threads: int, descriptors: tuple[int, ...] = ()) -> None:
+    name: for people
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        start: msgspec.Struct,
+        environment: Mapping[str, str],
+        descriptors: tuple[int, ...] = (),
+    ) -> None:
         """descriptors: those that it inherits."""
-        self.name = f"rank {start.rank} of {start.size}"
-        self.guest = start.guest
+        self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "octavo.runtime.parallel.follower"],
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=child_environment(threads),
+            env=environment,
             pass_fds=descriptors,
         )
         assert self.process.stdin is not None
@@ -76,6 +86,16 @@ class FollowerProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+class FollowerProcess(ChildProcess):
+    """A running follower."""
+
+    def __init__(self, start: FollowerStart, threads: int, descriptors: tuple[int, ...] = ()) -> None:
+        """descriptors: as of `ChildProcess`."""
+        name = f"rank {start.rank} of {start.size}"
+        super().__init__(name, "octavo.runtime.parallel.follower", start, child_environment(threads), descriptors)
+        self.guest = start.guest
 
 
 def share_of_cores(cores: list[int], place: int, size: int) -> list[int]:

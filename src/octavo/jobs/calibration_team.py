@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,8 +16,8 @@ from octavo.calibration.team import ALONE, Team
 from octavo.jobs.calibration_member import Member, MemberStart
 from octavo.jobs.calibration_worker import WorkerStart
 from octavo.jobs.quantize_job import Backend, Device
-from octavo.runtime.launch import child_environment, how_it_ended
-from octavo.runtime.parallel.follower_process import PATIENCE_SECONDS, share_of_cores
+from octavo.runtime.launch import child_environment
+from octavo.runtime.parallel.follower_process import ChildProcess, share_of_cores
 from octavo.runtime.parallel.group import Shared
 from octavo.runtime.parallel.placement import VISIBLE, find_devices
 from octavo.runtime.worker.device import set_threads
@@ -49,18 +47,16 @@ def check_workers(calibration: Calibration, backend: Backend) -> None:
         raise QuantizeError(f"--calibration-workers {size}: this machine has {count} GPUs, and each worker takes one")
 
 
-@contextmanager
 def gather_team(
     prepared: Prepared, backend: Backend, device: Device, max_length: int, work: Workspace
-) -> Iterator[Team]:
+) -> AbstractContextManager[Team]:
     """This process as the first member, and the others beside it until the work is done; they end with this process.
 
     max_length: tokens that the model is run on at the most. Raises TeamError in whatever waits for one that has ended.
     """
     calibration = prepared.calibration
     if calibration is None or calibration.num_workers == 1:
-        yield ALONE
-        return
+        return nullcontext(ALONE)
     size = calibration.num_workers
     offload_dir = calibration.offload_dir
     starts = [
@@ -77,15 +73,12 @@ def gather_team(
         )
         for rank in range(1, size)
     ]
-    has_gpus = calibration.runner.device.type == "cuda"
+    gather = _team_here
     if backend == "ray":
         from octavo.jobs.calibration_on_ray import team_on_ray
 
-        with team_on_ray(starts, calibration.token_ids, has_gpus=has_gpus) as team:
-            yield team
-    else:
-        with _team_here(starts, calibration.token_ids, has_gpus=has_gpus) as team:
-            yield team
+        gather = team_on_ray
+    return gather(starts, calibration.token_ids, has_gpus=calibration.runner.device.type == "cuda")
 
 
 @contextmanager
@@ -124,41 +117,25 @@ class _Workers:
 
     def __init__(self, group: Shared) -> None:
         self._group = group
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[ChildProcess] = []
         self._closing = threading.Event()
 
     def start(self, start: WorkerStart, gpu: str | None) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "octavo.jobs.calibration_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment(start.member.num_threads) | ({} if gpu is None else {VISIBLE: gpu}),
-            pass_fds=(start.sums, start.tokens),
-        )
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(start) + b"\n")
-        process.stdin.flush()
+        name = f"calibration worker {start.member.rank} of {start.member.size}"
+        environment = child_environment(start.member.num_threads) | ({} if gpu is None else {VISIBLE: gpu})
+        process = ChildProcess(name, "octavo.jobs.calibration_worker", start, environment, (start.sums, start.tokens))
         self._processes.append(process)
-        who = f"calibration worker {start.member.rank} of {start.member.size}"
-        threading.Thread(target=self._watch, args=(process, who), name="octavo-worker-watch", daemon=True).start()
+        threading.Thread(target=self._watch, args=(process,), name="octavo-worker-watch", daemon=True).start()
 
-    def _watch(self, process: subprocess.Popen[bytes], who: str) -> None:
-        assert process.stdout is not None
-        with process.stdout as stdout:
-            said = stdout.read().decode(errors="replace").strip().splitlines()
-        code = process.wait()
+    def _watch(self, process: ChildProcess) -> None:
+        code, message = process.wait()
         if code != 0 and not self._closing.is_set():
-            self._group.stop(f"{who}: {said[-1]}" if said else f"{who} ended ({how_it_ended(code)})")
+            self._group.stop(message)
 
     def close(self) -> None:
         """End those that still run."""
         self._closing.set()
         for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.close()
+            process.end()
         for process in self._processes:
-            try:
-                process.wait(PATIENCE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.wait_for_end()
