@@ -47,21 +47,22 @@ def decode_layers(files: Mapping[str, TensorFile]) -> tuple[dict[str, TensorFile
 
     Raises FormatError that names the layer.
     """
-    owners = {name: file for file in files.values() for name in file.specs}
+    names = {name for file in files.values() for name in file.specs}
     for decoder in DECODERS:
-        modules = [name.removesuffix(f".{decoder.mark}") for name in owners if name.endswith(f".{decoder.mark}")]
+        modules = [name.removesuffix(f".{decoder.mark}") for name in names if name.endswith(f".{decoder.mark}")]
         if modules:
-            return _decoded(files, owners, decoder, modules), decoder.name
+            return with_decoded(files, dict.fromkeys(modules, decoder)), decoder.name
     return dict(files), ""
 
 
-def _decoded(
-    files: Mapping[str, TensorFile], owners: Mapping[str, TensorFile], decoder: Decoder, modules: list[str]
-) -> dict[str, TensorFile]:
-    hidden = {f"{module}.{suffix}" for module in modules for suffix in decoder.suffixes} & owners.keys()
+def with_decoded(files: Mapping[str, TensorFile], decoders: Mapping[str, Decoder]) -> dict[str, TensorFile]:
+    """The files with a plain `{module}.weight` for each of these modules. Raises FormatError that names the module."""
+    owners = {name: file for file in files.values() for name in file.specs}
+    hidden: set[str] = set()
     derived: dict[int, dict[str, Derived]] = {id(file): {} for file in files.values()}
-    for module in modules:
+    for module, decoder in decoders.items():
         names = {suffix: name for suffix in decoder.suffixes if (name := f"{module}.{suffix}") in owners}
+        hidden |= set(names.values())
         make = partial(_decode, decoder, module, {suffix: (owners[name], name) for suffix, name in names.items()})
         try:
             spec = decoder.spec({suffix: owners[name].view(name) for suffix, name in names.items()})
