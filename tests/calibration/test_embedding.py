@@ -12,14 +12,13 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from quantize_runs import config_of, written
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import octavo
 from octavo import LLM, SamplingParams
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.prepare import prepare
-from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.cli import main
 from octavo.offline.errors import EngineError
@@ -34,17 +33,6 @@ NAME = "model.embed_tokens"
 WEIGHT = f"{NAME}.weight"
 UNTIED = "tiny"
 TIED = "tiny-qwen2"
-
-
-def written(model: Path, out: Path, **how: Any) -> dict[str, Tensor]:
-    recipe = Recipe("W4A16@32", algorithm="rtn", **how)
-    quantize_model(prepare(model, out, recipe, layouts=LAYOUTS))
-    return load_file(out / "model.safetensors")
-
-
-def config_of(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return config
 
 
 @pytest.fixture

@@ -12,14 +12,13 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from quantize_runs import config_of, written
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import octavo
 from octavo import LLM, SamplingParams
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.prepare import prepare
-from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
@@ -28,17 +27,6 @@ from octavo.runtime.model.families.registry import LAYOUTS
 SCHEMES = ["W8A16@64", "W4A16@32", "W8A8", "FP8_DYNAMIC", "NVFP4A16"]
 EMBEDDING = "model.embed_tokens.weight"
 TIED = "tiny-qwen2"
-
-
-def written(model: Path, out: Path, **how: Any) -> dict[str, Tensor]:
-    recipe = Recipe("W4A16@32", algorithm="rtn", **how)
-    quantize_model(prepare(model, out, recipe, layouts=LAYOUTS))
-    return load_file(out / "model.safetensors")
-
-
-def config_of(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return config
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

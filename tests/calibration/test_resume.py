@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from forked_commands import ForkedProcess, forked_commands
+from quantize_runs import write_text
 from safetensors.torch import load_file, save_file
 
 from octavo.calibration.workspace import read_manifest
@@ -31,10 +32,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = "The quick brown fox jumps over the lazy dog while forty two files are opened, read and closed again. "
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"{i}. {words * (i % 5 + 1)}" for i in range(200)))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture

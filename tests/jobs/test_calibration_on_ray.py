@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from quantize_runs import digest, tuning, write_text
 
 from octavo.calibration.workspace import partial_of, read_manifest
 
@@ -39,36 +38,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(
-        "\n\n".join(f"{i}. The quick brown fox jumps over {i * i} lazy dogs, and again." for i in range(900))
-    )
-    return path
+    return write_text(tmp_path / "text.txt")
 
 
 def command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "octavo", "quantize", str(model), "-o", str(out), "--dataset", str(text)),
-        *("--scheme", "W4A16", "--group-size", "32", "--algorithm", "tune", "--self-generated-samples", "0"),
-        *(
-            "--num-calibration-samples",
-            "48",
-            "--max-seq-length",
-            "128",
-            "--no-eval",
-            "--calibration-workers",
-            "2",
-            *more,
-        ),
-    ]
+    return tuning(model, out, text, "--calibration-workers", "2", *more)
 
 
 def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **how)
-
-
-def digest(out: Path) -> str:
-    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_nodes_compute_what_processes_of_one_machine_do(

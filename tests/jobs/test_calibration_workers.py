@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from calibrated import calibration
+from quantize_runs import digest, tuning, write_text
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -221,18 +220,7 @@ def test_tuning_together_gains(fixtures: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = "The quick brown fox jumps over the lazy dog while forty two files are opened, read and closed again. "
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"{i}. {words * (i % 5 + 1)}" for i in range(200)))
-    return path
-
-
-def command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "octavo", "quantize", str(model), "-o", str(out), "--dataset", str(text)),
-        *("--scheme", "W4A16", "--group-size", "32", "--algorithm", "tune", "--self-generated-samples", "0"),
-        *("--num-calibration-samples", "48", "--max-seq-length", "128", "--no-eval", *more),
-    ]
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
@@ -256,15 +244,11 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def digest(out: Path) -> str:
-    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def whole(fixtures: Path, tmp_path_factory: pytest.TempPathFactory, text: Path) -> str:
     """Of a run that nothing has ended."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    uninterrupted = command(fixtures / "tiny", out, text, "--calibration-workers", "2")
+    uninterrupted = tuning(fixtures / "tiny", out, text, "--calibration-workers", "2")
     subprocess.run(uninterrupted, check=True, capture_output=True, timeout=PATIENCE)
     return digest(out)
 
@@ -275,7 +259,7 @@ def test_a_killed_process_ends_all_and_the_rest_is_resumed(
     fixtures: Path, tmp_path: Path, text: Path, whole: str, killed: str
 ) -> None:
     out = tmp_path / "out"
-    shared = command(fixtures / "tiny", out, text, "--calibration-workers", "2")
+    shared = tuning(fixtures / "tiny", out, text, "--calibration-workers", "2")
     with subprocess.Popen(shared, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         until(lambda: len(read_manifest(partial_of(out))["units"]) == 2)
         (worker,) = workers_of(process)
@@ -286,7 +270,7 @@ def test_a_killed_process_ends_all_and_the_rest_is_resumed(
         assert process.returncode == 1
         assert "calibration worker 1 of 2 ended (killed by signal 9)" in said
         assert "--resume" in said
-    alone = command(fixtures / "tiny", out, text, "--resume")
+    alone = tuning(fixtures / "tiny", out, text, "--resume")
     refused = subprocess.run(alone, check=False, capture_output=True, text=True, timeout=PATIENCE)
     assert refused.returncode == 1
     assert "has another number of workers" in refused.stderr
